@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: `python -m data_prep <preparer> --out DIR ...`, one preparer per data set."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from data_prep import e2e, synthetic
+from lora_megatron.errors import UserError
+
+
+@dataclass(frozen=True)
+class Preparer:
+    """One subcommand: its flags, what it does, and a line to copy."""
+
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], None]
+    summary: str
+    example: str
+
+
+PREPARERS: dict[str, Preparer] = {
+    "e2e": Preparer(
+        e2e.add_arguments,
+        e2e.run,
+        "E2E NLG Challenge: restaurant slot-value pairs to sentences",
+        "python -m data_prep e2e --raw raw/e2e --out data/e2e",
+    ),
+    "synthetic": Preparer(
+        synthetic.add_arguments,
+        synthetic.run,
+        "a small corpus in the E2E format from a seeded grammar; needs no download",
+        "python -m data_prep synthetic --domain hotels --seed 1 --out data/hotels",
+    ),
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser with one subcommand per entry of PREPARERS."""
+    examples = "\n".join(f"  {preparer.example}" for preparer in PREPARERS.values())
+    parser = argparse.ArgumentParser(
+        prog="python -m data_prep",
+        description="Turn a raw data set into checksummed Parquet files with a manifest.",
+        epilog=f"examples:\n{examples}\n\nexit status: 0 done, 2 wrong flags, 3 bad or missing data",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="preparer", required=True, metavar="{" + ",".join(PREPARERS) + "}")
+    for name, preparer in PREPARERS.items():
+        command = commands.add_parser(
+            name,
+            help=preparer.summary,
+            description=preparer.summary,
+            epilog=f"example:\n  {preparer.example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        preparer.add_arguments(command)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one preparer; returns the exit status (see lora_megatron.errors)."""
+    arguments = build_parser().parse_args(argv)
+    try:
+        PREPARERS[arguments.preparer].run(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_status
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
