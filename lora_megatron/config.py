@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run is made of: one frozen section per concern, defaults < YAML file < `section.key=value`.
+
+An unknown key is an error that names the nearest valid one. The resolved configuration is written into the run
+folder, so a run can be repeated from its folder alone.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from lora_megatron.errors import ConfigError
+
+Target = Literal["q", "k", "v", "o", "fc1", "fc2"]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class ModelSection(Section):
+    preset: str | None = None
+    """Name of a shape in `lora_megatron.model.presets`; the fields below override it."""
+    num_layers: int | None = Field(None, ge=1)
+    hidden_size: int | None = Field(None, ge=1)
+    num_attention_heads: int | None = Field(None, ge=1)
+    num_query_groups: int | None = Field(None, ge=1)
+    """Key/value heads; fewer than attention heads is grouped-query attention."""
+    head_dim: int | None = Field(None, ge=1)
+    ffn_hidden_size: int | None = Field(None, ge=1)
+    max_position_embeddings: int | None = Field(None, ge=1)
+    vocab_size: int | None = Field(None, ge=1)
+    """Follows from the tokenizer when not given."""
+    normalization: Literal["LayerNorm", "RMSNorm"] | None = None
+    norm_epsilon: float | None = Field(None, gt=0)
+    activation: Literal["gelu", "gelu_tanh", "silu", "relu"] | None = None
+    gated_mlp: bool | None = None
+    """SwiGLU-style MLP: fc1 is [gate; up]."""
+    linear_bias: bool | None = None
+    position: Literal["learned", "rope"] | None = None
+    rotary_base: float | None = Field(None, gt=0)
+    tied_embeddings: bool | None = None
+
+
+class BaseSection(Section):
+    weights: str = "random"
+    """`random`, or the folder of a model this project saved."""
+    seed: int = 1234
+    """What random base weights are a function of."""
+
+
+class MethodSection(Section):
+    name: str = "lora"
+    targets: dict[Target, int] = {"q": 4, "v": 4}
+    """Rank per target projection. On a gated MLP `fc1` adapts gate and up separately, each at that rank."""
+    layers: dict[str, dict[Target, int]] = {}
+    """Ranks for some layers only: `{"0-11,23": {q: 8}}`; rank 0 leaves a target alone there."""
+    alpha: float = Field(16.0, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    scaling: Literal["standard", "rslora"] = "standard"
+    """alpha / r, or alpha / sqrt(r)."""
+
+
+class ParallelSection(Section):
+    tensor: int = Field(1, ge=1)
+    pipeline: int = Field(1, ge=1)
+    virtual_pipeline: int = Field(1, ge=1)
+    """Model chunks per pipeline stage; above 1 the interleaved schedule runs."""
+    context: int = Field(1, ge=1)
+    sequence: bool = False
+    """Megatron's sequence parallelism: shard activations between linear layers over the tensor group."""
+    timeout_minutes: float = Field(30.0, gt=0)
+    """Timeout of every process group."""
+
+
+class OptimizerSection(Section):
+    lr: float = Field(2e-4, ge=0)
+    weight_decay: float = Field(0.01, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    clip_grad: float = Field(1.0, ge=0)
+    """Largest global gradient norm; 0 leaves gradients alone."""
+    sharding: Literal["none", "megatron", "deepspeed"] = "none"
+    """How optimizer state of the trained parameters is sharded over data-parallel ranks."""
+
+
+class DataSection(Section):
+    train: str | None = None
+    validation: str | None = None
+    sequence_length: int = Field(512, ge=2)
+    micro_batch_size: int = Field(1, ge=1)
+    global_batch_size: int = Field(8, ge=1)
+    tokenizer: str = "bytes"
+    """`bytes`, a folder with GPT-2's encoder.json and vocab.bpe, or a folder with a tokenizer.json."""
+    packing: bool = False
+    """Several examples per row, blind to each other."""
+    loss: Literal["target", "all"] = "target"
+    """Tokens that count: the target's (the paper's objective) or every token (language modelling)."""
+
+
+class TrainSection(Section):
+    steps: int = Field(100, ge=0)
+    warmup_steps: int = Field(0, ge=0)
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Learning rate after warm-up: down to zero at the last step, or constant."""
+    seed: int = Field(42, ge=0)
+    eval_every: int = Field(0, ge=0)
+    """Steps between evaluations; 0 evaluates after the last step only."""
+    save_every: int = Field(0, ge=0)
+    """Steps between checkpoints; 0 saves after the last step only."""
+    keep_checkpoints: int = Field(2, ge=1)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activations rebuilt in the backward pass: none, core attention's, or whole layers'."""
+
+
+class RunSection(Section):
+    dir: str = "runs/run"
+    resume: str = "never"
+    """`never`, `auto` (the newest good checkpoint of `dir`, or a fresh start), or the path of a checkpoint."""
+
+
+class Config(Section):
+    """A whole run."""
+
+    model: ModelSection = ModelSection()
+    base: BaseSection = BaseSection()
+    method: MethodSection = MethodSection()
+    parallel: ParallelSection = ParallelSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    data: DataSection = DataSection()
+    train: TrainSection = TrainSection()
+    run: RunSection = RunSection()
+
+    def to_yaml(self) -> str:
+        """The resolved configuration, loadable by `load_config`."""
+        return yaml.safe_dump(self.model_dump(mode="json", exclude_none=True), sort_keys=False)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file and apply `section.key=value` overrides (values are YAML).
+
+    Raises:
+        ConfigError: the file is missing or not YAML, or a key or value is not valid; the message names the nearest
+            valid key.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read configuration {path}: {getattr(error, 'strerror', None) or error}") from None
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if tree is None:
+        tree = {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must hold sections (model:, data:, ...), not a {type(tree).__name__}")
+    for override in overrides:
+        _apply_override(tree, override)
+    return parse_config(tree)
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    names = key.strip().split(".")
+    if not equals or len(names) < 2 or not all(names):
+        raise ConfigError(f"override {override!r} is not of the form section.key=value, e.g. train.steps=100")
+    node = tree
+    for name in names[:-1]:
+        if node.get(name) is None:
+            node[name] = {}
+        node = node[name]
+        if not isinstance(node, dict):
+            raise ConfigError(f"override {override!r}: {name} is not a section")
+    try:
+        node[names[-1]] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ConfigError(f"override {override!r}: the value is not valid YAML") from None
+
+
+def parse_config(tree: dict[str, Any]) -> Config:
+    """Validate a tree of sections; see `load_config`."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_explain(error.errors()[0])) from None
+
+
+def _explain(problem: Any) -> str:
+    """One line for pydantic's first complaint, in this project's words."""
+    where = [str(part) for part in problem["loc"] if part != "[key]"]
+    name = ".".join(where)
+    if problem["type"] == "extra_forbidden":
+        valid = _valid_keys(where[:-1])
+        nearest = difflib.get_close_matches(where[-1], valid, n=1, cutoff=0.0)
+        prefix = ".".join([*where[:-1], ""])
+        return f"unknown key {name}: did you mean {prefix}{nearest[0]}? (valid: {', '.join(valid)})"
+    value = problem.get("input")
+    return f"{name} = {value!r} is not valid: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+
+
+def _valid_keys(section: Sequence[str]) -> list[str]:
+    model: type[BaseModel] = Config
+    for name in section:
+        model = model.model_fields[name].annotation  # type: ignore[assignment]
+    return list(model.model_fields)

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Column-parallel linear with LoRA: W and B cut by rows (outputs), A on every rank.
+
+    x [s, b, h] replicated:        u = x A^T        f: identity forward, all-reduce of du backward (rank-wide)
+    x [s/t, b, h] sequence shard:  u = x A^T        g: all-gather of u along s forward, reduce-scatter backward
+    y_t = x W_t^T + (alpha / r) u B_t^T
+
+The collectives carry r numbers per token, not h. In the first case dA is complete and equal on all ranks; in the
+second each rank sees its tokens only, so dA must be summed over the tensor-parallel group (declared on A).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from torch import Tensor, nn
+
+from lora_megatron.layers.frozen import frozen_linear
+from lora_megatron.layers.lora import AdapterSet, LoraFactors, dropout, seed_from
+from lora_megatron.layers.qkv import Part, add_parts
+from lora_megatron.layers.sharding import REPLICATED, Shard, declare
+
+
+class LoraColumnParallelLinear(ColumnParallelLinear):
+    """megatron-core's column-parallel linear, frozen or trained, with any number of adapters on its projections.
+
+    Args:
+        parts: from the number of local output rows to the projections they hold (`layers.qkv`).
+        adapters: which of them are adapted.
+        blocks: 2 for a gated fc1, whose gate and up halves are cut separately.
+        The rest is megatron-core's.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        output_size: int,
+        *,
+        parts: Callable[[int], tuple[Part, ...]],
+        adapters: AdapterSet,
+        blocks: int = 1,
+        **megatron: Any,
+    ) -> None:
+        super().__init__(input_size, output_size, **megatron)
+        declare(self.weight, Shard(0, blocks))
+        if self.bias is not None:
+            declare(self.bias, Shard(0, blocks))
+        self.dropout = adapters.dropout
+        self.dropout_seed = seed_from(adapters.seed, "dropout", adapters.name)
+        by_target = {part.name: part for part in parts(self.output_size_per_partition)}
+        self.parts = [by_target[adapter.target] for adapter in adapters.adapters]
+        self.adapters = nn.ModuleDict(
+            {
+                adapter.target: LoraFactors(
+                    adapter,
+                    in_features=input_size,
+                    out_features=by_target[adapter.target].rows * self.tp_group.size(),
+                    shard_a=REPLICATED,
+                    shard_b=Shard(0),
+                    partial_a=self.sequence_parallel,
+                    partial_b=False,
+                    tensor_rank=self.tp_group.rank(),
+                    tensor_size=self.tp_group.size(),
+                    seed=adapters.seed,
+                    name=f"{adapters.name}.{adapter.target}",
+                    dtype=self.weight.dtype,
+                    device=self.weight.device,
+                )
+                for adapter in adapters.adapters
+            }
+        )
+
+    def _forward_impl(self, input: Tensor, weight: Tensor, bias: Tensor | None, **kwargs: Any) -> Tensor:
+        """The seam megatron-core leaves for the GEMM: dgrad-only when the weight is frozen."""
+        if weight.requires_grad:
+            result: Tensor = super()._forward_impl(input=input, weight=weight, bias=bias, **kwargs)
+            return result
+        if kwargs["sequence_parallel"]:
+            input = gather_from_sequence_parallel_region(input, group=self.tp_group)
+        output = frozen_linear(
+            input, weight, sum_input_gradient_over=self.tp_group if kwargs["allreduce_dgrad"] else None
+        )
+        return output if bias is None else output + bias  # a bias may be trained above a frozen weight (BitFit)
+
+    def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """[s or s/t, b, in] -> [s, b, out / t], and the bias where it is left to the caller."""
+        output, bias = super().forward(input_, *args, **kwargs)
+        if self.adapters:
+            output = add_parts(output, self.parts, self._deltas(input_))
+        return output, bias
+
+    def _deltas(self, x: Tensor) -> list[Tensor]:
+        if self.dropout and self.training:
+            cut = (self.tp_group.rank(), self.tp_group.size()) if self.sequence_parallel else (0, 1)
+            x = dropout(x, self.dropout, seed=self.dropout_seed, sequence=cut)
+        pairs = list(self.adapters.values())
+        # x is read once for all A's of the layer, and one collective serves them all.
+        u = torch.matmul(x, torch.cat([pair.lora_A for pair in pairs]).t())  # [s or s/t, b, sum of r]
+        if self.sequence_parallel:
+            u = gather_from_sequence_parallel_region(u, group=self.tp_group)  # g
+        else:
+            u = copy_to_tensor_model_parallel_region(u, group=self.tp_group)  # f
+        pieces = u.split([pair.lora_A.shape[0] for pair in pairs], dim=-1)  # each [s, b, r]
+        return [
+            torch.matmul(piece * pair.scale, pair.lora_B.t()) for piece, pair in zip(pieces, pairs, strict=True)
+        ]

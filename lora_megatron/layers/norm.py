@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LayerNorm and RMSNorm that work on sequence shards.
+
+megatron-core's fallback to torch's norms refuses sequence parallelism. Here the parameters carry the declaration that
+their gradients are partial sums over sequence shards, and megatron-core sums them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.fusions.fused_layer_norm import HAVE_FUSED_LAYER_NORM, FusedLayerNorm
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lora_megatron.layers.sharding import REPLICATED, declare
+
+
+class LayerNorm(nn.Module):
+    """y = (x - mean) / sqrt(var + eps) * weight + bias over the last dimension; x [s or s/t, b, hidden_size]."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **megatron: Any) -> None:
+        super().__init__()
+        self.shape, self.eps = (hidden_size,), eps
+        device = None if config.use_cpu_initialization else torch.cuda.current_device()
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
+        declare(self.weight, REPLICATED, sum_over_sequence_shards=config.sequence_parallel)
+        self.register_parameter("bias", self._bias(config, device))
+
+    def _bias(self, config: TransformerConfig, device: Any) -> nn.Parameter | None:
+        bias = nn.Parameter(torch.zeros(self.shape, dtype=config.params_dtype, device=device))
+        declare(bias, REPLICATED, sum_over_sequence_shards=config.sequence_parallel)
+        return bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., hidden_size] -> the same shape."""
+        return functional.layer_norm(x, self.shape, self.weight, self.bias, self.eps)
+
+
+class RMSNorm(LayerNorm):
+    """y = x / sqrt(mean(x^2) + eps) * weight over the last dimension."""
+
+    def _bias(self, config: TransformerConfig, device: Any) -> None:
+        return None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., hidden_size] -> the same shape; the mean is taken in fp32 as transformers' Llama does."""
+        return functional.rms_norm(x.float(), self.shape, None, self.eps).to(x.dtype) * self.weight
+
+
+class ApexLayerNorm(FusedLayerNorm):  # type: ignore[misc]
+    """apex's fused LayerNorm through megatron-core, with the sharding declaration."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **megatron: Any) -> None:
+        super().__init__(config, hidden_size, eps, **megatron)
+        for parameter in self.parameters():
+            declare(parameter, REPLICATED, sum_over_sequence_shards=config.sequence_parallel)
+
+
+def norm_class(normalization: str) -> type[nn.Module]:
+    """The norm for `LayerNorm` or `RMSNorm`: apex's fused kernel where importable on a GPU, torch's elsewhere."""
+    if normalization == "LayerNorm" and HAVE_FUSED_LAYER_NORM and torch.cuda.is_available():
+        return ApexLayerNorm
+    return {"LayerNorm": LayerNorm, "RMSNorm": RMSNorm}[normalization]

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Row-parallel linear with LoRA: W and A cut by columns (inputs), B on every rank.
+
+    u_t = x_t A_t^T                       x_t [s, b, in / t], u_t [s, b, r] a partial sum
+    u   = g(u_t)                          all-reduce over the tensor group, or reduce-scatter along s (rank-wide)
+    y   = g(x_t W_t^T) + (alpha / r) u B^T        B is applied once, after the sum; the bias likewise
+
+Without sequence parallelism dB is complete and equal on all ranks. With it a rank sees its tokens only, so dB must be
+summed over the tensor-parallel group (declared on B). dA_t is this rank's alone in both cases.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel import (
+    RowParallelLinear,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
+from torch import Tensor, nn
+
+from lora_megatron.layers.frozen import frozen_linear
+from lora_megatron.layers.lora import AdapterSet, LoraFactors, dropout, seed_from
+from lora_megatron.layers.sharding import REPLICATED, Shard, declare
+
+
+class LoraRowParallelLinear(RowParallelLinear):
+    """megatron-core's row-parallel linear, frozen or trained, with at most one adapter.
+
+    Args:
+        adapters: the adapter, if any.
+        The rest is megatron-core's.
+    """
+
+    def __init__(self, input_size: int, output_size: int, *, adapters: AdapterSet, **megatron: Any) -> None:
+        super().__init__(input_size, output_size, **megatron)
+        declare(self.weight, Shard(1))
+        if self.bias is not None:
+            declare(self.bias, REPLICATED, sum_over_sequence_shards=self.sequence_parallel)
+        assert len(adapters.adapters) <= 1, "a row-parallel layer is one projection"
+        self.dropout = adapters.dropout
+        self.dropout_seed = seed_from(adapters.seed, "dropout", adapters.name)
+        self.adapters = nn.ModuleDict(
+            {
+                adapter.target: LoraFactors(
+                    adapter,
+                    in_features=input_size,
+                    out_features=output_size,
+                    shard_a=Shard(1),
+                    shard_b=REPLICATED,
+                    partial_a=False,
+                    partial_b=self.sequence_parallel,
+                    tensor_rank=self.tp_group.rank(),
+                    tensor_size=self.tp_group.size(),
+                    seed=adapters.seed,
+                    name=f"{adapters.name}.{adapter.target}",
+                    dtype=self.weight.dtype,
+                    device=self.weight.device,
+                )
+                for adapter in adapters.adapters
+            }
+        )
+
+    def _forward_impl(self, input: Tensor, weight: Tensor, bias: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """The seam megatron-core leaves for the GEMM: dgrad-only when the weight is frozen."""
+        if weight.requires_grad:
+            result: Tensor = super()._forward_impl(input=input, weight=weight, bias=bias, **kwargs)
+            return result
+        assert bias is None, "a row-parallel bias is added after the sum over ranks"
+        return frozen_linear(input, weight)
+
+    def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
+        """[s, b, in / t] -> [s or s/t, b, out], and the bias where it is left to the caller."""
+        output, bias = super().forward(input_)
+        for pair in self.adapters.values():
+            output = output + self._delta(input_, pair)
+        return output, bias
+
+    def _delta(self, x: Tensor, pair: nn.Module) -> Tensor:
+        if self.dropout and self.training:
+            cut = (self.tp_group.rank(), self.tp_group.size())
+            x = dropout(x, self.dropout, seed=self.dropout_seed, features=cut)
+        u = torch.matmul(x, pair.lora_A.t())  # [s, b, r], a partial sum over the ranks' inputs
+        if self.sequence_parallel:
+            u = reduce_scatter_to_sequence_parallel_region(u, group=self.tp_group)  # [s/t, b, r]
+        else:
+            u = reduce_from_tensor_model_parallel_region(u, group=self.tp_group)
+        return torch.matmul(u * pair.scale, pair.lora_B.t())

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The only creator of process groups, devices and global seeds.
+
+`start` turns a layout (tensor x pipeline x context, data parallelism is what is left) into megatron-core's parallel
+state, over NCCL where every rank has a GPU and over gloo elsewhere. Every group gets an explicit timeout.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from megatron.core import parallel_state as mpu
+from megatron.core import tensor_parallel
+
+from lora_megatron.errors import ConfigError
+from lora_megatron.parallel import cpu_backend
+
+if not torch.cuda.is_available():
+    cpu_backend.install()
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one model is cut: sizes of the mesh axes. Data parallelism is world size / (tensor x pipeline x context)."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    virtual_pipeline: int = 1
+    context: int = 1
+    sequence: bool = False
+
+    @property
+    def model_size(self) -> int:
+        """Ranks that together hold one copy of the model."""
+        return self.tensor * self.pipeline * self.context
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Where this process stands in the mesh."""
+
+    rank: int
+    world_size: int
+    tensor: int
+    tensor_size: int
+    pipeline: int
+    pipeline_size: int
+    data: int
+    data_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def launched_world_size() -> int:
+    """World size torchrun announced, 1 under plain `python`."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def check_world_size(layout: Layout, world_size: int) -> None:
+    """Raise ConfigError when the layout cannot fill the world."""
+    if world_size % layout.model_size:
+        raise ConfigError(
+            f"world size {world_size} is not divisible by parallel.tensor x pipeline x context = {layout.tensor} x "
+            f"{layout.pipeline} x {layout.context} = {layout.model_size}: start a multiple of {layout.model_size} "
+            f"processes (torchrun --nproc-per-node {layout.model_size}) or change the layout"
+        )
+
+
+def start(layout: Layout, *, seed: int, timeout_minutes: float = 30.0) -> Ranks:
+    """Join the world torchrun announced (or make a world of one) and build every group of the layout.
+
+    Raises:
+        ConfigError: the world size is not a multiple of tensor x pipeline x context.
+    """
+    check_world_size(layout, launched_world_size())
+    _join_world(timedelta(minutes=timeout_minutes))
+    return build_mesh(layout, seed=seed, timeout_minutes=timeout_minutes)
+
+
+def _join_world(timeout: timedelta) -> None:
+    if dist.is_initialized():
+        return
+    use_cuda = torch.cuda.is_available()
+    if use_cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    backend = "nccl" if use_cuda else "gloo"
+    if "RANK" in os.environ:
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+        # A restarted attempt must not read the keys of the one that died (stale keys lose 7 restarts of 8).
+        store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    else:
+        store, rank, world_size = dist.HashStore(), 0, 1
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+
+
+def build_mesh(layout: Layout, *, seed: int, timeout_minutes: float = 30.0) -> Ranks:
+    """Build megatron-core's groups for `layout` over the running world; see `start`."""
+    world_size = dist.get_world_size()
+    check_world_size(layout, world_size)
+    mpu.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
+        context_parallel_size=layout.context,
+        distributed_timeout_minutes=max(1, round(timeout_minutes)),
+        create_gloo_process_groups=False,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    return Ranks(
+        rank=dist.get_rank(),
+        world_size=world_size,
+        tensor=mpu.get_tensor_model_parallel_rank(),
+        tensor_size=layout.tensor,
+        pipeline=mpu.get_pipeline_model_parallel_rank(),
+        pipeline_size=layout.pipeline,
+        data=mpu.get_data_parallel_rank(),
+        data_size=mpu.get_data_parallel_world_size(),
+        device=device,
+    )
+
+
+def stop() -> None:
+    """Leave every group."""
+    mpu.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
