@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A prepared Parquet file as a checked, random-access table of (id, context, target).
+
+A Parquet file is input from outside: its footer may lie about rows and sizes, its bytes may have rotted. So the
+manifest's hash is compared before anything is decoded, page checksums are verified, text is decoded a few rows at a
+time against limits, and every string is checked to be UTF-8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lora_megatron.data.manifest import MANIFEST_NAME, ManifestFile, file_sha256, read_manifest
+from lora_megatron.errors import DataError
+
+MAX_ROW_BYTES = 2**20
+MAX_TOTAL_BYTES = 4 * 2**30
+_ROWS_PER_BATCH = 64  # bounds what one step decodes to 64 rows of the largest size allowed
+_TEXT_COLUMNS = (("context", "target"), ("prompt", "completion"))
+
+
+class ExampleTable:
+    """Rows of one Parquet file, held as Arrow columns.
+
+    path: the file; content_hash: its SHA-256 in hex, for ranks to compare; columns: the names that serve as
+    context and target.
+    """
+
+    def __init__(self, path: Path, content_hash: str, columns: tuple[str, str], table: pa.Table) -> None:
+        self.path = path
+        self.content_hash = content_hash
+        self.columns = columns
+        self._table = table
+
+    def __len__(self) -> int:
+        return self._table.num_rows
+
+    def __getitem__(self, index: int) -> tuple[str, str, str]:
+        """(id, context, target) of row `index`; the id is the row number where the file has no id column."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        context, target = (self._table.column(name)[index].as_py() for name in self.columns)
+        row_id = self._table.column("id")[index].as_py() if "id" in self._table.column_names else str(index)
+        return row_id, context, target
+
+    def __iter__(self) -> Iterator[tuple[str, str, str]]:
+        row = 0
+        for batch in self._table.to_batches():
+            columns = {
+                name: batch.column(name).to_pylist() for name in (*self.columns, "id") if name in batch.schema.names
+            }
+            ids = columns.get("id") or [str(row + i) for i in range(batch.num_rows)]
+            yield from zip(ids, columns[self.columns[0]], columns[self.columns[1]], strict=True)
+            row += batch.num_rows
+
+    def references(self, index: int) -> list[str]:
+        """All accepted texts for row `index`: its `references` column, or its target alone without one."""
+        if "references" not in self._table.column_names:
+            return [self[index][2]]
+        return self._table.column("references")[index].as_py()
+
+
+def open_examples(path: str | Path, *, with_references: bool = False) -> ExampleTable:
+    """Open and check a Parquet file with the columns context and target (or prompt and completion).
+
+    with_references: also decode the `references` column where there is one (evaluation needs it, training does not).
+
+    Raises DataError when the file is missing, not Parquet, empty, damaged, differs from the manifest beside it,
+    lacks the columns, or holds nulls, invalid UTF-8, a row above 1 MiB or more than 4 GiB in all.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"{path} does not exist or is not a file; give the path of a prepared .parquet file")
+    content_hash = file_sha256(path)
+    entry = _check_manifest(path, content_hash)
+    with _arrow_errors(path), pq.ParquetFile(path, memory_map=True, page_checksum_verification=True) as file:
+        columns = _text_columns(path, file.schema_arrow)
+        if entry is not None and entry.rows != file.metadata.num_rows:
+            raise DataError(
+                f"{path} has {file.metadata.num_rows} rows, {MANIFEST_NAME} says {entry.rows}; prepare the data again"
+            )
+        optional = ["id", "references"] if with_references else ["id"]
+        names = [*columns, *(name for name in optional if name in file.schema_arrow.names)]
+        table = _read_capped(path, file, names)
+    if table.num_rows == 0:
+        raise DataError(f"{path} has no rows; prepare the data again or give another file")
+    return ExampleTable(path, content_hash, columns, table)
+
+
+def _check_manifest(path: Path, content_hash: str) -> ManifestFile | None:
+    files = read_manifest(path.parent)
+    if files is None:
+        return None
+    if path.name not in files:
+        raise DataError(f"{path} is not listed in the {MANIFEST_NAME} beside it; move it elsewhere or prepare again")
+    entry = files[path.name]
+    size = path.stat().st_size
+    if size != entry.bytes:
+        raise DataError(f"{path} has {size} bytes, {MANIFEST_NAME} says {entry.bytes}; copy or prepare it again")
+    if content_hash != entry.sha256:
+        raise DataError(f"{path} differs from the SHA-256 in {MANIFEST_NAME}: damaged; copy or prepare it again")
+    return entry
+
+
+def _text_columns(path: Path, schema: pa.Schema) -> tuple[str, str]:
+    for names in _TEXT_COLUMNS:
+        if all(schema.names.count(name) == 1 for name in names):
+            break
+    else:
+        raise DataError(f"{path} has the columns {schema.names}; expected context and target (or prompt, completion)")
+    for name in ("id", "references", *names):
+        kind = schema.field(name).type if name in schema.names else pa.string()
+        element = kind.value_type if name == "references" and pa.types.is_list(kind) else kind
+        if not (pa.types.is_string(element) or pa.types.is_large_string(element)):
+            raise DataError(f"{path}: column {name!r} is {kind}, expected string")
+    return names
+
+
+def _read_capped(path: Path, file: pq.ParquetFile, names: Sequence[str]) -> pa.Table:
+    """Decode `names` a few rows at a time, so that a small file cannot ask for unbounded memory."""
+    batches: list[pa.RecordBatch] = []
+    rows = total = 0
+    for batch in file.iter_batches(batch_size=_ROWS_PER_BATCH, columns=list(names)):
+        batch.validate(full=True)  # UTF-8 and offsets
+        for name in names:
+            if batch.column(name).null_count:
+                null_row = rows + batch.column(name).is_null().to_pylist().index(True)
+                raise DataError(f"{path}: row {null_row} has a null {name!r}; every row needs one")
+        total += batch.nbytes
+        # Cheap test first; only a batch that could hold an oversized row is looked at row by row.
+        if batch.nbytes > MAX_ROW_BYTES:
+            for i in range(batch.num_rows):
+                if batch.slice(i, 1).nbytes > MAX_ROW_BYTES:
+                    raise DataError(f"{path}: row {rows + i} is larger than {MAX_ROW_BYTES} bytes; shorten or drop it")
+        if total > MAX_TOTAL_BYTES:
+            raise DataError(f"{path} decodes to more than {MAX_TOTAL_BYTES} bytes; split it into several files")
+        batches.append(batch)
+        rows += batch.num_rows
+    if rows != file.metadata.num_rows:
+        raise DataError(f"{path} holds {rows} rows, its footer says {file.metadata.num_rows}: damaged; prepare again")
+    # One chunk per column: random access in a table of many chunks would search them at every row.
+    return pa.Table.from_batches(batches, schema=_projected(file.schema_arrow, names)).combine_chunks()
+
+
+def _projected(schema: pa.Schema, names: Sequence[str]) -> pa.Schema:
+    return pa.schema([schema.field(name) for name in names])
+
+
+@contextmanager
+def _arrow_errors(path: Path) -> Iterator[None]:
+    """Turn what Arrow raises for damaged or hostile files into one DataError line."""
+    try:
+        yield
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(f"{path} cannot be read as Parquet: {reason}; copy or prepare it again") from error
