@@ -84,8 +84,8 @@ class LoraFactors(nn.Module):
         self.scale = adapter.scale
         full_a, full_b = (adapter.rank, in_features), (out_features, adapter.rank)
         a = torch.empty(full_a, device="meta") if _on_meta(device) else self._initial_a(full_a, seed, name)
-        part_a = shard_a.part(a, tensor_rank, tensor_size)
-        part_b = shard_b.part(torch.empty(full_b, device="meta"), tensor_rank, tensor_size)
+        part_a = shard_a.part(a, full_a, tensor_rank, tensor_size)
+        part_b = shard_b.part(torch.empty(full_b, device="meta"), full_b, tensor_rank, tensor_size)
         self.lora_A = nn.Parameter(part_a.to(device=device, dtype=dtype, copy=True).contiguous())
         self.lora_B = nn.Parameter(torch.zeros(part_b.shape, device=device, dtype=dtype))
         declare(self.lora_A, shard_a, sum_over_sequence_shards=partial_a)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
@@ -19,30 +20,53 @@ from torch import Tensor
 class Shard:
     """The cut of one tensor: `axis` None means every rank holds all of it.
 
-    `blocks` > 1 means the full tensor is that many equal blocks stacked along `axis`, each of them cut by itself: a
-    gated fc1 is [gate; up] (2 blocks), and a rank holds [its rows of gate; its rows of up].
+    `blocks` > 1: the full tensor is that many equal blocks stacked along `axis`, each of them cut by itself. A gated
+    fc1 is [gate; up], and a rank holds [its rows of gate; its rows of up].
+
+    `padding`: rows of zeros that follow the true tensor on the last ranks, so that a vocabulary divides. They exist in
+    memory only: `full_shape`, `join` and what is saved never include them.
     """
 
     axis: int | None = None
     blocks: int = 1
+    padding: int = 0
 
-    def part(self, full: Tensor, rank: int, size: int) -> Tensor:
-        """The part of `full` that tensor rank `rank` of `size` holds (a copy only where blocks must be joined)."""
+    def full_shape(self, local: Sequence[int], size: int) -> tuple[int, ...]:
+        """Shape of the true tensor, given the shape of a rank's part and the number of ranks."""
+        return tuple(n * size - self.padding if axis == self.axis else n for axis, n in enumerate(local))
+
+    def part(self, full: Any, shape: Sequence[int], rank: int, size: int) -> Tensor:
+        """The part of `full` that tensor rank `rank` of `size` holds.
+
+        `full` is a tensor of `shape`, or anything that slices like one (a safetensors slice reads only those bytes).
+        """
         if self.axis is None or size == 1:
-            return full
-        blocks = [block.chunk(size, self.axis)[rank] for block in full.chunk(self.blocks, self.axis)]
-        return blocks[0] if self.blocks == 1 else torch.cat(blocks, self.axis)
+            return self._pad(full[:], 0 if self.axis is None else shape[self.axis] + self.padding)
+        block = (shape[self.axis] + self.padding) // self.blocks
+        step = block // size
+        pieces = []
+        for index in range(self.blocks):
+            start = index * block + rank * step
+            stop = min(start + step, shape[self.axis])
+            where = (slice(None),) * self.axis + (slice(min(start, stop), stop),)
+            pieces.append(full[where])
+        joined = pieces[0] if self.blocks == 1 else torch.cat(pieces, self.axis)
+        return self._pad(joined, step * self.blocks)
+
+    def _pad(self, tensor: Tensor, length: int) -> Tensor:
+        if not self.padding or tensor.shape[0] == length:
+            return tensor
+        assert self.axis == 0, "only rows are padded"
+        return torch.cat([tensor, tensor.new_zeros(length - tensor.shape[0], *tensor.shape[1:])])
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
-        """The full tensor from every rank's part, in rank order."""
-        if self.axis is None or len(parts) == 1:
+        """The true tensor from every rank's part, in rank order."""
+        if self.axis is None:
             return parts[0]
         per_rank = [part.chunk(self.blocks, self.axis) for part in parts]
-        return torch.cat([ranks[block] for block in range(self.blocks) for ranks in per_rank], self.axis)
-
-    def full_shape(self, shape: Sequence[int], size: int) -> tuple[int, ...]:
-        """The shape of the full tensor, given the shape of a rank's part."""
-        return tuple(n * size if axis == self.axis else n for axis, n in enumerate(shape))
+        blocks = [ranks[block] for block in range(self.blocks) for ranks in per_rank]
+        full = blocks[0] if len(blocks) == 1 else torch.cat(blocks, self.axis)
+        return full.narrow(self.axis, 0, full.shape[self.axis] - self.padding)
 
 
 REPLICATED = Shard()

@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Build this rank's part of the model: megatron-core GPTModels, adapted at birth, frozen where the method says so."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from dataclasses import dataclass
+
+import torch
+from megatron.core import parallel_state as mpu
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lora_megatron.layers.sharding import REPLICATED, Shard, declare
+from lora_megatron.methods.method import Method
+from lora_megatron.model.names import EMBEDDING, OUTPUT, POSITIONS, named_parameters
+from lora_megatron.model.shape import ModelShape
+from lora_megatron.model.spec import block_spec
+from lora_megatron.parallel.groups import Layout
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_RECOMPUTE: dict[str, dict[str, object]] = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
+_VOCABULARY_MULTIPLE = 128  # padded rows keep the GEMM's shape friendly and the embedding divisible
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """How to build, as opposed to what."""
+
+    precision: str = "fp32"
+    recompute: str = "none"
+    dropout: float = 0.0
+    adapter_seed: int = 0
+    meta: bool = False
+    """Build without storage, to count parameters of a model of any size."""
+
+
+def _activation(name: str) -> object:
+    if name == "gelu_tanh":
+        return lambda x: functional.gelu(x, approximate="tanh")
+    return {"gelu": functional.gelu, "silu": functional.silu, "relu": functional.relu}[name]
+
+
+def megatron_config(shape: ModelShape, layout: Layout, options: BuildOptions) -> TransformerConfig:
+    """megatron-core's configuration: no fusion that needs a compiler, no initialisation (weights are drawn here)."""
+    dtype = DTYPES[options.precision]
+    return TransformerConfig(
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        num_attention_heads=shape.num_attention_heads,
+        num_query_groups=shape.num_query_groups,
+        kv_channels=shape.head_dim,
+        ffn_hidden_size=shape.ffn_hidden_size,
+        normalization=shape.normalization,
+        layernorm_epsilon=shape.norm_epsilon,
+        activation_func=_activation(shape.activation),
+        gated_linear_unit=shape.gated_mlp,
+        add_bias_linear=shape.linear_bias,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
+        context_parallel_size=layout.context,
+        sequence_parallel=layout.sequence and layout.tensor > 1,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=options.precision == "bf16",
+        perform_initialization=False,
+        use_cpu_initialization=options.meta,
+        calculate_per_token_loss=True,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,
+        **_RECOMPUTE[options.recompute],  # type: ignore[arg-type]
+    )
+
+
+def padded_vocabulary(vocab_size: int, tensor: int) -> int:
+    """Rows of the embedding in memory: a multiple of 128 that every tensor size up to 128 divides."""
+    multiple = math.lcm(_VOCABULARY_MULTIPLE, tensor)
+    return -(-vocab_size // multiple) * multiple
+
+
+def build(shape: ModelShape, method: Method, layout: Layout, options: BuildOptions) -> list[GPTModel]:
+    """This rank's model chunks (one, or one per virtual pipeline stage), weights not yet loaded.
+
+    Parameters the method does not train have `requires_grad` off; each carries its sharding declaration.
+    """
+    config = megatron_config(shape, layout, options)
+    padded = padded_vocabulary(shape.vocab_size, layout.tensor)
+    count = layout.virtual_pipeline
+    device = torch.device("meta" if options.meta else torch.cuda.current_device())
+    chunks = []
+    for index in range(count):
+        vp_stage = index if count > 1 else None
+        if vp_stage is not None:
+            mpu.set_virtual_pipeline_model_parallel_rank(index)
+        first = get_transformer_layer_offset(config, vp_stage)
+        layers = range(first, first + get_num_layers_to_build(config, vp_stage))
+        with torch.device("meta") if options.meta else contextlib.nullcontext():
+            chunk = GPTModel(
+                config=config,
+                transformer_layer_spec=block_spec(
+                    shape, method, layers, dropout=options.dropout, seed=options.adapter_seed
+                ),
+                vocab_size=padded,
+                max_sequence_length=shape.max_position_embeddings,
+                pre_process=mpu.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+                post_process=mpu.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+                share_embeddings_and_output_weights=shape.tied_embeddings,
+                position_embedding_type="rope" if shape.position == "rope" else "learned_absolute",
+                rotary_base=shape.rotary_base,  # type: ignore[arg-type]
+                vp_stage=vp_stage,
+            )
+        chunks.append(chunk.to(device=device, dtype=DTYPES[options.precision]))
+    for chunk in chunks:
+        _declare_embeddings(chunk, padding=padded - shape.vocab_size)
+        _mask_padded_logits(chunk, shape.vocab_size, layout.tensor)
+    _freeze(chunks, method)
+    needs_gradient_at_input = options.recompute != "none" or layout.pipeline > 1
+    if needs_gradient_at_input:
+        for chunk in chunks:
+            _let_gradient_reach_input(chunk)
+    return chunks
+
+
+def _declare_embeddings(chunk: GPTModel, *, padding: int) -> None:
+    """The parameters megatron-core owns alone."""
+    rows = Shard(0, padding=padding)
+    for named in named_parameters([chunk]):
+        if named.name in (EMBEDDING, OUTPUT):
+            declare(named.parameter, rows)
+        elif named.name == POSITIONS:
+            declare(named.parameter, REPLICATED)
+
+
+def _mask_padded_logits(chunk: GPTModel, vocab_size: int, tensor_size: int) -> None:
+    """Give padded vocabulary rows no probability, so that the loss does not depend on how much padding there is."""
+    if not chunk.post_process:
+        return
+    columns = padded_vocabulary(vocab_size, tensor_size) // tensor_size
+    start = max(0, min(columns, vocab_size - mpu.get_tensor_model_parallel_rank() * columns))
+    if start == columns:
+        return
+
+    def mask(module: nn.Module, args: object, output: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
+        logits, bias = output
+        logits[..., start:columns] = torch.finfo(logits.dtype).min
+        return logits, bias
+
+    chunk.output_layer.register_forward_hook(mask)
+
+
+def _freeze(chunks: list[GPTModel], method: Method) -> None:
+    for named in named_parameters(chunks):
+        named.parameter.requires_grad_(method.is_trainable(named.name))
+
+
+def _let_gradient_reach_input(chunk: GPTModel) -> None:
+    """Make the output of a frozen embedding require a gradient.
+
+    Whole-layer recomputation runs its backward only if an input of the layer requires a gradient, and a pipeline
+    stage without trained parameters must still have a graph to walk; with every weight below frozen, neither would.
+    """
+    if not chunk.pre_process or any(p.requires_grad for p in chunk.embedding.parameters()):
+        return
+
+    def require(module: nn.Module, args: object, output: Tensor) -> Tensor:
+        return output.requires_grad_() if torch.is_grad_enabled() else output
+
+    chunk.embedding.register_forward_hook(require)

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The layer spec: where megatron-core is told which of our layers to build, already adapted.
+
+Adapters come in through `ModuleSpec(cls, params=...)`, layer by layer, instead of by walking and patching a built
+model: a shard of a very large model is built once, and names are the same for every method.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from lora_megatron.layers.attention import SdpaAttention
+from lora_megatron.layers.column import LoraColumnParallelLinear
+from lora_megatron.layers.lora import AdapterSet
+from lora_megatron.layers.norm import norm_class
+from lora_megatron.layers.qkv import Part, gated_parts, qkv_parts, whole
+from lora_megatron.layers.row import LoraRowParallelLinear
+from lora_megatron.methods.method import Method
+from lora_megatron.model.shape import ModelShape
+
+
+def _qkv_rows(rows: int, *, shape: ModelShape) -> tuple[Part, ...]:
+    per_group = (shape.num_attention_heads // shape.num_query_groups + 2) * shape.head_dim
+    groups = rows // per_group  # whole query groups of this rank
+    return qkv_parts(groups * (shape.num_attention_heads // shape.num_query_groups), groups, shape.head_dim)
+
+
+def _fc1_rows(rows: int, *, gated: bool) -> tuple[Part, ...]:
+    return gated_parts(rows // 2) if gated else whole("fc1", rows)
+
+
+def layer_spec(shape: ModelShape, method: Method, layer: int, *, dropout: float, seed: int) -> ModuleSpec:
+    """One transformer layer, `layer` being its global index; `dropout` and `seed` are the adapters'."""
+
+    def adapters(linear: str, *projections: str) -> AdapterSet:
+        chosen = tuple(adapter for name in projections for adapter in method.adapters(layer, name))
+        return AdapterSet(f"decoder.layers.{layer}.{linear}", chosen, dropout, seed)
+
+    norm = norm_class(shape.normalization)
+    attention = SelfAttentionSubmodules(
+        linear_qkv=ModuleSpec(
+            LoraColumnParallelLinear,
+            params={
+                "parts": partial(_qkv_rows, shape=shape),
+                "adapters": adapters("self_attention.linear_qkv", "q", "k", "v"),
+            },
+        ),
+        core_attention=SdpaAttention,
+        linear_proj=ModuleSpec(LoraRowParallelLinear, params={"adapters": adapters("self_attention.linear_proj", "o")}),
+        q_layernorm=IdentityOp,
+        k_layernorm=IdentityOp,
+    )
+    mlp = MLPSubmodules(
+        linear_fc1=ModuleSpec(
+            LoraColumnParallelLinear,
+            params={
+                "parts": partial(_fc1_rows, gated=shape.gated_mlp),
+                "adapters": adapters("mlp.linear_fc1", *(("gate", "up") if shape.gated_mlp else ("fc1",))),
+                "blocks": 2 if shape.gated_mlp else 1,
+            },
+        ),
+        linear_fc2=ModuleSpec(LoraRowParallelLinear, params={"adapters": adapters("mlp.linear_fc2", "fc2")}),
+    )
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=norm,
+            self_attention=ModuleSpec(
+                module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=norm,
+            mlp=ModuleSpec(module=MLP, submodules=mlp),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+def block_spec(
+    shape: ModelShape, method: Method, layers: range, *, dropout: float, seed: int
+) -> TransformerBlockSubmodules:
+    """The layers `layers` (global indices) of one model chunk and the final norm's class."""
+    return TransformerBlockSubmodules(
+        layer_specs=[layer_spec(shape, method, layer, dropout=dropout, seed=seed) for layer in layers],
+        layer_norm=norm_class(shape.normalization),
+    )
