@@ -20,7 +20,10 @@ from lora_megatron.errors import DataError
 
 MAX_ROW_BYTES = 2**20
 MAX_TOTAL_BYTES = 4 * 2**30
+MAX_EXPANSION = 1000  # text compresses 3 to 30 times; a file that claims far more is made to exhaust memory
+MIN_TOTAL_BYTES = 64 * 2**20  # below this no file is refused for its expansion
 _ROWS_PER_BATCH = 64  # bounds what one step decodes to 64 rows of the largest size allowed
+_PAGE_OVERHEAD = 2**20  # headers, levels and dictionaries beside the text itself
 _TEXT_COLUMNS = (("context", "target"), ("prompt", "completion"))
 
 
@@ -71,7 +74,8 @@ def open_examples(path: str | Path, *, with_references: bool = False) -> Example
     with_references: also decode the `references` column where there is one (evaluation needs it, training does not).
 
     Raises DataError when the file is missing, not Parquet, empty, damaged, differs from the manifest beside it,
-    lacks the columns, or holds nulls, invalid UTF-8, a row above 1 MiB or more than 4 GiB in all.
+    lacks the columns, or holds nulls, invalid UTF-8, a row above 1 MiB, or decodes
+    to more than 4 GiB or 1000 times its size.
     """
     path = Path(path)
     if not path.is_file():
@@ -86,6 +90,7 @@ def open_examples(path: str | Path, *, with_references: bool = False) -> Example
             )
         optional = ["id", "references"] if with_references else ["id"]
         names = [*columns, *(name for name in optional if name in file.schema_arrow.names)]
+        _check_claimed_sizes(path, file.metadata, names)
         table = _read_capped(path, file, names)
     if table.num_rows == 0:
         raise DataError(f"{path} has no rows; prepare the data again or give another file")
@@ -121,10 +126,24 @@ def _text_columns(path: Path, schema: pa.Schema) -> tuple[str, str]:
     return names
 
 
+def _check_claimed_sizes(path: Path, metadata: pq.FileMetaData, names: Sequence[str]) -> None:
+    """Refuse by the footer's own numbers before a page is decompressed: a page may be far larger than a batch."""
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        for column in map(group.column, range(group.num_columns)):
+            name, size = column.path_in_schema.split(".")[0], column.total_uncompressed_size
+            if name in names and size > min(group.num_rows * MAX_ROW_BYTES + _PAGE_OVERHEAD, MAX_TOTAL_BYTES):
+                raise DataError(
+                    f"{path}: column {name!r} has {size} bytes for {group.num_rows} rows; "
+                    f"at most {MAX_ROW_BYTES} per row and {MAX_TOTAL_BYTES} in all"
+                )
+
+
 def _read_capped(path: Path, file: pq.ParquetFile, names: Sequence[str]) -> pa.Table:
     """Decode `names` a few rows at a time, so that a small file cannot ask for unbounded memory."""
     batches: list[pa.RecordBatch] = []
     rows = total = 0
+    size = path.stat().st_size
+    limit = min(MAX_TOTAL_BYTES, max(MIN_TOTAL_BYTES, MAX_EXPANSION * size))
     for batch in file.iter_batches(batch_size=_ROWS_PER_BATCH, columns=list(names)):
         batch.validate(full=True)  # UTF-8 and offsets
         for name in names:
@@ -137,8 +156,8 @@ def _read_capped(path: Path, file: pq.ParquetFile, names: Sequence[str]) -> pa.T
             for i in range(batch.num_rows):
                 if batch.slice(i, 1).nbytes > MAX_ROW_BYTES:
                     raise DataError(f"{path}: row {rows + i} is larger than {MAX_ROW_BYTES} bytes; shorten or drop it")
-        if total > MAX_TOTAL_BYTES:
-            raise DataError(f"{path} decodes to more than {MAX_TOTAL_BYTES} bytes; split it into several files")
+        if total > limit:
+            raise DataError(f"{path} ({size} bytes) decodes to more than {limit} bytes; split it, or it is hostile")
         batches.append(batch)
         rows += batch.num_rows
     if rows != file.metadata.num_rows:
