@@ -75,6 +75,10 @@ def megatron_config(shape: ModelShape, layout: Layout, options: BuildOptions) ->
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=options.precision == "bf16",
+        # With two stages the neighbours of the interleaved schedule are one and the same rank, and a batch of sends
+        # and receives between two ranks has no defined order: messages of both directions must not be batched.
+        overlap_p2p_comm=layout.virtual_pipeline > 1,
+        batch_p2p_comm=layout.virtual_pipeline == 1,
         perform_initialization=False,
         use_cpu_initialization=options.meta,
         calculate_per_token_loss=True,

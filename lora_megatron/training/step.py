@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One training or evaluation step through megatron-core's pipeline schedules.
+
+The objective is the paper's (equation 2): the sum of -log p over the counted tokens, divided by how many there are in
+the whole global batch. Gradients are summed over microbatches and data-parallel ranks and divided once, so a result
+does not depend on how the global batch is cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor, nn
+
+from lora_megatron.layers.lora import set_first_sample
+
+Batch = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class StepLoss:
+    """Sum of the loss over counted tokens and their number, over the whole global batch, on every rank."""
+
+    total: float
+    tokens: int
+
+    @property
+    def mean(self) -> float:
+        """Loss per counted token, in nats."""
+        return self.total / max(self.tokens, 1)
+
+
+def _loss(mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """losses [b, s] -> (sum over counted tokens, their number, both to report)."""
+    total = (losses.float() * mask).sum()
+    count = mask.sum()
+    return total, count.to(torch.int), torch.stack([total.detach().double(), count.double()])
+
+
+def forward_step(batches: Iterator[Batch], model: nn.Module) -> tuple[Tensor, Any]:
+    """megatron-core's forward_step_func: run one microbatch through this stage's chunk."""
+    batch = next(batches)
+    device = torch.cuda.current_device()
+    tokens, labels, positions, mask = (
+        batch[key].to(device, non_blocking=True) for key in ("tokens", "labels", "position_ids", "loss_mask")
+    )
+    attention_mask = batch["attention_mask"]
+    if attention_mask is not None:
+        attention_mask = attention_mask.to(device, non_blocking=True)
+    set_first_sample(batch["first_sample"])
+    output = model(tokens, positions, attention_mask, labels=labels)
+    return output, partial(_loss, mask)
+
+
+def run_microbatches(
+    ddp_chunks: Sequence[nn.Module], microbatches: Sequence[Batch], *, forward_only: bool = False
+) -> StepLoss:
+    """Forward, and backward unless `forward_only`, over this rank's microbatches; gradients end up reduced.
+
+    `microbatches` are this data-parallel rank's share of the global batch, the same list on every pipeline stage.
+    """
+    config = ddp_chunks[0].config
+    config.finalize_model_grads_func = None if forward_only else finalize_model_grads
+    batch_size, sequence_length = microbatches[0]["tokens"].shape
+    iterators = [iter(microbatches) for _ in ddp_chunks]
+    reports = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iterators if len(ddp_chunks) > 1 else iterators[0],
+        model=list(ddp_chunks) if len(ddp_chunks) > 1 else ddp_chunks[0],
+        num_microbatches=len(microbatches),
+        seq_length=sequence_length,
+        micro_batch_size=batch_size,
+        decoder_seq_length=sequence_length,
+        forward_only=forward_only,
+    )
+    return _reduce(reports)
+
+
+def _reduce(reports: Sequence[Tensor]) -> StepLoss:
+    """Sum over microbatches and data-parallel ranks, then tell every pipeline stage."""
+    device = torch.cuda.current_device()
+    sums = torch.stack(list(reports)).sum(0) if reports else torch.zeros(2, dtype=torch.float64, device=device)
+    dist.all_reduce(sums, group=mpu.get_data_parallel_group(with_context_parallel=True))
+    dist.broadcast(sums, src=mpu.get_pipeline_model_parallel_last_rank(), group=mpu.get_pipeline_model_parallel_group())
+    return StepLoss(float(sums[0]), int(sums[1]))
