@@ -65,6 +65,8 @@ class MethodSection(Section):
     dropout: float = Field(0.0, ge=0, lt=1)
     scaling: Literal["standard", "rslora"] = "standard"
     """alpha / r, or alpha / sqrt(r)."""
+    start_from: str | None = None
+    """Folder of an adapter to start from, trained on the same base with the same method."""
 
 
 class ParallelSection(Section):
@@ -111,7 +113,9 @@ class TrainSection(Section):
     """Learning rate after warm-up: down to zero at the last step, or constant."""
     seed: int = Field(42, ge=0)
     eval_every: int = Field(0, ge=0)
-    """Steps between evaluations; 0 evaluates after the last step only."""
+    """Steps between evaluations, the first before training; 0 evaluates after the last step only."""
+    samples: int = Field(0, ge=0)
+    """Held-out contexts to continue greedily before and after training, for the report."""
     save_every: int = Field(0, ge=0)
     """Steps between checkpoints; 0 saves after the last step only."""
     keep_checkpoints: int = Field(2, ge=1)

@@ -20,14 +20,14 @@ LONGEST_FILE = 300
 # Low to high; a module may import what stands in an earlier row, or its own package. Names in one row are siblings.
 LEVELS = (
     ("errors",),
-    ("config",),
+    ("config", "strict_json"),
     ("parallel",),
     ("layers",),
     ("methods",),
     ("model",),
     ("checkpoint", "data", "measure"),
     ("training", "evaluation", "analysis"),
-    ("quickstart",),
+    ("commands", "quickstart"),
     ("__main__",),
 )
 LEVEL_OF = {name: level for level, row in enumerate(LEVELS) for name in row}

@@ -8,17 +8,15 @@ reports a flipped bit.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lora_megatron import strict_json
 from lora_megatron.errors import DataError
 
 MANIFEST_NAME = "manifest.json"
 SCHEMA_VERSION = 1
-MAX_JSON_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -31,36 +29,13 @@ class ManifestFile:
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of the file's content in hex, read in blocks. Raises DataError when it cannot be read."""
-    try:
-        with open(path, "rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from error
+    """SHA-256 of a data file in hex. Raises DataError when it cannot be read."""
+    return strict_json.file_sha256(path, DataError)
 
 
 def load_json_object(path: Path, what: str) -> dict[str, Any]:
-    """Read a JSON object strictly: UTF-8, no duplicate keys, no NaN or Infinity, at most 64 MiB.
-
-    `what` is the phrase for error messages ("a data manifest"). Raises DataError naming the path.
-    """
-    try:
-        size = path.stat().st_size
-        if size > MAX_JSON_BYTES:
-            raise DataError(f"{path} is {size} bytes, too large for {what} (at most {MAX_JSON_BYTES})")
-        text = path.read_bytes().decode("utf-8")
-        value = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}; expected {what}") from error
-    except (UnicodeDecodeError, RecursionError) as error:
-        raise DataError(f"{path} is not valid JSON ({type(error).__name__}); expected {what}") from error
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}:{error.lineno} is not valid JSON ({error.msg}); expected {what}") from error
-    except _NotStrictJson as error:
-        raise DataError(f"{path} is not strict JSON: {error}; expected {what}") from error
-    if not isinstance(value, dict):
-        raise DataError(f"{path} holds a JSON {type(value).__name__}, expected {what} (an object)")
-    return value
+    """A JSON object read strictly; see `strict_json`. Raises DataError naming the path."""
+    return strict_json.load_json_object(path, what, DataError)
 
 
 def read_manifest(folder: Path) -> dict[str, ManifestFile] | None:
@@ -88,19 +63,3 @@ def _manifest_file(path: Path, name: str, entry: Any) -> ManifestFile:
         if not isinstance(entry, dict) or type(entry.get(field)) is not kind:
             raise DataError(f"{path}: files[{name!r}] needs {field!r} ({kind.__name__}); prepare the data again")
     return ManifestFile(rows=entry["rows"], bytes=entry["bytes"], sha256=entry["sha256"])
-
-
-class _NotStrictJson(Exception):
-    pass
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise _NotStrictJson(f"key {next(key for key in keys if keys.count(key) > 1)!r} appears twice")
-    return result
-
-
-def _refuse_constant(name: str) -> None:
-    raise _NotStrictJson(f"it contains {name}")

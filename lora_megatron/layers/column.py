@@ -108,6 +108,4 @@ class LoraColumnParallelLinear(ColumnParallelLinear):
         else:
             u = copy_to_tensor_model_parallel_region(u, group=self.tp_group)  # f
         pieces = u.split([pair.lora_A.shape[0] for pair in pairs], dim=-1)  # each [s, b, r]
-        return [
-            torch.matmul(piece * pair.scale, pair.lora_B.t()) for piece, pair in zip(pieces, pairs, strict=True)
-        ]
+        return [torch.matmul(piece * pair.scale, pair.lora_B.t()) for piece, pair in zip(pieces, pairs, strict=True)]

@@ -75,9 +75,9 @@ def adapter_key(name: str) -> str:
     return f"base_model.model.model.layers.{match[1]}.{_PEFT_MODULE[match[3]]}.lora_{match[4]}.weight"
 
 
-def peft_target_modules(projections: Sequence[str]) -> list[str]:
-    """PEFT's `target_modules` for our projections."""
-    return sorted({_PEFT_MODULE[name].rpartition(".")[2] for name in projections})
+def peft_module(projection: str) -> str:
+    """PEFT's module path of a projection inside a layer, e.g. `self_attn.q_proj`."""
+    return _PEFT_MODULE[projection]
 
 
 def adapter_name(layer: int, projection: str, factor: str) -> str:

@@ -110,4 +110,3 @@ def install() -> None:
     megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign,assignment]
     torch.Tensor.type = _tensor_type(torch.Tensor.type)  # type: ignore[method-assign]
-

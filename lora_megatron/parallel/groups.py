@@ -13,7 +13,6 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-
 from megatron.core import parallel_state as mpu
 from megatron.core import tensor_parallel
 

@@ -36,7 +36,7 @@ class Optimizer(Protocol):
     """What the loop asks of an optimizer."""
 
     def zero_grad(self) -> None:
-        """Forget the gradients of the last step."""
+        """Drop references to the last step's gradients (the buffers themselves are zeroed by the step)."""
         ...
 
     def set_lr(self, lr: float) -> None:
@@ -118,8 +118,6 @@ class MegatronAdamW:
             group["weight_decay"] = section.weight_decay  # one decay for all that trains
 
     def zero_grad(self) -> None:
-        for chunk in self.chunks:
-            chunk.zero_grad_buffer()
         self.inner.zero_grad()
 
     def set_lr(self, lr: float) -> None:

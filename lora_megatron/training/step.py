@@ -8,6 +8,7 @@ does not depend on how the global batch is cut.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +22,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
 from lora_megatron.layers.lora import set_first_sample
+from lora_megatron.parallel.agree import gather_text
 
 Batch = dict[str, Any]
 
@@ -31,6 +33,8 @@ class StepLoss:
 
     total: float
     tokens: int
+    bad_ranks: tuple[int, ...] = ()
+    """Ranks whose own part of the loss is not finite."""
 
     @property
     def mean(self) -> float:
@@ -63,11 +67,16 @@ def forward_step(batches: Iterator[Batch], model: nn.Module) -> tuple[Tensor, An
 def run_microbatches(
     ddp_chunks: Sequence[nn.Module], microbatches: Sequence[Batch], *, forward_only: bool = False
 ) -> StepLoss:
-    """Forward, and backward unless `forward_only`, over this rank's microbatches; gradients end up reduced.
+    """Forward, and backward unless `forward_only`, over this rank's microbatches.
+
+    Afterwards the gradient buffers hold the gradient of this global batch, reduced and divided; nothing older.
 
     `microbatches` are this data-parallel rank's share of the global batch, the same list on every pipeline stage.
     """
     config = ddp_chunks[0].config
+    if not forward_only:
+        for chunk in ddp_chunks:
+            chunk.zero_grad_buffer()
     config.finalize_model_grads_func = None if forward_only else finalize_model_grads
     batch_size, sequence_length = microbatches[0]["tokens"].shape
     iterators = [iter(microbatches) for _ in ddp_chunks]
@@ -88,6 +97,9 @@ def _reduce(reports: Sequence[Tensor]) -> StepLoss:
     """Sum over microbatches and data-parallel ranks, then tell every pipeline stage."""
     device = torch.cuda.current_device()
     sums = torch.stack(list(reports)).sum(0) if reports else torch.zeros(2, dtype=torch.float64, device=device)
+    own_is_finite = math.isfinite(float(sums[0]))
     dist.all_reduce(sums, group=mpu.get_data_parallel_group(with_context_parallel=True))
     dist.broadcast(sums, src=mpu.get_pipeline_model_parallel_last_rank(), group=mpu.get_pipeline_model_parallel_group())
-    return StepLoss(float(sums[0]), int(sums[1]))
+    total = float(sums[0])
+    bad = () if math.isfinite(total) else [bool(text) for text in gather_text("" if own_is_finite else "not finite")]
+    return StepLoss(total, int(sums[1]), tuple(rank for rank, is_bad in enumerate(bad) if is_bad))

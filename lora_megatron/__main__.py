@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: `lora-megatron COMMAND ...`, the same as `python -m lora_megatron COMMAND ...`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from lora_megatron import __version__
+from lora_megatron.errors import EXIT_DONE, UserError
+
+_EXAMPLES = """examples:
+  lora-megatron quickstart --out runs/quickstart
+  lora-megatron train config.yaml train.steps=200 optimizer.lr=1e-4
+  torchrun --standalone --nproc-per-node 2 -m lora_megatron train config.yaml parallel.tensor=2
+
+exit status: 0 done, 2 configuration, 3 data, 4 checkpoint or disk, 5 numerical, 6 hang, 75 preempted
+(torchrun itself reports 1 for any of them; `status.json` in the run folder keeps ours)"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The commands and their arguments."""
+    parser = argparse.ArgumentParser(
+        prog="lora-megatron",
+        description="LoRA fine-tuning inside a Megatron-Core GPT.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"lora-megatron {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    train = commands.add_parser(
+        "train",
+        help="train as a configuration says",
+        description="Train as a configuration says: LoRA, full fine-tuning or another method, on the ranks torchrun "
+        "started (one under plain python).",
+        epilog="example: lora-megatron train config.yaml method.targets='{q: 8, v: 8}' run.dir=runs/r8",
+    )
+    train.add_argument("config", help="YAML file with the sections model, base, method, parallel, ... (see README)")
+    train.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that win over the file's")
+
+    quickstart = commands.add_parser(
+        "quickstart",
+        help="a whole small experiment in minutes, on a CPU",
+        description="Generate a corpus, train a small base, adapt it with LoRA under tensor parallelism, fine-tune it "
+        "fully for comparison, and report.",
+    )
+    quickstart.add_argument("--out", default="runs/quickstart", help="folder to write (default: %(default)s)")
+    quickstart.add_argument("--seed", type=int, default=7, help="seed of everything random (default: %(default)s)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; a user's error is one line on stderr and its exit status."""
+    arguments = build_parser().parse_args(argv)
+    try:
+        _run(arguments)
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return error.exit_status
+    return EXIT_DONE
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    # Each command imports what it needs when it runs: `--help` must not wait for torch.
+    if arguments.command == "train":
+        from lora_megatron.commands.train import run_training
+        from lora_megatron.config import load_config
+
+        run_training(load_config(arguments.config, arguments.overrides))
+    else:
+        from pathlib import Path
+
+        from lora_megatron.quickstart import run_quickstart
+
+        run_quickstart(Path(arguments.out), seed=arguments.seed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

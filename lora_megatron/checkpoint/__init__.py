@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is written and read: base models, adapters, training state. safetensors and JSON only, never pickle."""

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The adapter file: what one task costs to store and ship.
+
+`adapter_model.safetensors` holds whole factors under PEFT's names, gathered from every tensor and pipeline rank;
+`adapter_config.json` is PEFT's; `manifest.json` adds hashes and what the adapter was trained on. Nothing in it knows
+the layout, so it loads into any other bit-exactly. Methods that train existing parameters (BitFit, the top layers)
+store those under their global names in the same way.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state as mpu
+from safetensors import safe_open
+from torch import nn
+
+from lora_megatron.checkpoint.folder import read_manifest, write_folder, write_json
+from lora_megatron.checkpoint.tensors import TensorFiles, save_tensors, write_stage_file
+from lora_megatron.errors import CheckpointError
+from lora_megatron.layers.sharding import shard_of
+from lora_megatron.methods.lora import Lora
+from lora_megatron.methods.method import Method
+from lora_megatron.model.names import Named, adapter_key, named_parameters, peft_module
+from lora_megatron.model.shape import ModelShape
+from lora_megatron.parallel.agree import gather_text
+
+TENSORS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+
+
+def describe_method(method: Method, shape: ModelShape) -> dict[str, Any]:
+    """What an adapter of `method` is, in plain values: name, and for LoRA alpha, scaling and every rank."""
+    facts: dict[str, Any] = {"method": method.name}
+    if isinstance(method, Lora):
+        ranks = {f"{i}.{p}": a.rank for i in range(shape.num_layers) for p in shape.projections
+                 for a in method.adapters(i, p)}  # fmt: skip
+        facts |= {"alpha": method.alpha, "rank_stabilised": method.rank_stabilised, "ranks": ranks}
+    return facts
+
+
+def peft_config(method: Lora, shape: ModelShape, base: str) -> dict[str, Any]:
+    """PEFT's LoraConfig for this adapter; ranks that differ from the commonest go into `rank_pattern`."""
+    ranks = {(i, p): a.rank for i in range(shape.num_layers) for p in shape.projections for a in method.adapters(i, p)}
+    commonest = Counter(ranks.values()).most_common(1)[0][0]
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": commonest,
+        "lora_alpha": method.alpha,
+        "lora_dropout": 0.0,
+        "use_rslora": method.rank_stabilised,
+        "target_modules": sorted({peft_module(p).rpartition(".")[2] for _, p in ranks}),
+        "rank_pattern": {f"layers.{i}.{peft_module(p)}": r for (i, p), r in ranks.items() if r != commonest},
+        "alpha_pattern": {},
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+        "modules_to_save": None,
+    }
+
+
+def write_adapter_part(temporary: Path, chunks: Sequence[nn.Module]) -> None:
+    """This pipeline stage's trained parameters into the folder under way; collective over the stage's tensor ranks."""
+    stage = mpu.get_pipeline_model_parallel_rank()
+    mine = trained_parameters(chunks)
+    write_stage_file(
+        temporary / f"part-{stage:05d}.safetensors",
+        ((adapter_key(n.name), n.parameter, shard_of(n.parameter)) for n in mine),
+        {"format": "pt"},
+    )
+
+
+def join_adapter_parts(temporary: Path, method: Method, shape: ModelShape, facts: dict[str, Any]) -> None:
+    """Rank 0, when every stage has written: one tensor file and its configuration in place of the parts."""
+    parts = sorted(temporary.glob("part-*.safetensors"))
+    tensors = {}
+    for part in parts:
+        with safe_open(part, framework="pt") as handle:
+            tensors.update({name: handle.get_tensor(name) for name in handle.keys()})  # noqa: SIM118 - not a dict
+    metadata = {"format": "pt", "lora_megatron": json.dumps(facts, sort_keys=True)}
+    save_tensors(temporary / TENSORS, dict(sorted(tensors.items())), metadata)
+    config = peft_config(method, shape, facts["base"]) if isinstance(method, Lora) else {"method": method.name}
+    write_json(temporary / CONFIG, config)
+    for part in parts:
+        part.unlink()
+
+
+def save_adapter(
+    folder: Path, chunks: Sequence[nn.Module], method: Method, shape: ModelShape, facts: dict[str, Any]
+) -> None:
+    """Write the adapter folder with all ranks, replacing an older one in one step.
+
+    `facts` are written beside the tensors: base, base_fingerprint, seed, and those of `describe_method`.
+
+    Raises:
+        CheckpointError: on all ranks; nothing half-written remains and an older adapter is untouched.
+    """
+
+    def write(temporary: Path) -> dict[str, Any]:
+        write_adapter_part(temporary, chunks)
+        return {"kind": "adapter", "adapter": facts}
+
+    def finish(temporary: Path) -> None:
+        join_adapter_parts(temporary, method, shape, facts)
+
+    write_folder(folder, write, finish=finish, replace=True)
+
+
+def load_adapter(
+    folder: Path, chunks: Sequence[nn.Module], method: Method, shape: ModelShape, *, base_fingerprint: str
+) -> None:
+    """Fill the trained parameters of this rank's chunks; only this rank's bytes are read; collective.
+
+    Raises:
+        CheckpointError: damaged files, another base, method, rank or alpha, missing or unused tensors, wrong shapes,
+            values that are not finite.
+    """
+    manifest = read_manifest(folder)
+    facts = manifest.get("adapter")
+    if not isinstance(facts, dict):
+        raise CheckpointError(f"{folder} is not an adapter (its manifest says {manifest.get('kind')!r})")
+    if facts.get("base_fingerprint") != base_fingerprint:
+        raise CheckpointError(
+            f"{folder} was trained on another base ({facts.get('base')}, fingerprint "
+            f"{str(facts.get('base_fingerprint'))[:12]}); this base is {base_fingerprint[:12]}: give base.weights the "
+            "model it belongs to"
+        )
+    for name, value in describe_method(method, shape).items():
+        if facts.get(name) != value:
+            raise CheckpointError(
+                f"{folder}: {_difference(name, facts.get(name), value)}; give the method section of its run"
+            )
+    size = mpu.get_tensor_model_parallel_world_size()
+    mine = trained_parameters(chunks, copies=True)
+    expected = {
+        name for text in gather_text(json.dumps([adapter_key(n.name) for n in mine])) for name in json.loads(text)
+    }
+    with TensorFiles([folder / TENSORS]) as tensors, torch.no_grad():
+        tensors.require_names(expected, str(folder / TENSORS))
+        for named in mine:
+            shard = shard_of(named.parameter)
+            full = shard.full_shape(named.parameter.shape, size)
+            named.parameter.copy_(tensors.part(adapter_key(named.name), shard, shape=full))
+
+
+def trained_parameters(chunks: Sequence[nn.Module], *, copies: bool = False) -> list[Named]:
+    """This rank's trained parameters; the second copy of a tied embedding only with `copies`."""
+    return [n for n in named_parameters(chunks) if n.parameter.requires_grad and (copies or not n.is_copy)]
+
+
+def _difference(name: str, stored: Any, wanted: Any) -> str:
+    if name == "ranks" and isinstance(stored, dict):
+        for key in sorted(set(stored) | set(wanted)):
+            if stored.get(key) != wanted.get(key):
+                layer, projection = key.split(".")
+                return (
+                    f"rank of {projection} in layer {layer} is {stored.get(key, 'absent')}, "
+                    f"this run has {wanted.get(key, 'none')}"
+                )
+    return f"{name} is {stored!r}, this run has {wanted!r}"

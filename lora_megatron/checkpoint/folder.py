@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A folder that exists under its name only when it is complete.
+
+All ranks write into a hidden `.tmp-<name>-<id>` beside it and fsync; then rank 0 hashes every file, writes
+`manifest.json` last, fsyncs, and renames once. A kill at any moment leaves either the whole folder or a temporary
+that nobody loads and the next save deletes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from lora_megatron.errors import CheckpointError
+from lora_megatron.parallel.agree import gather_text, together
+from lora_megatron.strict_json import file_sha256, load_json_object
+
+MANIFEST = "manifest.json"
+_PREFIX = ".tmp-"
+
+
+def write_folder(
+    final: Path,
+    write: Callable[[Path], dict[str, Any]],
+    *,
+    finish: Callable[[Path], None] | None = None,
+    replace: bool = False,
+) -> None:
+    """Write a folder with all ranks; collective.
+
+    `write(temporary)` runs on every rank, writes this rank's files, and returns what the manifest shall say (rank 0's
+    counts). `finish(temporary)` then runs on rank 0 alone, when all files are there. `replace` allows a folder of that
+    name to be there and swaps it for the new one.
+
+    Raises:
+        CheckpointError: on all ranks alike, when any rank failed (a full disk, a vanished directory) or the folder
+            exists. The temporary is removed and what was there before is untouched.
+    """
+    name = gather_text(uuid.uuid4().hex[:8] if dist.get_rank() == 0 else "")[0]
+    temporary = final.parent / f"{_PREFIX}{final.name}-{name}"
+    try:
+        together(lambda: _prepare(final, temporary, replace))
+        facts = together(lambda: write(temporary))
+        together(lambda: _publish(temporary, final, facts, finish) if dist.get_rank() == 0 else None)
+    except BaseException:
+        if dist.get_rank() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _prepare(final: Path, temporary: Path, replace: bool) -> None:
+    if dist.get_rank() != 0:
+        return
+    if final.exists() and not replace:
+        raise CheckpointError(f"{final} exists already; nothing is overwritten: move it away or choose another run.dir")
+    final.parent.mkdir(parents=True, exist_ok=True)
+    for stale in final.parent.glob(f"{_PREFIX}{final.name}-*"):
+        shutil.rmtree(stale, ignore_errors=True)
+    temporary.mkdir()
+
+
+def _publish(temporary: Path, final: Path, facts: dict[str, Any], finish: Callable[[Path], None] | None) -> None:
+    if finish is not None:
+        finish(temporary)
+    files = {
+        path.name: {"sha256": file_sha256(path, CheckpointError), "bytes": path.stat().st_size}
+        for path in sorted(temporary.iterdir())
+    }
+    write_json(temporary / MANIFEST, {"format": 1, **facts, "files": files})
+    fsync(temporary)
+    if final.exists():
+        retired = final.parent / f"{_PREFIX}{final.name}-retired-{uuid.uuid4().hex[:8]}"
+        os.rename(final, retired)
+        os.rename(temporary, final)
+        shutil.rmtree(retired, ignore_errors=True)
+    else:
+        os.rename(temporary, final)
+    fsync(final.parent)
+
+
+def read_manifest(folder: Path, *, verify: bool = True) -> dict[str, Any]:
+    """The manifest of a complete folder, every file checked against its size and SHA-256 unless `verify` is off.
+
+    Raises:
+        CheckpointError: no manifest, a missing, extra, resized or altered file; the message names it.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a folder")
+    manifest = load_json_object(folder / MANIFEST, f"the manifest of a complete {folder.name}", CheckpointError)
+    files = manifest.get("files")
+    if manifest.get("format") != 1 or not isinstance(files, dict):
+        raise CheckpointError(f"{folder / MANIFEST}: not a manifest of format 1; it was written by another version")
+    for name, entry in files.items():
+        path = folder / name
+        if Path(name).name != name or not isinstance(entry, dict):
+            raise CheckpointError(f"{folder / MANIFEST}: bad file entry {name!r}")
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing although the manifest lists it")
+        if path.stat().st_size != entry.get("bytes"):
+            raise CheckpointError(f"{path} has {path.stat().st_size} bytes, the manifest says {entry.get('bytes')}")
+        if verify and file_sha256(path, CheckpointError) != entry.get("sha256"):
+            raise CheckpointError(f"{path} is damaged: its SHA-256 is not the manifest's")
+    return manifest
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write readable JSON and fsync it."""
+    with open(path, "w", encoding="utf-8") as stream:
+        json.dump(value, stream, indent=2, allow_nan=False)
+        stream.write("\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def fsync(path: Path) -> None:
+    """Flush a file's content or a directory's entries to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

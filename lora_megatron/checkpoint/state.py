@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training checkpoints: everything a run needs to go on as if it had never stopped.
+
+`checkpoints/step-00000100/` holds the optimizer's fp32 masters and moments as whole tensors under global names (one
+file per pipeline stage), the adapter in its deployable form, and in the manifest the step, the count of consumed
+samples and what the run is. The data order and every dropout mask are functions of (seed, sample), so that count is
+the state of the random numbers too, under any layout.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron.core import parallel_state as mpu
+from torch import Tensor, nn
+
+from lora_megatron.checkpoint.adapter import join_adapter_parts, write_adapter_part
+from lora_megatron.checkpoint.folder import read_manifest, write_folder
+from lora_megatron.checkpoint.tensors import Read, TensorFiles, write_stage_file
+from lora_megatron.errors import CheckpointError
+from lora_megatron.layers.sharding import Shard, shard_of
+from lora_megatron.methods.method import Method
+from lora_megatron.model.names import Named
+from lora_megatron.model.shape import ModelShape
+
+_NAME = re.compile(r"^step-(\d{8})$")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands."""
+
+    step: int
+    consumed_samples: int
+
+
+def checkpoint_path(run: Path, step: int) -> Path:
+    """checkpoints/step-00000100 of a run folder."""
+    return run / "checkpoints" / f"step-{step:08d}"
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Folders that bear a checkpoint's name, newest first; temporaries are not among them."""
+    folder = run / "checkpoints"
+    found = [p for p in folder.iterdir() if _NAME.match(p.name)] if folder.is_dir() else []
+    return sorted(found, reverse=True)
+
+
+def save_checkpoint(
+    run: Path,
+    chunks: Sequence[nn.Module],
+    state: Callable[[], Iterator[tuple[str, Tensor]]],
+    parameters: dict[nn.Parameter, str],
+    *,
+    progress: Progress,
+    identity: dict[str, Any],
+    method: Method,
+    shape: ModelShape,
+    adapter_facts: dict[str, Any],
+    keep: int,
+) -> Path:
+    """Write a checkpoint with all ranks, then delete all but the newest `keep`; collective.
+
+    `state` iterates over the optimizer's (`<name>.<kind>`, this tensor rank's part). `identity` is what a run must
+    share to be resumed from here.
+
+    Raises:
+        CheckpointError: on all ranks; earlier checkpoints are untouched.
+    """
+    final = checkpoint_path(run, progress.step)
+    stage, stages = mpu.get_pipeline_model_parallel_rank(), mpu.get_pipeline_model_parallel_world_size()
+    shards = {name: shard_of(parameter) for parameter, name in parameters.items()}
+
+    def parts() -> Iterator[tuple[str, Tensor, Shard]]:
+        for name, tensor in state():
+            yield name, tensor, shards[name.rpartition(".")[0]]
+
+    def write(temporary: Path) -> dict[str, Any]:
+        write_stage_file(temporary / f"state-{stage + 1:05d}-of-{stages:05d}.safetensors", parts(), {"format": "pt"})
+        if not method.trains_base:
+            write_adapter_part(temporary, chunks)
+        return {
+            "kind": "checkpoint",
+            "step": progress.step,
+            "consumed_samples": progress.consumed_samples,
+            "identity": identity,
+            "adapter": adapter_facts,
+        }
+
+    def finish(temporary: Path) -> None:
+        if not method.trains_base:
+            join_adapter_parts(temporary, method, shape, adapter_facts)
+
+    write_folder(final, write, finish=finish)
+    if mpu.get_tensor_model_parallel_rank() == 0 and stage == 0 and mpu.get_data_parallel_rank() == 0:
+        for old in checkpoints(run)[keep:]:
+            shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def read_progress(folder: Path, identity: dict[str, Any]) -> Progress:
+    """Check a checkpoint (hashes, identity) and say where it stands.
+
+    Raises:
+        CheckpointError: damaged, not a checkpoint, or another run's: the message names the first difference.
+    """
+    manifest = read_manifest(folder)
+    stored = manifest.get("identity")
+    if manifest.get("kind") != "checkpoint" or not isinstance(stored, dict):
+        raise CheckpointError(f"{folder} is not a training checkpoint")
+    for name in sorted(set(stored) | set(identity)):
+        if stored.get(name) != identity.get(name):
+            raise CheckpointError(
+                f"{folder} is another run's: {name} is {stored.get(name)!r} there and {identity.get(name)!r} here"
+            )
+    return Progress(int(manifest["step"]), int(manifest["consumed_samples"]))
+
+
+def load_checkpoint(
+    folder: Path, named: Sequence[Named], load: Callable[[dict[nn.Parameter, str], Read], None]
+) -> None:
+    """Hand the optimizer a reader of this tensor rank's parts; `read_progress` has checked the folder.
+
+    Raises:
+        CheckpointError: a tensor is missing or of another shape.
+    """
+    size = mpu.get_tensor_model_parallel_world_size()
+    parameters = {n.parameter: n.name for n in named if n.parameter.requires_grad}
+    by_name = {name: parameter for parameter, name in parameters.items()}
+    with TensorFiles(sorted(folder.glob("state-*.safetensors"))) as tensors:
+
+        def read(key: str) -> Tensor:
+            parameter = by_name[key.rpartition(".")[0]]
+            shard = shard_of(parameter)
+            return tensors.part(key, shard, shape=shard.full_shape(parameter.shape, size))
+
+        load(parameters, read)
+
+
+def newest_good(run: Path, identity: dict[str, Any], say: Callable[[str], None]) -> tuple[Path, Progress] | None:
+    """The newest checkpoint that is whole, None when there is none at all; damaged ones are named aloud and passed.
+
+    Raises:
+        CheckpointError: there are checkpoints and all are damaged, or the newest good one is another run's.
+    """
+    found = checkpoints(run)
+    for folder in found:
+        try:
+            read_manifest(folder)
+        except CheckpointError as error:
+            say(f"checkpoint passed over: {error}")
+            continue
+        return folder, read_progress(folder, identity)
+    if found:
+        raise CheckpointError(f"every checkpoint in {run / 'checkpoints'} is damaged; move them away to start afresh")
+    return None

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole tensors out of a sharded model into safetensors files, and this rank's parts back.
+
+Files hold true, unsharded tensors under global names, so they know nothing of the layout that wrote them. Each
+pipeline stage writes its own file (tensor rank 0 of the first data-parallel replica does); a reader opens whatever
+files there are and takes only the byte ranges of its own part.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lora_megatron.checkpoint.folder import fsync
+from lora_megatron.errors import CheckpointError
+from lora_megatron.layers.sharding import Shard
+
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+def is_writer() -> bool:
+    """Whether this rank writes its pipeline stage's tensors."""
+    return mpu.get_tensor_model_parallel_rank() == 0 and mpu.get_data_parallel_rank(with_context_parallel=True) == 0
+
+
+def join_over_tensor_group(part: Tensor, shard: Shard) -> Tensor:
+    """The true tensor on the CPU, from every tensor rank's part; collective over the tensor-parallel group."""
+    group = mpu.get_tensor_model_parallel_group()
+    part = part.detach().contiguous()
+    if shard.axis is None or group.size() == 1:
+        return shard.join([part]).cpu()
+    parts = [torch.empty_like(part) for _ in range(group.size())]
+    dist.all_gather(parts, part, group=group)
+    return shard.join(parts).cpu()
+
+
+def write_stage_file(path: Path, tensors: Iterable[tuple[str, Tensor, Shard]], metadata: dict[str, str]) -> None:
+    """Write (name, part, shard) of this stage as one file on the writer; every rank of the stage must call it."""
+    whole: dict[str, Tensor] = {}
+    for name, part, shard in tensors:
+        joined = join_over_tensor_group(part, shard)
+        if is_writer():
+            whole[name] = joined.contiguous().clone()
+    if is_writer() and whole:
+        save_tensors(path, whole, metadata)
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write and fsync one safetensors file; raises CheckpointError when the disk is full or gone."""
+    try:
+        save_file(tensors, path, metadata=metadata)
+        fsync(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"cannot write {path}: {error}; free some space or choose another run.dir") from None
+
+
+class TensorFiles:
+    """The tensors of some safetensors files, by name, readable in parts.
+
+    Raises CheckpointError when a file is not safetensors or two files hold the same name.
+    """
+
+    def __init__(self, paths: Iterable[Path]) -> None:
+        self._handles: list[Any] = []
+        self._where: dict[str, tuple[Any, Path]] = {}
+        for path in paths:
+            try:
+                handle = safe_open(path, framework="pt")
+                names = list(handle.keys())
+            except (SafetensorError, OSError, RuntimeError) as error:
+                raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from None
+            for name in names:
+                if name in self._where:
+                    raise CheckpointError(f"{path} and {self._where[name][1]} both hold {name}")
+                self._where[name] = (handle, path)
+            self._handles.append(handle)
+
+    def __enter__(self) -> TensorFiles:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self._where.clear()
+        self._handles.clear()
+
+    @property
+    def names(self) -> set[str]:
+        """Names of all tensors."""
+        return set(self._where)
+
+    def require_names(self, expected: set[str], what: str) -> None:
+        """Raise CheckpointError unless exactly `expected` is there."""
+        if missing := sorted(expected - self.names):
+            raise CheckpointError(f"{what}: {len(missing)} tensors are missing, the first is {missing[0]}")
+        if unused := sorted(self.names - expected):
+            raise CheckpointError(f"{what}: {len(unused)} tensors are not used by this model, the first is {unused[0]}")
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, from the header alone."""
+        return tuple(self._slice(name).get_shape())
+
+    def part(self, name: str, shard: Shard, *, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+        """This tensor rank's part of `name`; only its bytes are read.
+
+        Raises CheckpointError when the tensor is missing, of another shape or dtype, or not finite.
+        """
+        view = self._slice(name)
+        path = self._where[name][1]
+        if tuple(view.get_shape()) != shape:
+            raise CheckpointError(f"{path}: {name} has shape {tuple(view.get_shape())}, this model needs {shape}")
+        stored = _DTYPES.get(view.get_dtype())
+        if stored is None or (dtype is not None and stored != dtype):
+            raise CheckpointError(f"{path}: {name} has dtype {view.get_dtype()}, expected {dtype or 'a float type'}")
+        rank, size = mpu.get_tensor_model_parallel_rank(), mpu.get_tensor_model_parallel_world_size()
+        part = shard.part(view, shape, rank, size)
+        if not bool(torch.isfinite(part).all()):
+            raise CheckpointError(f"{path}: {name} holds values that are not finite")
+        return part
+
+    def _slice(self, name: str) -> Any:
+        if name not in self._where:
+            raise CheckpointError(f"no tensor {name} in {', '.join(sorted({str(p) for _, p in self._where.values()}))}")
+        return self._where[name][0].get_slice(name)
+
+
+def fingerprint(facts: Iterable[str]) -> str:
+    """A short hash of facts in order, for telling one base from another."""
+    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:32]
+
+
+Read = Callable[[str], Tensor]

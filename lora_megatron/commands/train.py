@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`lora-megatron train`: configuration -> groups -> data -> method -> model -> base -> optimizer -> loop -> report."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lora_megatron.checkpoint.adapter import describe_method, load_adapter, save_adapter
+from lora_megatron.checkpoint.base import Base, describe_base, load_base, save_model
+from lora_megatron.checkpoint.state import Progress, load_checkpoint, save_checkpoint
+from lora_megatron.commands import run_folder
+from lora_megatron.commands.summary import Run, continuations, summarise
+from lora_megatron.config import Config, ModelSection
+from lora_megatron.data.batches import BatchSource
+from lora_megatron.data.parquet import ExampleTable, open_examples
+from lora_megatron.data.tokenizer import Tokenizer, load_tokenizer
+from lora_megatron.errors import ConfigError, UserError
+from lora_megatron.measure.console import TrainingProgress
+from lora_megatron.measure.memory import ActivationMeter
+from lora_megatron.measure.metrics import MetricsWriter
+from lora_megatron.measure.report import write_report
+from lora_megatron.methods.choose import choose_method
+from lora_megatron.methods.method import Method
+from lora_megatron.model.build import BuildOptions, build
+from lora_megatron.model.checks import check, layout_of
+from lora_megatron.model.names import named_parameters
+from lora_megatron.model.presets import resolve_shape
+from lora_megatron.parallel import groups
+from lora_megatron.parallel.agree import require_equal, together
+from lora_megatron.parallel.groups import Ranks
+from lora_megatron.training.choose_optimizer import choose_optimizer
+from lora_megatron.training.loop import StepReport, Trainer, train
+from lora_megatron.training.optimizer import trained, wrap_ddp
+
+
+def run_training(config: Config) -> None:
+    """Train as configured, on all ranks torchrun started (one under plain python).
+
+    Raises:
+        UserError: every way a user's input can fail; see `lora_megatron.errors` for the exit statuses.
+    """
+    started = time.monotonic()
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    base = _resolve_base(config, tokenizer)
+    config = config.model_copy(update={"model": ModelSection(**base.shape.to_dict())})
+    method = choose_method(config.method, num_layers=base.shape.num_layers)
+    check(config, base.shape, method, groups.launched_world_size())
+    ranks = groups.start(layout_of(config), seed=config.train.seed, timeout_minutes=config.parallel.timeout_minutes)
+    require_equal("the configuration", config.model_dump_json())
+    together(lambda: run_folder.claim(config))
+    try:
+        _train(config, tokenizer, base, method, ranks, started)
+    except UserError as error:
+        if ranks.is_main:
+            run_folder.set_status(config, "failed", exit_status=error.exit_status, error=str(error))
+        raise
+    groups.stop()
+
+
+def _resolve_base(config: Config, tokenizer: Tokenizer) -> Base:
+    if config.base.weights == "random":
+        return describe_base(config.base, resolve_shape(config.model, tokenizer_vocab_size=tokenizer.vocab_size))
+    described = config.model.model_dump(exclude_none=True)
+    shape = resolve_shape(config.model, tokenizer_vocab_size=tokenizer.vocab_size) if described else None
+    base = describe_base(config.base, shape)
+    if base.shape.vocab_size < tokenizer.vocab_size:
+        raise ConfigError(
+            f"base.weights = {config.base.weights} has a vocabulary of {base.shape.vocab_size}, the tokenizer "
+            f"{config.data.tokenizer} needs {tokenizer.vocab_size}: give data.tokenizer the one the base was trained on"
+        )
+    return base
+
+
+def _open(path: str | None, key: str) -> ExampleTable:
+    if path is None:
+        raise ConfigError(f"{key} is not given: name a Parquet file (python -m data_prep makes one)")
+    return open_examples(path)
+
+
+def _source(table: ExampleTable, tokenizer: Tokenizer, config: Config, *, shuffle: bool) -> BatchSource:
+    data = config.data
+    return BatchSource(
+        table,
+        tokenizer,
+        sequence_length=data.sequence_length,
+        micro_batch_size=data.micro_batch_size,
+        loss=data.loss,
+        packing=data.packing,
+        seed=config.train.seed,
+        shuffle=shuffle,
+    )
+
+
+def _train(config: Config, tokenizer: Tokenizer, base: Base, method: Method, ranks: Ranks, started: float) -> None:
+    table = together(lambda: _open(config.data.train, "data.train"))
+    held_out_table = together(lambda: open_examples(config.data.validation) if config.data.validation else None)
+    require_equal("the training data", table.content_hash)
+    trainer = _build_trainer(config, tokenizer, base, method, table, held_out_table)
+    identity = _identity(config, base, method, table, tokenizer)
+    say = _say if ranks.is_main else lambda text: None
+    resumed = together(lambda: run_folder.find_checkpoint(config, identity, say))
+    if resumed:
+        _resume(trainer, *resumed)
+        say(f"resumed from {resumed[0]} at step {resumed[1].step}")
+    if ranks.is_main:
+        run_folder.describe(config)
+        run_folder.set_status(config, "running", step=trainer.step)
+    run = Run(config, base, method, trainer, tokenizer, held_out_table, ranks)
+    facts = {
+        "base": config.base.weights,
+        "base_fingerprint": base.fingerprint,
+        "seed": config.train.seed,
+        **describe_method(method, base.shape),
+    }
+    _loop(run, identity, facts)
+    folder = Path(config.run.dir)
+    if method.trains_base:
+        save_model(folder / "model", run.bare_chunks, base.shape, {"tokenizer": config.data.tokenizer})
+    else:
+        save_adapter(folder / "adapter", run.bare_chunks, method, base.shape, facts)
+    run.after = continuations(run)
+    summary = summarise(run, wall_seconds=time.monotonic() - started)
+    if ranks.is_main:
+        write_report(folder, summary)
+        run_folder.set_status(config, "done", step=trainer.step)
+        _say(f"done: {folder / 'report.md'}")
+
+
+def _build_trainer(
+    config: Config,
+    tokenizer: Tokenizer,
+    base: Base,
+    method: Method,
+    table: ExampleTable,
+    held_out_table: ExampleTable | None,
+) -> Trainer:
+    options = BuildOptions(
+        precision=config.train.precision,
+        recompute=config.train.recompute,
+        dropout=config.method.dropout,
+        adapter_seed=config.train.seed,
+    )
+    chunks = build(base.shape, method, layout_of(config), options)
+    together(lambda: load_base(base, chunks))
+    if config.method.start_from is not None:
+        load_adapter(Path(config.method.start_from), chunks, method, base.shape, base_fingerprint=base.fingerprint)
+    ddp = wrap_ddp(chunks, sharding=config.optimizer.sharding, precision=config.train.precision)
+    return Trainer(
+        config=config,
+        chunks=ddp,
+        optimizer=together(lambda: choose_optimizer(ddp, config.optimizer, precision=config.train.precision)),
+        data=_source(table, tokenizer, config, shuffle=True),
+        held_out=_source(held_out_table, tokenizer, config, shuffle=False) if held_out_table else None,
+        meter=ActivationMeter(chunks),
+    )
+
+
+def _identity(config: Config, base: Base, method: Method, table: ExampleTable, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What must be the same for a run to go on bit by bit; the layout is not part of it."""
+    data = config.data
+    return {
+        "base_fingerprint": base.fingerprint,
+        **describe_method(method, base.shape),
+        "dropout": config.method.dropout,
+        "data": table.content_hash,
+        "tokenizer": tokenizer.fingerprint,
+        "sequence_length": data.sequence_length,
+        "global_batch_size": data.global_batch_size,
+        "loss": data.loss,
+        "packing": data.packing,
+        "seed": config.train.seed,
+        "precision": config.train.precision,
+    }
+
+
+def _resume(trainer: Trainer, folder: Path, progress: Progress) -> None:
+    named = list(named_parameters([chunk.module for chunk in trainer.chunks]))
+    optimizer = trainer.optimizer
+    together(
+        lambda: load_checkpoint(
+            folder, named, lambda names, read: optimizer.load_named_state(names, read, progress.step)
+        )
+    )
+    trainer.step = progress.step
+
+
+def _loop(run: Run, identity: dict[str, Any], adapter_facts: dict[str, Any]) -> None:
+    trainer, config, ranks = run.trainer, run.config, run.ranks
+    parameters = trained(list(named_parameters(run.bare_chunks)))
+
+    def save() -> None:
+        save_checkpoint(
+            Path(config.run.dir),
+            run.bare_chunks,
+            lambda: trainer.optimizer.named_state(parameters),
+            parameters,
+            progress=Progress(trainer.step, trainer.consumed_samples),
+            identity=identity,
+            method=run.method,
+            shape=run.base.shape,
+            adapter_facts=adapter_facts,
+            keep=config.train.keep_checkpoints,
+        )
+
+    if trainer.step == 0:
+        run.before = continuations(run)
+    metrics = MetricsWriter(Path(config.run.dir), enabled=ranks.is_main, resumed_step=trainer.step)
+    progress = TrainingProgress(
+        config.train.steps, first_step=trainer.step, enabled=ranks.is_main, description=run.method.name
+    )
+    with metrics, progress:
+
+        def on_step(report: StepReport) -> None:
+            run.reports.append(report)
+            values = asdict(report)
+            metrics.write(values.pop("step"), values)
+            progress.update(
+                report.step,
+                loss=report.loss,
+                lr=report.lr,
+                tokens_per_second=report.tokens_per_second_per_rank * ranks.world_size,
+            )
+
+        def on_evaluation(step: int, loss: float) -> None:
+            metrics.write(step, {"held_out_loss": loss})
+            progress.note(f"held-out loss {loss:.4f} after step {step}")
+
+        train(trainer, on_step=on_step, on_evaluation=on_evaluation, save=save)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

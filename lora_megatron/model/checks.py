@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Can this configuration run on this many processes? Every refusal is one line with the value and the remedy."""
+
+from __future__ import annotations
+
+from lora_megatron.config import Config
+from lora_megatron.errors import ConfigError
+from lora_megatron.methods.method import Method
+from lora_megatron.model.shape import ModelShape
+from lora_megatron.parallel.groups import Layout, check_world_size
+
+
+def layout_of(config: Config) -> Layout:
+    """The configuration's parallel section as a layout."""
+    section = config.parallel
+    return Layout(section.tensor, section.pipeline, section.virtual_pipeline, section.context, section.sequence)
+
+
+def check(config: Config, shape: ModelShape, method: Method, world_size: int) -> None:
+    """Raise ConfigError for the first thing that cannot work."""
+    layout = layout_of(config)
+    _check_layout(layout, shape)
+    check_world_size(layout, world_size)
+    _check_batches(config, layout, world_size)
+    _check_lengths(config, layout, shape)
+    _check_ranks(shape, method)
+    if method.name == "bitfit" and not shape.linear_bias and shape.normalization != "LayerNorm":
+        raise ConfigError("method.name = bitfit trains bias vectors, and this model has none: choose another method")
+
+
+def _check_layout(layout: Layout, shape: ModelShape) -> None:
+    if layout.context > 1:
+        raise ConfigError(
+            f"parallel.context = {layout.context}: megatron-core's context parallelism needs Transformer Engine's "
+            "attention, and this stack uses torch's; set it to 1 and use parallel.sequence to shard activations"
+        )
+    for name, value in (
+        ("num_attention_heads", shape.num_attention_heads),
+        ("num_query_groups", shape.num_query_groups),
+        ("ffn_hidden_size", shape.ffn_hidden_size),
+    ):
+        if value % layout.tensor:
+            raise ConfigError(
+                f"parallel.tensor = {layout.tensor} does not divide model.{name} = {value}: "
+                f"choose one of {', '.join(str(n) for n in _divisors(shape))}"
+            )
+    if layout.sequence and layout.tensor == 1:
+        raise ConfigError("parallel.sequence needs parallel.tensor > 1: it shards over the tensor-parallel group")
+    if layout.virtual_pipeline > 1 and layout.pipeline == 1:
+        raise ConfigError(f"parallel.virtual_pipeline = {layout.virtual_pipeline} needs parallel.pipeline > 1")
+    stages = layout.pipeline * layout.virtual_pipeline
+    if shape.num_layers % stages:
+        raise ConfigError(
+            f"parallel.pipeline x virtual_pipeline = {layout.pipeline} x {layout.virtual_pipeline} does not divide "
+            f"model.num_layers = {shape.num_layers}"
+        )
+
+
+def _divisors(shape: ModelShape) -> list[int]:
+    sizes = (shape.num_attention_heads, shape.num_query_groups, shape.ffn_hidden_size)
+    return [n for n in range(1, shape.num_query_groups + 1) if all(size % n == 0 for size in sizes)]
+
+
+def _check_batches(config: Config, layout: Layout, world_size: int) -> None:
+    data = config.data
+    data_size = world_size // layout.model_size
+    step = data.micro_batch_size * data_size
+    if data.global_batch_size % step:
+        raise ConfigError(
+            f"data.global_batch_size = {data.global_batch_size} is not a multiple of micro_batch_size x data-parallel "
+            f"ranks = {data.micro_batch_size} x {data_size} = {step}"
+        )
+    count = data.global_batch_size // step
+    if layout.virtual_pipeline > 1 and count % layout.pipeline:
+        raise ConfigError(
+            f"the interleaved schedule needs microbatches in rounds of parallel.pipeline = {layout.pipeline}, and a "
+            f"global batch has {count} per rank: make data.global_batch_size a multiple of {step * layout.pipeline}"
+        )
+
+
+def _check_lengths(config: Config, layout: Layout, shape: ModelShape) -> None:
+    length = config.data.sequence_length
+    if length > shape.max_position_embeddings:
+        raise ConfigError(
+            f"data.sequence_length = {length} is longer than model.max_position_embeddings = "
+            f"{shape.max_position_embeddings}"
+        )
+    if layout.sequence and length % layout.tensor:
+        raise ConfigError(
+            f"parallel.sequence needs data.sequence_length = {length} to be a multiple of parallel.tensor = "
+            f"{layout.tensor}"
+        )
+
+
+def _check_ranks(shape: ModelShape, method: Method) -> None:
+    for layer in range(shape.num_layers):
+        for projection in shape.projections:
+            for adapter in method.adapters(layer, projection):
+                out, features = shape.projection(projection)
+                if adapter.rank > min(out, features):
+                    raise ConfigError(
+                        f"rank {adapter.rank} of {projection} is larger than its matrix [{out}, {features}]: "
+                        f"at most {min(out, features)}"
+                    )

@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loss on held-out data: every row once, whatever the layout."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from megatron.core import parallel_state as mpu
+from torch import nn
+
+from lora_megatron.data.batches import BatchSource
+from lora_megatron.training.step import Batch, StepLoss, run_microbatches
+
+_MICROBATCHES_PER_CALL = 16
+
+
+def held_out_loss(ddp_chunks: Sequence[nn.Module], source: BatchSource) -> StepLoss:
+    """Sum of the loss and number of counted tokens over all of `source`, on every rank; collective."""
+    batches = list(source.evaluation_microbatches(mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()))
+    stages = mpu.get_pipeline_model_parallel_world_size()
+    # The interleaved schedule takes whole rounds of `stages` microbatches: fill up with batches that count nothing.
+    while len(batches) % stages:
+        batches.append({**batches[-1], "loss_mask": torch.zeros_like(batches[-1]["loss_mask"])})
+    call = _MICROBATCHES_PER_CALL * stages
+    for chunk in ddp_chunks:
+        chunk.eval()
+    try:
+        with torch.no_grad():
+            parts = [_run(ddp_chunks, batches[i : i + call]) for i in range(0, len(batches), call)]
+    finally:
+        for chunk in ddp_chunks:
+            chunk.train()
+    return StepLoss(sum(p.total for p in parts), sum(p.tokens for p in parts))
+
+
+def _run(ddp_chunks: Sequence[nn.Module], batches: list[Batch]) -> StepLoss:
+    return run_microbatches(ddp_chunks, batches, forward_only=True)

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one training loop, for every method and layout."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from megatron.core import parallel_state as mpu
+from megatron.core.distributed import DistributedDataParallel
+
+from lora_megatron.config import Config
+from lora_megatron.data.batches import BatchSource
+from lora_megatron.errors import NumericalError
+from lora_megatron.measure.memory import ActivationMeter
+from lora_megatron.parallel.agree import gather_text
+from lora_megatron.training.held_out import held_out_loss
+from lora_megatron.training.optimizer import Optimizer, gradient_bytes
+from lora_megatron.training.schedule import learning_rate
+from lora_megatron.training.step import run_microbatches
+
+
+@dataclass
+class Trainer:
+    """What a run holds on this rank, and where it stands (`step` of `config.train.steps`)."""
+
+    config: Config
+    chunks: Sequence[DistributedDataParallel]
+    optimizer: Optimizer
+    data: BatchSource
+    held_out: BatchSource | None
+    meter: ActivationMeter
+    step: int = 0
+    held_out_curve: list[tuple[int, float]] = field(default_factory=list)
+
+    @property
+    def consumed_samples(self) -> int:
+        """Samples the run has trained on; the position in the data stream."""
+        return self.step * self.config.data.global_batch_size
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One line of metrics.jsonl."""
+
+    step: int
+    loss: float
+    grad_norm: float
+    lr: float
+    tokens: int
+    loss_tokens: int
+    tokens_per_second_per_rank: float
+    step_seconds: float
+    peak_memory_bytes: int
+
+
+def train(
+    trainer: Trainer,
+    *,
+    on_step: Callable[[StepReport], None],
+    on_evaluation: Callable[[int, float], None],
+    save: Callable[[], None],
+) -> None:
+    """Run to `train.steps`, calling back after each step, evaluation and due checkpoint.
+
+    Raises:
+        NumericalError: the loss or a gradient is not finite; nothing was applied, and the last checkpoint is good.
+    """
+    section = trainer.config.train
+    if section.eval_every and trainer.step == 0:
+        evaluate(trainer, on_evaluation)
+    while trainer.step < section.steps:
+        report, bad_ranks = train_step(trainer)
+        on_step(report)  # before the check: a run that ends here must show why in its log
+        _require_finite(report, bad_ranks)
+        trainer.step = report.step
+        last = trainer.step == section.steps
+        if last or (section.eval_every and trainer.step % section.eval_every == 0):
+            evaluate(trainer, on_evaluation)
+        if last or (section.save_every and trainer.step % section.save_every == 0):
+            save()
+
+
+def train_step(trainer: Trainer) -> tuple[StepReport, tuple[int, ...]]:
+    """One optimizer step on one global batch; no update if loss or gradients are not finite (then: on which ranks)."""
+    config, optimizer = trainer.config, trainer.optimizer
+    step = trainer.step + 1
+    started = time.perf_counter()
+    batches = microbatches_of_step(trainer.data, trainer.consumed_samples, config.data.global_batch_size)
+    lr = learning_rate(
+        step,
+        peak=config.optimizer.lr,
+        warmup_steps=config.train.warmup_steps,
+        steps=config.train.steps,
+        schedule=config.train.schedule,
+    )
+    optimizer.set_lr(lr)
+    optimizer.zero_grad()
+    with trainer.meter:
+        loss = run_microbatches(trainer.chunks, batches)
+        norm = optimizer.step() if math.isfinite(loss.mean) else math.nan
+    bad_ranks = loss.bad_ranks
+    if math.isfinite(loss.mean) and not math.isfinite(norm):
+        bad_ranks = _ranks_with_bad_gradients(trainer.chunks)
+    seconds = time.perf_counter() - started
+    tokens = config.data.global_batch_size * config.data.sequence_length
+    report = StepReport(
+        step=step,
+        loss=loss.mean,
+        grad_norm=norm,
+        lr=lr,
+        tokens=tokens,
+        loss_tokens=loss.tokens,
+        tokens_per_second_per_rank=tokens / seconds / torch.distributed.get_world_size(),
+        step_seconds=seconds,
+        peak_memory_bytes=trainer.meter.memory(
+            gradients=gradient_bytes(trainer.chunks), optimizer=optimizer.state_bytes()
+        ).peak,
+    )
+    return report, bad_ranks
+
+
+def microbatches_of_step(data: BatchSource, consumed: int, global_batch_size: int) -> list[dict[str, Any]]:
+    """This data-parallel rank's microbatches of the global batch that starts at sample `consumed`.
+
+    Microbatch m of rank d holds samples consumed + (m * DP + d) * b onwards, so the global batch is the same set of
+    samples for every data-parallel size.
+    """
+    rank, size, b = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size(), data.micro_batch_size
+    return [data.microbatch(consumed + (m * size + rank) * b) for m in range(global_batch_size // (b * size))]
+
+
+def evaluate(trainer: Trainer, on_evaluation: Callable[[int, float], None]) -> None:
+    """Held-out loss now, if there is held-out data; collective."""
+    if trainer.held_out is None:
+        return
+    loss = held_out_loss(trainer.chunks, trainer.held_out).mean
+    trainer.held_out_curve.append((trainer.step, loss))
+    on_evaluation(trainer.step, loss)
+
+
+def _require_finite(report: StepReport, bad_ranks: tuple[int, ...]) -> None:
+    """Stop before a value that is not finite can spread; the values are the same on every rank, so all raise."""
+    if report.step == 2 and report.grad_norm == 0.0 and report.loss_tokens:
+        raise NumericalError("the gradient norm is 0 at step 2: no gradient reaches the trained parameters")
+    for name, value in (("loss", report.loss), ("gradient norm", report.grad_norm)):
+        if not math.isfinite(value):
+            ranks = f"on rank {', '.join(map(str, bad_ranks))}" if bad_ranks else "in the sum over ranks"
+            raise NumericalError(
+                f"{name} is {value} at step {report.step} ({ranks}): training stopped, no update was applied and the "
+                "last checkpoint is good; lower optimizer.lr, set optimizer.clip_grad, or look at this step's data"
+            )
+
+
+def _ranks_with_bad_gradients(chunks: Sequence[DistributedDataParallel]) -> tuple[int, ...]:
+    bad = any(not bool(torch.isfinite(b.grad_data).all()) for chunk in chunks for b in chunk.buffers)
+    return tuple(rank for rank, text in enumerate(gather_text("bad" if bad else "")) if text)
