@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a person at a terminal sees: a progress bar on stderr, tables on stdout; on one rank only.
+
+Without a terminal (a log file, a scheduler) the bar becomes a plain line every few seconds.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Self, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from lora_megatron.measure.units import MISSING, show_count, show_loss, show_seconds
+
+SECONDS_BETWEEN_LINES = 5.0
+_WIDTH_WITHOUT_TERMINAL = 120
+
+
+class TrainingProgress:
+    """Step, loss, learning rate, tokens/s and the time that remains.
+
+    total_steps: the last step; first_step: where a resumed run continues. enabled: off on all ranks but one.
+    stream and clock (seconds) are for tests.
+    """
+
+    def __init__(
+        self,
+        total_steps: int,
+        *,
+        first_step: int = 0,
+        enabled: bool = True,
+        description: str = "train",
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._total = total_steps
+        self._first = self._step = first_step
+        self._description = description
+        self._clock = clock
+        self._started = clock()
+        self._next_line = self._started  # the first step speaks at once: it proves that the run is alive
+        self._stream = stream if stream is not None else sys.stderr
+        self._enabled = enabled
+        self._bar: Progress | None = None
+        if enabled:
+            console = Console(file=self._stream)
+            if console.is_terminal:
+                self._bar = _progress_bar(console)
+                self._task = self._bar.add_task(description, total=total_steps, completed=first_step, numbers="")
+
+    def __enter__(self) -> Self:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def update(
+        self, step: int, *, loss: float | None = None, lr: float | None = None, tokens_per_second: float | None = None
+    ) -> None:
+        """Show that `step` steps are done (loss in nats per token)."""
+        if not self._enabled:
+            return
+        self._step = step
+        numbers = f"loss {show_loss(loss)}  lr {MISSING if lr is None else f'{lr:.2e}'}  "
+        numbers += f"{show_count(tokens_per_second)} tokens/s"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, numbers=numbers)
+            return
+        now = self._clock()
+        if now < self._next_line and step != self._total:
+            return
+        self._next_line = now + SECONDS_BETWEEN_LINES
+        self._print(f"{self._description}  step {step}/{self._total}  {numbers}{self._remaining(now)}")
+
+    def note(self, text: str) -> None:
+        """Print a line above the bar."""
+        if self._bar is not None:
+            self._bar.console.print(Text(text))
+        elif self._enabled:
+            self._print(text)
+
+    def _remaining(self, now: float) -> str:
+        done, left = self._step - self._first, self._total - self._step
+        if done <= 0 or left <= 0:
+            return ""
+        return f"  {show_seconds((now - self._started) / done * left)} left"
+
+    def _print(self, line: str) -> None:
+        print(line, file=self._stream, flush=True)
+
+
+def _progress_bar(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[numbers]}", markup=False),
+        TimeRemainingColumn(),
+        console=console,
+        refresh_per_second=4,
+    )
+
+
+def print_table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, stream: TextIO | None = None
+) -> None:
+    """A table; the first column is text, the others are numbers, aligned on the right."""
+    table = Table(title=Text(title, style="bold"), title_justify="left")
+    for index, column in enumerate(columns):
+        table.add_column(Text(column), justify="right" if index else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    stream = stream if stream is not None else sys.stdout
+    Console(file=stream, width=None if stream.isatty() else _WIDTH_WITHOUT_TERMINAL).print(table)

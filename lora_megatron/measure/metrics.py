@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One JSON line per step in `metrics.jsonl`, and the same numbers as TensorBoard events."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from lora_megatron.measure.atomic import finite_or_null, write_text
+
+METRICS_NAME = "metrics.jsonl"
+_EVENTS_FOLDER = "tensorboard"
+
+
+class MetricsWriter:
+    """Appends to `folder`/metrics.jsonl; every line is on disk before `write` returns.
+
+    enabled: only one rank writes; on the others every call does nothing.
+    resumed_step: the step this run continues from. Lines of later steps (and a torn last line) are of a run that was
+        killed after its last checkpoint; they are dropped, so that no step stands there twice. 0 starts afresh.
+    """
+
+    def __init__(self, folder: Path, *, enabled: bool = True, resumed_step: int = 0) -> None:
+        self._stream = None
+        self._events: Any = None
+        if not enabled:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / METRICS_NAME
+        if path.exists():
+            kept = [line for line in read_metrics(path) if line["step"] <= resumed_step and resumed_step > 0]
+            write_text(path, "".join(json.dumps(line, allow_nan=False) + "\n" for line in kept))
+        self._stream = open(path, "a", encoding="utf-8")  # noqa: SIM115  closed by close()
+        self._events = _open_events(folder / _EVENTS_FOLDER, resumed_step)
+
+    def write(self, step: int, values: Mapping[str, float | int | str | None]) -> None:
+        """Record `values` of `step`.
+
+        A number that is not finite becomes null and adds `"finite": false`: a reader of strict JSON must not choke on
+        the very line that tells why a run ended.
+        """
+        if self._stream is None:
+            return
+        line: dict[str, Any] = {"step": step, **finite_or_null(dict(values))}
+        if any(isinstance(value, float) and not math.isfinite(value) for value in values.values()):
+            line["finite"] = False
+        self._stream.write(json.dumps(line, allow_nan=False) + "\n")
+        self._stream.flush()
+        if self._events is not None:
+            for name, value in values.items():
+                if isinstance(value, int | float):
+                    self._events.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Close the files; further calls of `write` do nothing."""
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+        if self._events is not None:
+            self._events.close()
+            self._events = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self.close()
+
+
+def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a metrics file as dictionaries; lines that were torn by a kill are skipped."""
+    with open(path, encoding="utf-8", errors="replace") as stream:
+        for text in stream:
+            try:
+                line = json.loads(text)
+            except ValueError:
+                continue
+            if isinstance(line, dict) and isinstance(line.get("step"), int):
+                yield line
+
+
+def _open_events(folder: Path, resumed_step: int) -> Any:
+    """A TensorBoard writer, or None where TensorBoard is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and only one rank needs it
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder), purge_step=resumed_step + 1 if resumed_step else None, flush_secs=10)
