@@ -82,7 +82,7 @@ def table_rows(comparison: Mapping[str, Any]) -> list[list[str]]:
     ]
     entries += [(label, comparison[key], show) for key, label, show in _PLAIN_NUMBERS]
     by_kind = comparison["memory_bytes_by_kind"]
-    entries += [(f"  {kind}", by_kind[kind], show_bytes) for kind in markdown.MEMORY_KINDS if kind != "peak"]
+    entries += [(f"of it {kind}", by_kind[kind], show_bytes) for kind in markdown.MEMORY_KINDS if kind != "peak"]
     for label, pair, show in entries:
         rows.append([label, show(pair["lora"]), show(pair["full"]), show_ratio(pair["lora"], pair["full"])])
     wall = next(index for index, row in enumerate(rows) if row[0].startswith("wall time"))
@@ -115,7 +115,7 @@ def _lines(
         ["device, precision", f"{runs['lora'].get('device')}, {runs['lora'].get('precision')}"],
         *([label, text] for label, text in setting.items()),
     ]
-    return [*lines, "## Setting", "", *markdown.table(["", "value"], facts)]
+    return [*lines, "## Setting", "", *markdown.table(["", "value"], facts, numbers=False)]
 
 
 def _memory_rows(name: str, summary: Summary) -> list[list[str]]:

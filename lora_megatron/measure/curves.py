@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loss curves as PNG, with matplotlib's file backend: no display is needed.
 
-The two colours are Okabe and Ito's blue and vermilion, which colour-blind readers can tell apart; every line also has
-a marker or a dash of its own, so the picture survives a black-and-white printer.
+The colours are Okabe and Ito's, which colour-blind readers can tell apart; each run also has a marker of its own.
 """
 
 from __future__ import annotations
 
 import io
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from lora_megatron.measure.atomic import write_bytes
 Point = Sequence[float | None]
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
 _MARKERS = ("o", "s", "^", "D")
-_SMOOTHING_SPAN = 1 / 40  # of the curve's length: long enough to calm the noise, too short to hide a jump
+_SMOOTHING_REACH = 1 / 60  # of the curve's length: far enough to calm the noise, too near to hide a jump
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,16 @@ class Curves:
 
 
 def smooth(values: Sequence[float]) -> list[float]:
-    """Exponential moving average without the pull towards the first value (bias-corrected)."""
-    decay = 1 - 1 / max(1.0, len(values) * _SMOOTHING_SPAN)
-    average, weight, result = 0.0, 0.0, []
-    for value in values:
-        average = decay * average + (1 - decay) * value
-        weight = decay * weight + (1 - decay)
-        result.append(average / weight)
+    """Mean of the neighbours on both sides; unlike a trailing average it does not lag.
+
+    At the steep start both sides shrink alike, or the slope would bias it; at the flat end only the right side does.
+    """
+    sums = [0.0, *itertools.accumulate(values)]
+    result = []
+    for index in range(len(values)):
+        reach = min(round(len(values) * _SMOOTHING_REACH), index)
+        first, last = index - reach, min(index + reach, len(values) - 1)
+        result.append((sums[last + 1] - sums[first]) / (last + 1 - first))
     return result
 
 
@@ -65,11 +68,11 @@ def draw_losses(
                 steps,
                 losses,
                 color=colour,
-                linestyle=":",
-                linewidth=1.5,
+                linestyle="none",  # nothing was measured between the points
                 marker=_MARKERS[index % len(_MARKERS)],
-                markersize=7,
+                markersize=11 - 3 * index,  # runs that agree stay visible one inside the other
                 markeredgecolor="white",
+                zorder=3 + index,
                 label=f"{name}: held-out",
             )
     if base_loss is not None and math.isfinite(base_loss):

@@ -24,9 +24,10 @@ def escape(text: str) -> str:
     return _SYNTAX.sub(r"\\\1", printable(text))
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a Markdown table; the first column is text, the others align on the right. Cells are escaped."""
-    lines = [_row(columns), "|" + "|".join("---" if index == 0 else "---:" for index in range(len(columns))) + "|"]
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: bool = True) -> list[str]:
+    """Lines of a Markdown table; the first column is text, the others are numbers or text. Cells are escaped."""
+    others = "---:" if numbers else "---"
+    lines = [_row(columns), "|" + "|".join(["---", *[others] * (len(columns) - 1)]) + "|"]
     return [*lines, *(_row(row) for row in rows), ""]
 
 

@@ -38,7 +38,7 @@ def write_report(folder: Path, summary: Summary) -> None:
 def _lines(method: str, summary: Summary) -> list[str]:
     lines = [f"# Training report: {markdown.escape(method)}", ""]
     lines += [f"![Training and held-out loss over steps]({PICTURE_NAME})", ""]
-    lines += markdown.table(["", "value"], facts(summary))
+    lines += markdown.table(["", "value"], facts(summary), numbers=False)
     lines += ["## Memory per rank", ""]
     lines += markdown.table(["rank", *markdown.MEMORY_KINDS], markdown.memory_rows(summary.get("memory_by_rank", ())))
     lines += [memory_note(summary), ""]

@@ -139,6 +139,8 @@ def test_smoothing_keeps_a_constant_and_starts_at_the_first_value() -> None:
     assert smooth([5.0, 1.0])[0] == pytest.approx(5.0)
     noisy = [1.0, 3.0] * 200
     assert max(abs(value - 2.0) for value in smooth(noisy)[100:]) < 0.2
+    ramp = [float(step) for step in range(400)]
+    assert smooth(ramp)[:390] == pytest.approx(ramp[:390])  # no lag
     assert smooth([]) == []
 
 
