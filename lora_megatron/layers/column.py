@@ -12,7 +12,7 @@ second each rank sees its tokens only, so dA must be summed over the tensor-para
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from megatron.core.tensor_parallel import (
@@ -100,7 +100,7 @@ class LoraColumnParallelLinear(ColumnParallelLinear):
         if self.dropout and self.training:
             cut = (self.tp_group.rank(), self.tp_group.size()) if self.sequence_parallel else (0, 1)
             x = dropout(x, self.dropout, seed=self.dropout_seed, sequence=cut)
-        pairs = list(self.adapters.values())
+        pairs = [cast(LoraFactors, pair) for pair in self.adapters.values()]
         # x is read once for all A's of the layer, and one collective serves them all.
         u = torch.matmul(x, torch.cat([pair.lora_A for pair in pairs]).t())  # [s or s/t, b, sum of r]
         if self.sequence_parallel:

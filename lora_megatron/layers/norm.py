@@ -27,7 +27,7 @@ class LayerNorm(nn.Module):
         device = None if config.use_cpu_initialization else torch.cuda.current_device()
         self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
         declare(self.weight, REPLICATED, sum_over_sequence_shards=config.sequence_parallel)
-        self.register_parameter("bias", self._bias(config, device))
+        self.bias = self._bias(config, device)
 
     def _bias(self, config: TransformerConfig, device: Any) -> nn.Parameter | None:
         bias = nn.Parameter(torch.zeros(self.shape, dtype=config.params_dtype, device=device))
@@ -50,7 +50,7 @@ class RMSNorm(LayerNorm):
         return functional.rms_norm(x.float(), self.shape, None, self.eps).to(x.dtype) * self.weight
 
 
-class ApexLayerNorm(FusedLayerNorm):  # type: ignore[misc]
+class ApexLayerNorm(FusedLayerNorm):
     """apex's fused LayerNorm through megatron-core, with the sharding declaration."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **megatron: Any) -> None:

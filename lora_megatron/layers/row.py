@@ -11,7 +11,7 @@ summed over the tensor-parallel group (declared on B). dA_t is this rank's alone
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from megatron.core.tensor_parallel import (
@@ -75,10 +75,10 @@ class LoraRowParallelLinear(RowParallelLinear):
         """[s, b, in / t] -> [s or s/t, b, out], and the bias where it is left to the caller."""
         output, bias = super().forward(input_)
         for pair in self.adapters.values():
-            output = output + self._delta(input_, pair)
+            output = output + self._delta(input_, cast(LoraFactors, pair))
         return output, bias
 
-    def _delta(self, x: Tensor, pair: nn.Module) -> Tensor:
+    def _delta(self, x: Tensor, pair: LoraFactors) -> Tensor:
         if self.dropout and self.training:
             cut = (self.tp_group.rank(), self.tp_group.size())
             x = dropout(x, self.dropout, seed=self.dropout_seed, features=cut)

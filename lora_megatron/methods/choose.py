@@ -21,7 +21,8 @@ def _lora(section: MethodSection, num_layers: int) -> Method:
     layers = parse_layers(section.layers, num_layers)
     if not section.targets and not any(any(ranks.values()) for ranks in layers.values()):
         raise ConfigError("method.targets is empty: name at least one of q, k, v, o, fc1, fc2 and its rank")
-    return Lora(dict(section.targets), section.alpha, section.scaling == "rslora", layers)
+    targets = {str(target): rank for target, rank in section.targets.items()}
+    return Lora(targets, section.alpha, section.scaling == "rslora", layers)
 
 
 METHODS: dict[str, Callable[[MethodSection, int], Method]] = {

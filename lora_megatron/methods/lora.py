@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from lora_megatron.config import Target
 from lora_megatron.errors import ConfigError
 from lora_megatron.layers.lora import Adapter, scaling
 
@@ -38,7 +39,7 @@ class Lora:
         return ".adapters." in name
 
 
-def parse_layers(patterns: Mapping[str, Mapping[str, int]], num_layers: int) -> dict[int, dict[str, int]]:
+def parse_layers(patterns: Mapping[str, Mapping[Target, int]], num_layers: int) -> dict[int, dict[str, int]]:
     """`{"0-11,23": {"q": 8}}` -> ranks per layer index.
 
     Raises:
@@ -54,5 +55,5 @@ def parse_layers(patterns: Mapping[str, Mapping[str, int]], num_layers: int) -> 
             if not low <= high < num_layers:
                 raise ConfigError(f"method.layers pattern {pattern!r}: layers run from 0 to {num_layers - 1}")
             for layer in range(low, high + 1):
-                result.setdefault(layer, {}).update(ranks)
+                result.setdefault(layer, {}).update({str(target): rank for target, rank in ranks.items()})
     return result

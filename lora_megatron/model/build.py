@@ -87,7 +87,7 @@ def megatron_config(shape: ModelShape, layout: Layout, options: BuildOptions) ->
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         apply_rope_fusion=False,
-        **_RECOMPUTE[options.recompute],  # type: ignore[arg-type]
+        **_RECOMPUTE[options.recompute],
     )
 
 
@@ -125,7 +125,7 @@ def build(shape: ModelShape, method: Method, layout: Layout, options: BuildOptio
                 post_process=mpu.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
                 share_embeddings_and_output_weights=shape.tied_embeddings,
                 position_embedding_type="rope" if shape.position == "rope" else "learned_absolute",
-                rotary_base=shape.rotary_base,  # type: ignore[arg-type]
+                rotary_base=shape.rotary_base,
                 vp_stage=vp_stage,
             )
         chunks.append(chunk.to(device=device, dtype=DTYPES[options.precision]))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -54,7 +55,7 @@ class Named:
 def named_parameters(chunks: Sequence[nn.Module]) -> Iterator[Named]:
     """Every parameter of this rank's chunks (bare GPTModels), in a fixed order."""
     for chunk in chunks:
-        layers = chunk.decoder.layers
+        layers: Any = chunk.decoder.layers  # type: ignore[union-attr]  # GPTModel is untyped
         tied_copy = getattr(chunk, "share_embeddings_and_output_weights", False) and not chunk.pre_process
         for name, parameter in chunk.named_parameters():
             match = _LAYER.match(name)

@@ -21,6 +21,9 @@ from megatron.core.tensor_parallel import random as megatron_random
 
 _FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "rand", "randn", "zeros_like", "empty_like")
 _installed = False
+# What megatron-core takes for the GPU's generator. It must not be the CPU's: under sequence parallelism megatron-core
+# swaps the GPU's state around the whole block, and the CPU's carries what dropout masks are a function of.
+_device_generator = torch.Generator()
 
 
 class _Stream:
@@ -93,9 +96,9 @@ def install() -> None:
         "synchronize": lambda *args, **kwargs: None,
         "is_initialized": lambda: False,
         "empty_cache": lambda: None,
-        "manual_seed": torch.manual_seed,
-        "get_rng_state": lambda *args, **kwargs: torch.get_rng_state(),
-        "set_rng_state": lambda state, *args, **kwargs: torch.set_rng_state(state),
+        "manual_seed": _device_generator.manual_seed,
+        "get_rng_state": lambda *args, **kwargs: _device_generator.get_state(),
+        "set_rng_state": lambda state, *args, **kwargs: _device_generator.set_state(state),
         "current_stream": _Stream,
         "default_stream": _Stream,
         "Stream": _Stream,
@@ -106,7 +109,7 @@ def install() -> None:
         setattr(torch.cuda, name, replacement)
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
-    megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
-    megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign,assignment]
+    megatron_random._get_cuda_rng_state = lambda *args, **kwargs: _device_generator.get_state()
+    megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: _device_generator.set_state(state)
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
     torch.Tensor.type = _tensor_type(torch.Tensor.type)  # type: ignore[method-assign]

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
-from megatron.core.distributed import finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
@@ -65,7 +65,7 @@ def forward_step(batches: Iterator[Batch], model: nn.Module) -> tuple[Tensor, An
 
 
 def run_microbatches(
-    ddp_chunks: Sequence[nn.Module], microbatches: Sequence[Batch], *, forward_only: bool = False
+    ddp_chunks: Sequence[DistributedDataParallel], microbatches: Sequence[Batch], *, forward_only: bool = False
 ) -> StepLoss:
     """Forward, and backward unless `forward_only`, over this rank's microbatches.
 
