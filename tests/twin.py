@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The experiment every parallel layout must repeat: a tiny GPT, three AdamW steps, everything gathered and compared.
 
-`train_twin` runs inside a world of any size and returns, on rank 0, whole tensors under global names: the first
-forward loss, every trained gradient of each step, the gradient norms and the parameters after each step. The
-unsharded twin is the same function in a world of one.
+`train_twin` runs inside a world of any size and returns, on rank 0, whole tensors under global names: the initial
+values, the loss without dropout, then per step the loss, every trained gradient, the gradient norm and the parameters.
+The unsharded twin is the same function in a world of one.
 """
 
 from __future__ import annotations
@@ -24,16 +24,23 @@ from lora_megatron.model.initialise import initialise_base
 from lora_megatron.model.names import named_parameters
 from lora_megatron.model.presets import resolve_shape
 from lora_megatron.parallel.groups import Layout, build_mesh
-from lora_megatron.training.optimizer import trained, wrap_ddp
 from lora_megatron.training.choose_optimizer import choose_optimizer
+from lora_megatron.training.optimizer import wrap_ddp
 from lora_megatron.training.step import run_microbatches
 
 VOCABULARY = 100
+Record = dict[str, Any]
+
+
+class Mismatch(AssertionError):
+    """Two runs that must agree do not."""
 
 
 @dataclass(frozen=True)
 class Experiment:
-    layout: Layout = Layout()
+    """What is trained and on what layout; the defaults adapt every projection, each at a rank of its own."""
+
+    layout: Layout = field(default_factory=Layout)
     model: dict[str, Any] = field(default_factory=lambda: {"preset": "tiny", "num_layers": 4})
     method: dict[str, Any] = field(
         default_factory=lambda: {"targets": {"q": 4, "k": 1, "v": 2, "o": 3, "fc1": 2, "fc2": 5}}
@@ -50,6 +57,8 @@ class Experiment:
     micro_batch_size: int = 1
     global_batch_size: int = 4
     packing: bool = False
+    resume_at: int = 0
+    """Before this step, move the optimizer's state into a model and an optimizer built anew; 0 never does."""
 
     def with_layout(self, **layout: Any) -> Experiment:
         return replace(self, layout=Layout(**layout))
@@ -83,93 +92,194 @@ def microbatch(experiment: Experiment, first: int) -> dict[str, Any]:
     }
 
 
-def build_chunks(experiment: Experiment) -> list[Any]:
-    """Chunks with base weights and randomised B (B = 0 hides a wrong dA until the second step)."""
-    mesh = build_mesh(experiment.layout, seed=1)
+def build_chunks(experiment: Experiment) -> tuple[list[Any], Record | None]:
+    """Chunks with base weights and randomised B (B = 0 hides a wrong dA until the second step).
+
+    Also the values as the layers were born, before B is randomised.
+    """
     shape = resolve_shape(ModelSection(**experiment.model), tokenizer_vocab_size=VOCABULARY)
     method = choose_method(MethodSection(**experiment.method), num_layers=shape.num_layers)
     options = BuildOptions(experiment.precision, experiment.recompute, experiment.dropout, adapter_seed=7)
     chunks = build(shape, method, experiment.layout, options)
     initialise_base(chunks, seed=3, num_layers=shape.num_layers)
+    born, _ = gather(chunks, "value")
     rank, size = mpu.get_tensor_model_parallel_rank(), mpu.get_tensor_model_parallel_world_size()
     with torch.no_grad():
         for named in named_parameters(chunks):
-            if named.name.endswith("lora_B") or named.name.endswith(".bias"):
+            if named.name.endswith(("lora_B", ".bias")):
                 shard = shard_of(named.parameter)
                 full_shape = shard.full_shape(named.parameter.shape, size)
                 generator = torch.Generator().manual_seed(seed_from("B", named.name))
                 full = torch.randn(full_shape, generator=generator) * 0.1
                 named.parameter.copy_(shard.part(full, full_shape, rank, size))
-    assert mesh.tensor == rank
-    return chunks
+    return chunks, born
 
 
-def gather(chunks: list[Any], what: str) -> dict[str, torch.Tensor] | None:
-    """Whole trained tensors (`value` or `grad`) under global names on rank 0, None elsewhere."""
-    mine: dict[str, torch.Tensor] = {}
-    group = mpu.get_tensor_model_parallel_group()
+def gather(chunks: list[Any], what: str) -> tuple[Record | None, list[str]]:
+    """Whole trained tensors (`value` or `grad`) under global names and which replicas disagree; both on rank 0."""
+    mine = {}
     for named in named_parameters(chunks):
-        if not named.parameter.requires_grad:
-            continue
-        value = named.parameter.detach() if what == "value" else named.parameter.main_grad
-        parts = [torch.empty_like(value) for _ in range(group.size())]
-        dist.all_gather(parts, value.contiguous(), group=group)
-        shard = shard_of(named.parameter)
-        if shard.axis is None:
-            for part in parts[1:]:
-                torch.testing.assert_close(part, parts[0], rtol=1e-6, atol=1e-9, msg=f"{named.name} not replicated")
-        full = shard.join(parts).float().cpu().clone()
-        if named.is_copy:
-            name = f"{named.name} (copy)"
-        else:
-            name = named.name
-        mine[name] = full
+        if named.parameter.requires_grad:
+            value = named.parameter.detach() if what == "value" else named.parameter.main_grad
+            name = f"{named.name} (copy)" if named.is_copy else named.name
+            mine[name] = (shard_of(named.parameter), value.float().cpu())
     everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    merged = {name: tensor for rank in everyone for name, tensor in rank.items()}
-    return merged if dist.get_rank() == 0 else None
+    cut = mpu.get_tensor_model_parallel_rank(), mpu.get_tensor_model_parallel_world_size()
+    dist.all_gather_object(everyone, (cut, mine))
+    if dist.get_rank():
+        return None, []
+    parts: dict[str, list[torch.Tensor | None]] = {}
+    shards, complaints = {}, []
+    for (rank, size), theirs in everyone:
+        for name, (shard, value) in theirs.items():
+            shards[name] = shard
+            slots = parts.setdefault(name, [None] * size)
+            twin = slots[rank] if shard.axis is not None else next((s for s in slots if s is not None), None)
+            if twin is not None and _differ(value, twin):
+                complaints.append(f"{what} of {name}: not replicated")
+            slots[rank] = value
+    whole = {name: shards[name].join(slots).clone() for name, slots in parts.items()}
+    return whole, complaints
 
 
-def train_twin(experiment: Experiment) -> dict[str, Any] | None:
-    chunks = build_chunks(experiment)
-    section = OptimizerSection(**experiment.optimizer)
-    ddp = wrap_ddp(chunks, sharding=section.sharding, precision=experiment.precision)
-    optimizer = choose_optimizer(ddp, section, precision=experiment.precision)
-    optimizer.refresh_master()
+def _differ(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return float((a - b).abs().max()) > 1e-6 * float(b.abs().max()) + 1e-12
+
+
+def own_batches(experiment: Experiment, step: int) -> list[dict[str, Any]]:
+    """This data-parallel rank's microbatches of a step."""
     data_rank, data_size = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
     b = experiment.micro_batch_size
-    record: dict[str, Any] = {"loss": [], "norm": [], "grads": [], "values": []}
+    first = step * experiment.global_batch_size
+    count = experiment.global_batch_size // (b * data_size)
+    return [microbatch(experiment, first + (m * data_size + data_rank) * b) for m in range(count)]
+
+
+class Run:
+    """One model, its DDP wrap and its optimizer."""
+
+    def __init__(self, experiment: Experiment) -> None:
+        self.experiment, self.section = experiment, OptimizerSection(**experiment.optimizer)
+        self.chunks, self.born = build_chunks(experiment)
+        self.ddp = wrap_ddp(self.chunks, sharding=self.section.sharding, precision=experiment.precision)
+        self.optimizer = choose_optimizer(self.ddp, self.section, precision=experiment.precision)
+        self.optimizer.refresh_master()
+
+    @property
+    def names(self) -> dict[torch.nn.Parameter, str]:
+        """Trained parameters, copies of a tied embedding under a name of their own."""
+        return {
+            n.parameter: f"{n.name} (copy)" if n.is_copy else n.name
+            for n in named_parameters(self.chunks)
+            if n.parameter.requires_grad
+        }
+
+    def evaluate(self) -> float:
+        """Loss of the first global batch, dropout off."""
+        for ddp in self.ddp:
+            ddp.eval()
+        loss = run_microbatches(self.ddp, own_batches(self.experiment, 0), forward_only=True)
+        for ddp in self.ddp:
+            ddp.train()
+        return loss.mean
+
+    def resumed(self, steps_done: int) -> Run:
+        """The optimizer's state, and nothing else, moved into a model and an optimizer built anew."""
+        state = {name: tensor.clone() for name, tensor in self.optimizer.named_state(self.names)}
+        fresh = Run(self.experiment)
+        fresh.optimizer.load_named_state(fresh.names, state.__getitem__, steps_done)
+        return fresh
+
+
+def check_frozen_costs_nothing(run: Run) -> None:
+    """Frozen parameters have no gradient, no gradient buffer, and no place in the optimizer; trained ones have."""
+    in_buffers = {parameter for ddp in run.ddp for buffer in ddp.buffers for parameter in buffer.params}
+    for named in named_parameters(run.chunks):
+        if named.parameter.requires_grad:
+            assert named.parameter in in_buffers, f"{named.name} is trained and has no gradient buffer"
+            assert named.parameter.main_grad.dtype == torch.float32
+        else:
+            assert named.parameter not in in_buffers, f"{named.name} is frozen and has a gradient buffer"
+            assert named.parameter.grad is None
+            assert getattr(named.parameter, "main_grad", None) is None
+
+
+def train_twin(experiment: Experiment) -> Record | None:
+    """The record of a run, on rank 0."""
+    if not mpu.is_initialized():
+        build_mesh(experiment.layout, seed=1, timeout_minutes=2)
+    run = Run(experiment)
+    record: Record = {"born": run.born, "complaints": [], "eval": run.evaluate()}
+    record |= {"loss": [], "norm": [], "grads": [], "values": []}
     for step in range(experiment.steps):
-        first = step * experiment.global_batch_size
-        count = experiment.global_batch_size // (b * data_size)
-        batches = [microbatch(experiment, first + (m * data_size + data_rank) * b) for m in range(count)]
-        optimizer.zero_grad()
-        loss = run_microbatches(ddp, batches)
-        if section.sharding != "megatron":  # reduce-scattered gradients are whole on no rank
-            record["grads"].append(gather(chunks, "grad"))
-        record["loss"].append(loss.mean)
-        optimizer.set_lr(section.lr)
-        record["norm"].append(optimizer.step())
-        record["values"].append(gather(chunks, "value"))
-    assert trained(list(named_parameters(chunks))) or experiment.layout.pipeline > 1
+        if step and step == experiment.resume_at:
+            run = run.resumed(step)
+        run.optimizer.zero_grad()
+        record["loss"].append(run_microbatches(run.ddp, own_batches(experiment, step)).mean)
+        if run.section.sharding != "megatron":  # reduce-scattered gradients are whole on no rank
+            _note(record, "grads", gather(run.chunks, "grad"))
+        run.optimizer.set_lr(run.section.lr)
+        record["norm"].append(run.optimizer.step())
+        _note(record, "values", gather(run.chunks, "value"))
+    check_frozen_costs_nothing(run)
+    state_bytes: list[Any] = [None] * dist.get_world_size()
+    trained_bytes = sum(4 * parameter.numel() for parameter in run.names)
+    dist.all_gather_object(state_bytes, (run.optimizer.state_bytes(), trained_bytes))
+    record["state_bytes"] = state_bytes  # per rank: of the optimizer, of one fp32 copy of what this rank trains
     return record if dist.get_rank() == 0 else None
 
 
-def compare(got: dict[str, Any], want: dict[str, Any], *, tolerance: float = 1e-4) -> int:
-    """Assert equality up to the rounding of sums taken in another order; return how many tensors were compared.
+def train_twins(experiments: list[Experiment]) -> list[Record | None]:
+    """Several runs in one world: they share the mesh, which takes longer to build than a run takes."""
+    cuts = {replace(experiment.layout, sequence=False) for experiment in experiments}
+    assert len(cuts) == 1, "one mesh, one cut"
+    return [train_twin(experiment) for experiment in experiments]
+
+
+def _note(record: Record, kind: str, gathered: tuple[Record | None, list[str]]) -> None:
+    record[kind].append(gathered[0])
+    record["complaints"] += gathered[1]
+
+
+def compare(got: Record, want: Record, *, tolerance: float = 1e-4) -> int:
+    """Raise Mismatch unless equal up to the rounding of sums taken in another order; return how many tensors were.
 
     A tensor's error is measured against its own largest value: a sum over ranks rounds relative to its terms.
     """
-    compared = 0
-    torch.testing.assert_close(torch.tensor(got["loss"]), torch.tensor(want["loss"]), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(torch.tensor(got["norm"]), torch.tensor(want["norm"]), rtol=1e-4, atol=1e-7)
+    if got["complaints"]:
+        raise Mismatch("; ".join(got["complaints"][:4]))
+    _close("eval", got["eval"], want["eval"], 1e-5)
+    for kind, bound in (("loss", 1e-5), ("norm", 1e-4)):
+        for step, (g, w) in enumerate(zip(got[kind], want[kind], strict=True)):
+            _close(f"{kind} of step {step}", g, w, bound)
+    compared = _compare_tensors("born", got["born"], want["born"], 0.0)
     for kind in ("grads", "values"):
-        for step, (g, w) in enumerate(zip(got[kind], want[kind], strict=False)):
-            names = {name.removesuffix(" (copy)") for name in g}
-            assert names == set(w), f"{kind}: other parameters: {names ^ set(w)}"
-            for name, tensor in g.items():
-                reference = w[name.removesuffix(" (copy)")]
-                error, scale = float((tensor - reference).abs().max()), float(reference.abs().max())
-                assert error <= tolerance * scale + 1e-8, f"{kind}, step {step}, {name}: off by {error} of {scale}"
-                compared += 1
+        for step, (g, w) in enumerate(zip(got[kind], want[kind], strict=kind == "values")):
+            compared += _compare_tensors(f"{kind} of step {step}", g, w, tolerance)
     return compared
+
+
+def _close(what: str, got: float, want: float, bound: float) -> None:
+    if not abs(got - want) <= bound * abs(want) + 1e-7:
+        raise Mismatch(f"{what}: {got}, not {want}")
+
+
+def _compare_tensors(what: str, got: Record, want: Record, tolerance: float) -> int:
+    names = {name.removesuffix(" (copy)") for name in got}
+    if names != set(want):
+        raise Mismatch(f"{what}: other parameters: {names ^ set(want)}")
+    for name, tensor in got.items():
+        reference = want[name.removesuffix(" (copy)")]
+        if tensor.shape != reference.shape:
+            raise Mismatch(f"{what}: {name} has shape {tuple(tensor.shape)}, not {tuple(reference.shape)}")
+        error, scale = float((tensor - reference).abs().max()), float(reference.abs().max())
+        if not error <= tolerance * scale + (1e-8 if tolerance else 0.0):
+            raise Mismatch(f"{what}: {name} is off by {error} of {scale}")
+    return len(got)
+
+
+def frobenius(got: Record, want: Record) -> float:
+    """||got - want|| / ||want|| over all tensors together."""
+    assert set(got) == set(want)
+    difference = sum(float((got[name] - want[name]).double().square().sum()) for name in want)
+    return (difference / sum(float(tensor.double().square().sum()) for tensor in want.values())) ** 0.5
