@@ -46,6 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="a whole small experiment in minutes, on a CPU",
         description="Generate a corpus, train a small base, adapt it with LoRA under tensor parallelism, fine-tune it "
         "fully for comparison, and report.",
+        epilog="example: lora-megatron quickstart --out runs/quickstart --seed 7",
     )
     quickstart.add_argument("--out", default="runs/quickstart", help="folder to write (default: %(default)s)")
     quickstart.add_argument("--seed", type=int, default=7, help="seed of everything random (default: %(default)s)")
@@ -67,10 +68,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: argparse.Namespace) -> None:
     # Each command imports what it needs when it runs: `--help` must not wait for torch.
     if arguments.command == "train":
-        from lora_megatron.commands.train import run_training
         from lora_megatron.config import load_config
 
-        run_training(load_config(arguments.config, arguments.overrides))
+        config = load_config(arguments.config, arguments.overrides)  # a typing error shows before torch is imported
+        from lora_megatron.commands.train import run_training
+
+        run_training(config)
     else:
         from pathlib import Path
 

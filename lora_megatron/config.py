@@ -8,20 +8,34 @@ folder, so a run can be repeated from its folder alone.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+import reprlib
+from collections.abc import Hashable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from lora_megatron.errors import ConfigError
 
 Target = Literal["q", "k", "v", "o", "fc1", "fc2"]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_switch_for_a_number(cls, value: Any, info: Any) -> Any:
+        """YAML reads yes, on and true as a switch, which Python would take for the number 1."""
+        kind = cls.model_fields[info.field_name].annotation
+        if kind in (bool, bool | None) or (isinstance(kind, type) and issubclass(kind, BaseModel)):
+            return value
+        numbers = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+        if any(isinstance(number, bool) for number in numbers):
+            raise ValueError("yes, no, on, off, true and false are switches to YAML, not numbers or words")
+        return value
 
 
 class ModelSection(Section):
@@ -84,7 +98,7 @@ class ParallelSection(Section):
 class OptimizerSection(Section):
     lr: float = Field(2e-4, ge=0)
     weight_decay: float = Field(0.01, ge=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
     clip_grad: float = Field(1.0, ge=0)
     """Largest global gradient norm; 0 leaves gradients alone."""
@@ -159,8 +173,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read configuration {path}: {getattr(error, 'strerror', None) or error}") from None
     try:
-        tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        tree = _read_yaml(text)
+    except _YAML_ERRORS as error:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if tree is None:
         tree = {}
@@ -169,6 +183,30 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     for override in overrides:
         _apply_override(tree, override)
     return parse_config(tree)
+
+
+_YAML_ERRORS = (yaml.YAMLError, ValueError, RecursionError)  # impossible dates and deep nesting raise the last two
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML without tags that construct objects, and without the same key twice: the first would be lost in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for index, key in enumerate(keys):
+            if key in keys[:index]:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"the key {key!r} stands there twice", problem_mark=node.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(text: str) -> Any:
+    loader = _UniqueKeyLoader(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
@@ -184,8 +222,8 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         if not isinstance(node, dict):
             raise ConfigError(f"override {override!r}: {name} is not a section")
     try:
-        node[names[-1]] = yaml.safe_load(value)
-    except yaml.YAMLError:
+        node[names[-1]] = _read_yaml(value)
+    except _YAML_ERRORS:
         raise ConfigError(f"override {override!r}: the value is not valid YAML") from None
 
 
@@ -206,8 +244,15 @@ def _explain(problem: Any) -> str:
         nearest = difflib.get_close_matches(where[-1], valid, n=1, cutoff=0.0)
         prefix = ".".join([*where[:-1], ""])
         return f"unknown key {name}: did you mean {prefix}{nearest[0]}? (valid: {', '.join(valid)})"
-    value = problem.get("input")
-    return f"{name} = {value!r} is not valid: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+    if problem["type"] == "model_type":
+        return f"{name} = {_short.repr(problem['input'])} is not a section: it needs {', '.join(_valid_keys(where))}"
+    reason = problem["msg"].removeprefix("Value error, ")
+    return f"{name} = {_short.repr(problem['input'])} is not valid: {reason[0].lower()}{reason[1:]}"
+
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = 80
+_short.maxlevel = 2
 
 
 def _valid_keys(section: Sequence[str]) -> list[str]:
