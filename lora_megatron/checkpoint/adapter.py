@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,8 @@ from lora_megatron.methods.lora import Lora
 from lora_megatron.methods.method import Method
 from lora_megatron.model.names import Named, adapter_key, named_parameters, peft_module
 from lora_megatron.model.shape import ModelShape
-from lora_megatron.parallel.agree import gather_text
+from lora_megatron.parallel.agree import gather_text, together
+from lora_megatron.strict_json import load_json_object
 
 TENSORS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -48,6 +49,7 @@ def peft_config(method: Lora, shape: ModelShape, base: str) -> dict[str, Any]:
     """PEFT's LoraConfig for this adapter; ranks that differ from the commonest go into `rank_pattern`."""
     ranks = {(i, p): a.rank for i in range(shape.num_layers) for p in shape.projections for a in method.adapters(i, p)}
     commonest = Counter(ranks.values()).most_common(1)[0][0]
+    paths = {p: peft_module(p, gated=shape.gated_mlp) for p in shape.projections}
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -56,8 +58,8 @@ def peft_config(method: Lora, shape: ModelShape, base: str) -> dict[str, Any]:
         "lora_alpha": method.alpha,
         "lora_dropout": 0.0,
         "use_rslora": method.rank_stabilised,
-        "target_modules": sorted({peft_module(p).rpartition(".")[2] for _, p in ranks}),
-        "rank_pattern": {f"layers.{i}.{peft_module(p)}": r for (i, p), r in ranks.items() if r != commonest},
+        "target_modules": _target_modules(ranks, shape),
+        "rank_pattern": {f"layers.{i}.{paths[p]}": r for (i, p), r in ranks.items() if r != commonest},
         "alpha_pattern": {},
         "bias": "none",
         "fan_in_fan_out": False,
@@ -67,13 +69,23 @@ def peft_config(method: Lora, shape: ModelShape, base: str) -> dict[str, Any]:
     }
 
 
-def write_adapter_part(temporary: Path, chunks: Sequence[nn.Module]) -> None:
+def _target_modules(ranks: Collection[tuple[int, str]], shape: ModelShape) -> list[str]:
+    """A projection's name where every layer has it; else its path in each layer that does (PEFT compares endings)."""
+    targets = set()
+    for layer, projection in ranks:
+        everywhere = all((other, projection) in ranks for other in range(shape.num_layers))
+        path = peft_module(projection, gated=shape.gated_mlp)
+        targets.add(path.rpartition(".")[2] if everywhere else f"layers.{layer}.{path}")
+    return sorted(targets)
+
+
+def write_adapter_part(temporary: Path, chunks: Sequence[nn.Module], shape: ModelShape) -> None:
     """This pipeline stage's trained parameters into the folder under way; collective over the stage's tensor ranks."""
     stage = mpu.get_pipeline_model_parallel_rank()
     mine = trained_parameters(chunks)
     write_stage_file(
         temporary / f"part-{stage:05d}.safetensors",
-        ((adapter_key(n.name), n.parameter, shard_of(n.parameter)) for n in mine),
+        ((adapter_key(n.name, gated=shape.gated_mlp), n.parameter, shard_of(n.parameter)) for n in mine),
         {"format": "pt"},
     )
 
@@ -87,8 +99,7 @@ def join_adapter_parts(temporary: Path, method: Method, shape: ModelShape, facts
             tensors.update({name: handle.get_tensor(name) for name in handle.keys()})  # noqa: SIM118 - not a dict
     metadata = {"format": "pt", "lora_megatron": json.dumps(facts, sort_keys=True)}
     save_tensors(temporary / TENSORS, dict(sorted(tensors.items())), metadata)
-    config = peft_config(method, shape, facts["base"]) if isinstance(method, Lora) else {"method": method.name}
-    write_json(temporary / CONFIG, config)
+    write_json(temporary / CONFIG, _config(method, shape, facts["base"]))
     for part in parts:
         part.unlink()
 
@@ -105,7 +116,7 @@ def save_adapter(
     """
 
     def write(temporary: Path) -> dict[str, Any]:
-        write_adapter_part(temporary, chunks)
+        write_adapter_part(temporary, chunks, shape)
         return {"kind": "adapter", "adapter": facts}
 
     def finish(temporary: Path) -> None:
@@ -120,9 +131,17 @@ def load_adapter(
     """Fill the trained parameters of this rank's chunks; only this rank's bytes are read; collective.
 
     Raises:
-        CheckpointError: damaged files, another base, method, rank or alpha, missing or unused tensors, wrong shapes,
-            values that are not finite.
+        CheckpointError: on all ranks: damaged files, another base, method, rank or alpha, missing or unused tensors,
+            wrong shapes, values that are not finite.
     """
+    together(lambda: _check_facts(folder, method, shape, base_fingerprint))
+    mine = {adapter_key(n.name, gated=shape.gated_mlp): n.parameter for n in trained_parameters(chunks, copies=True)}
+    expected = {name for text in gather_text(json.dumps(list(mine))) for name in json.loads(text)}
+    together(lambda: _fill(folder, mine, expected))
+
+
+def _check_facts(folder: Path, method: Method, shape: ModelShape, base_fingerprint: str) -> None:
+    """Whole, of this base and of this method, and the configuration other programs read says the same."""
     manifest = read_manifest(folder)
     facts = manifest.get("adapter")
     if not isinstance(facts, dict):
@@ -138,17 +157,25 @@ def load_adapter(
             raise CheckpointError(
                 f"{folder}: {_difference(name, facts.get(name), value)}; give the method section of its run"
             )
+    config = load_json_object(folder / CONFIG, "an adapter's configuration", CheckpointError)
+    for name, value in _config(method, shape, config.get("base_model_name_or_path")).items():
+        if config.get(name) != value:
+            raise CheckpointError(
+                f"{folder / CONFIG}: {name} is {config.get(name)!r}, and the adapter's tensors are of {value!r}"
+            )
+
+
+def _config(method: Method, shape: ModelShape, base: Any) -> dict[str, Any]:
+    return peft_config(method, shape, base) if isinstance(method, Lora) else {"method": method.name}
+
+
+def _fill(folder: Path, mine: dict[str, nn.Parameter], expected: set[str]) -> None:
     size = mpu.get_tensor_model_parallel_world_size()
-    mine = trained_parameters(chunks, copies=True)
-    expected = {
-        name for text in gather_text(json.dumps([adapter_key(n.name) for n in mine])) for name in json.loads(text)
-    }
     with TensorFiles([folder / TENSORS]) as tensors, torch.no_grad():
         tensors.require_names(expected, str(folder / TENSORS))
-        for named in mine:
-            shard = shard_of(named.parameter)
-            full = shard.full_shape(named.parameter.shape, size)
-            named.parameter.copy_(tensors.part(adapter_key(named.name), shard, shape=full))
+        for key, parameter in mine.items():
+            shard = shard_of(parameter)
+            parameter.copy_(tensors.part(key, shard, shape=shard.full_shape(parameter.shape, size)))
 
 
 def trained_parameters(chunks: Sequence[nn.Module], *, copies: bool = False) -> list[Named]:

@@ -65,10 +65,20 @@ def describe_base(section: BaseSection, shape: ModelShape | None) -> Base:
 def read_shape(folder: Path) -> ModelShape:
     """The shape stored in a model folder; raises CheckpointError."""
     path = folder / CONFIG
+    return ModelShape.from_dict(_read_config(folder)["shape"], source=str(path))
+
+
+def read_tokenizer_fingerprint(folder: Path) -> Any:
+    """The fingerprint of the tokenizer a stored model was trained with, None when it does not say."""
+    return _read_config(folder).get("tokenizer_fingerprint")
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG
     values = load_json_object(path, "a model configuration written by lora_megatron", CheckpointError)
     if values.get("format") != _FORMAT or not isinstance(values.get("shape"), dict):
         raise CheckpointError(f"{path} was not written by lora_megatron (format {values.get('format')!r})")
-    return ModelShape.from_dict(values["shape"], source=str(path))
+    return values
 
 
 def load_base(base: Base, chunks: Sequence[nn.Module]) -> None:

@@ -2,17 +2,20 @@
 """A folder that exists under its name only when it is complete.
 
 All ranks write into a hidden `.tmp-<name>-<id>` beside it and fsync; then rank 0 hashes every file, writes
-`manifest.json` last, fsyncs, and renames once. A kill at any moment leaves either the whole folder or a temporary
-that nobody loads and the next save deletes.
+`manifest.json` last (with a hash of itself), fsyncs, and renames once. A kill at any moment leaves either the whole
+folder or a temporary that nobody loads and the next save deletes.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import hashlib
 import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ from lora_megatron.strict_json import file_sha256, load_json_object
 
 MANIFEST = "manifest.json"
 _PREFIX = ".tmp-"
+_OURS = (".safetensors", ".json")  # what a reader would take for content; a README beside them is nobody's business
 
 
 def write_folder(
@@ -36,8 +40,9 @@ def write_folder(
     """Write a folder with all ranks; collective.
 
     `write(temporary)` runs on every rank, writes this rank's files, and returns what the manifest shall say (rank 0's
-    counts). `finish(temporary)` then runs on rank 0 alone, when all files are there. `replace` allows a folder of that
-    name to be there and swaps it for the new one.
+    counts). Collectives that follow a write in it need a `together` of their own around that write, or a rank with a
+    full disk leaves the others waiting. `finish(temporary)` then runs on rank 0 alone, when all files are there.
+    `replace` allows a folder of that name to be there and swaps it for the new one.
 
     Raises:
         CheckpointError: on all ranks alike, when any rank failed (a full disk, a vanished directory) or the folder
@@ -45,10 +50,23 @@ def write_folder(
     """
     name = gather_text(uuid.uuid4().hex[:8] if dist.get_rank() == 0 else "")[0]
     temporary = final.parent / f"{_PREFIX}{final.name}-{name}"
+
+    def prepare() -> None:
+        with disk_errors(final):
+            _prepare(final, temporary, replace)
+
+    def fill() -> dict[str, Any]:
+        with disk_errors(final):
+            return write(temporary)
+
+    def publish() -> None:
+        with disk_errors(final):
+            _publish(temporary, final, facts, finish)
+
     try:
-        together(lambda: _prepare(final, temporary, replace))
-        facts = together(lambda: write(temporary))
-        together(lambda: _publish(temporary, final, facts, finish) if dist.get_rank() == 0 else None)
+        together(prepare)
+        facts = together(fill)
+        together(lambda: publish() if dist.get_rank() == 0 else None)
     except BaseException:
         if dist.get_rank() == 0:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -61,7 +79,7 @@ def _prepare(final: Path, temporary: Path, replace: bool) -> None:
     if final.exists() and not replace:
         raise CheckpointError(f"{final} exists already; nothing is overwritten: move it away or choose another run.dir")
     final.parent.mkdir(parents=True, exist_ok=True)
-    for stale in final.parent.glob(f"{_PREFIX}{final.name}-*"):
+    for stale in final.parent.glob(f"{_PREFIX}*"):
         shutil.rmtree(stale, ignore_errors=True)
     temporary.mkdir()
 
@@ -73,9 +91,12 @@ def _publish(temporary: Path, final: Path, facts: dict[str, Any], finish: Callab
         path.name: {"sha256": file_sha256(path, CheckpointError), "bytes": path.stat().st_size}
         for path in sorted(temporary.iterdir())
     }
-    write_json(temporary / MANIFEST, {"format": 1, **facts, "files": files})
+    manifest = {"format": 1, **facts, "files": files}
+    write_json(temporary / MANIFEST, {**manifest, "sha256": _manifest_sha256(manifest)})
     fsync(temporary)
-    if final.exists():
+    if final.exists() and _exchange(temporary, final):
+        shutil.rmtree(temporary, ignore_errors=True)  # what was there before
+    elif final.exists():
         retired = final.parent / f"{_PREFIX}{final.name}-retired-{uuid.uuid4().hex[:8]}"
         os.rename(final, retired)
         os.rename(temporary, final)
@@ -85,21 +106,48 @@ def _publish(temporary: Path, final: Path, facts: dict[str, Any], finish: Callab
     fsync(final.parent)
 
 
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap the names of two folders in one step, where system and file system can; False where not."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)  # Linux
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return rename is not None and rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
+
+
+def _manifest_sha256(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Say in one line that `path` could not be written: a full disk is the user's to mend, not a traceback."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise CheckpointError(f"cannot write {path}: {reason}; free some space or choose another run.dir") from error
+
+
 def read_manifest(folder: Path, *, verify: bool = True) -> dict[str, Any]:
     """The manifest of a complete folder, every file checked against its size and SHA-256 unless `verify` is off.
 
     Raises:
-        CheckpointError: no manifest, a missing, extra, resized or altered file; the message names it.
+        CheckpointError: no manifest, an altered one, a missing, extra, resized or altered file; the message names it.
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder")
     manifest = load_json_object(folder / MANIFEST, f"the manifest of a complete {folder.name}", CheckpointError)
+    stored = manifest.pop("sha256", None)
     files = manifest.get("files")
     if manifest.get("format") != 1 or not isinstance(files, dict):
         raise CheckpointError(f"{folder / MANIFEST}: not a manifest of format 1; it was written by another version")
+    if stored != _manifest_sha256(manifest):
+        raise CheckpointError(f"{folder / MANIFEST} is damaged: its content is not what its own sha256 says")
+    for path in sorted(folder.iterdir()):
+        if path.suffix in _OURS and path.name not in files and path.name != MANIFEST:
+            raise CheckpointError(f"{path} is not listed in the manifest beside it; move it elsewhere")
     for name, entry in files.items():
         path = folder / name
-        if Path(name).name != name or not isinstance(entry, dict):
+        if Path(name).name != name or not isinstance(entry, dict) or set(entry) != {"sha256", "bytes"}:
             raise CheckpointError(f"{folder / MANIFEST}: bad file entry {name!r}")
         if not path.is_file():
             raise CheckpointError(f"{path} is missing although the manifest lists it")

@@ -11,11 +11,14 @@ from __future__ import annotations
 
 import re
 import shutil
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from torch import Tensor, nn
 
@@ -25,8 +28,9 @@ from lora_megatron.checkpoint.tensors import Read, TensorFiles, write_stage_file
 from lora_megatron.errors import CheckpointError
 from lora_megatron.layers.sharding import Shard, shard_of
 from lora_megatron.methods.method import Method
-from lora_megatron.model.names import Named
+from lora_megatron.model.names import Named, named_parameters
 from lora_megatron.model.shape import ModelShape
+from lora_megatron.parallel.agree import together
 
 _NAME = re.compile(r"^step-(\d{8})$")
 
@@ -67,23 +71,27 @@ def save_checkpoint(
     """Write a checkpoint with all ranks, then delete all but the newest `keep`; collective.
 
     `state` iterates over the optimizer's (`<name>.<kind>`, this tensor rank's part). `identity` is what a run must
-    share to be resumed from here.
+    share to be resumed from here. The second copy of a tied embedding is left to the stage with the first.
 
     Raises:
         CheckpointError: on all ranks; earlier checkpoints are untouched.
     """
     final = checkpoint_path(run, progress.step)
     stage, stages = mpu.get_pipeline_model_parallel_rank(), mpu.get_pipeline_model_parallel_world_size()
+    copies = {n.name for n in named_parameters(chunks) if n.is_copy}
     shards = {name: shard_of(parameter) for parameter, name in parameters.items()}
 
     def parts() -> Iterator[tuple[str, Tensor, Shard]]:
-        for name, tensor in state():
-            yield name, tensor, shards[name.rpartition(".")[0]]
+        for key, tensor in state():
+            name = key.rpartition(".")[0]
+            if name not in copies:
+                yield key, tensor, shards[name]
 
     def write(temporary: Path) -> dict[str, Any]:
-        write_stage_file(temporary / f"state-{stage + 1:05d}-of-{stages:05d}.safetensors", parts(), {"format": "pt"})
+        path = temporary / f"state-{stage + 1:05d}-of-{stages:05d}.safetensors"
+        together(lambda: write_stage_file(path, parts(), {"format": "pt"}))
         if not method.trains_base:
-            write_adapter_part(temporary, chunks)
+            together(lambda: write_adapter_part(temporary, chunks, shape))
         return {
             "kind": "checkpoint",
             "step": progress.step,
@@ -97,7 +105,7 @@ def save_checkpoint(
             join_adapter_parts(temporary, method, shape, adapter_facts)
 
     write_folder(final, write, finish=finish)
-    if mpu.get_tensor_model_parallel_rank() == 0 and stage == 0 and mpu.get_data_parallel_rank() == 0:
+    if dist.get_rank() == 0:
         for old in checkpoints(run)[keep:]:
             shutil.rmtree(old, ignore_errors=True)
     return final
@@ -109,16 +117,22 @@ def read_progress(folder: Path, identity: dict[str, Any]) -> Progress:
     Raises:
         CheckpointError: damaged, not a checkpoint, or another run's: the message names the first difference.
     """
-    manifest = read_manifest(folder)
+    return _progress(folder, read_manifest(folder), identity)
+
+
+def _progress(folder: Path, manifest: dict[str, Any], identity: dict[str, Any]) -> Progress:
     stored = manifest.get("identity")
-    if manifest.get("kind") != "checkpoint" or not isinstance(stored, dict):
+    step, consumed = manifest.get("step"), manifest.get("consumed_samples")
+    is_checkpoint = manifest.get("kind") == "checkpoint" and isinstance(stored, dict)
+    if not is_checkpoint or type(step) is not int or type(consumed) is not int:
         raise CheckpointError(f"{folder} is not a training checkpoint")
+    assert isinstance(stored, dict)
     for name in sorted(set(stored) | set(identity)):
         if stored.get(name) != identity.get(name):
             raise CheckpointError(
                 f"{folder} is another run's: {name} is {stored.get(name)!r} there and {identity.get(name)!r} here"
             )
-    return Progress(int(manifest["step"]), int(manifest["consumed_samples"]))
+    return Progress(step, consumed)
 
 
 def load_checkpoint(
@@ -137,7 +151,7 @@ def load_checkpoint(
         def read(key: str) -> Tensor:
             parameter = by_name[key.rpartition(".")[0]]
             shard = shard_of(parameter)
-            return tensors.part(key, shard, shape=shard.full_shape(parameter.shape, size))
+            return tensors.part(key, shard, shape=shard.full_shape(parameter.shape, size), dtype=torch.float32)
 
         load(parameters, read)
 
@@ -151,11 +165,23 @@ def newest_good(run: Path, identity: dict[str, Any], say: Callable[[str], None])
     found = checkpoints(run)
     for folder in found:
         try:
-            read_manifest(folder)
+            manifest = read_manifest(folder)
         except CheckpointError as error:
             say(f"checkpoint passed over: {error}")
             continue
-        return folder, read_progress(folder, identity)
+        return folder, _progress(folder, manifest, identity)
     if found:
         raise CheckpointError(f"every checkpoint in {run / 'checkpoints'} is damaged; move them away to start afresh")
     return None
+
+
+def set_aside_newer(run: Path, step: int, say: Callable[[str], None]) -> None:
+    """Rename what was saved after `step`, where a run goes on: it is damaged, or of a course no longer followed.
+
+    Left under its name it would stop the save of that step, and count among the checkpoints to keep.
+    """
+    for folder in checkpoints(run):
+        if int(folder.name.removeprefix("step-")) > step:
+            aside = folder.with_name(f"superseded-{folder.name}-{uuid.uuid4().hex[:8]}")
+            folder.rename(aside)
+            say(f"{folder} is newer than step {step}, where the run goes on: renamed to {aside.name}")

@@ -3,32 +3,39 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from lora_megatron.checkpoint.state import Progress, newest_good, read_progress
+from lora_megatron.checkpoint.state import Progress, newest_good, read_progress, set_aside_newer
 from lora_megatron.config import Config
-from lora_megatron.errors import ConfigError
+from lora_megatron.errors import CheckpointError, ConfigError
 from lora_megatron.measure.atomic import write_json, write_text
 from lora_megatron.measure.environment import describe_environment
-
-RESUME_CHOICES = ("never", "auto")
 
 
 def claim(config: Config) -> None:
     """Refuse a folder that holds a run already, unless the run shall resume.
 
     Raises:
-        ConfigError: `run.resume = never` and the folder is not empty, or it is not a folder.
+        ConfigError: the folder is not empty and the run starts afresh or from a checkpoint outside of it, or it is
+            not a folder.
     """
-    folder = Path(config.run.dir)
+    folder, resume = Path(config.run.dir), config.run.resume
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"run.dir = {folder} is a file; choose a folder")
-    if config.run.resume == "never" and folder.is_dir() and any(folder.iterdir()):
+    if resume == "auto" or not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if resume == "never":
         raise ConfigError(
             f"run.dir = {folder} holds a run already: choose another run.dir, or set run.resume=auto to continue it"
+        )
+    if Path(resume).resolve().parent.parent != folder.resolve():
+        raise ConfigError(
+            f"run.dir = {folder} holds a run already, and run.resume = {resume} is not of that run: choose another "
+            "run.dir"
         )
 
 
@@ -45,19 +52,38 @@ def find_checkpoint(
     if config.run.resume == "auto":
         return newest_good(Path(config.run.dir), identity, say)
     folder = Path(config.run.resume)
+    if not folder.is_dir():
+        raise CheckpointError(f"run.resume = {folder} is neither never, nor auto, nor the folder of a checkpoint")
     return folder, read_progress(folder, identity)
 
 
-def describe(config: Config) -> None:
-    """Write the resolved configuration and the environment."""
+def begin(config: Config, step: int, say: Callable[[str], None]) -> None:
+    """Make the folder and write the resolved configuration, the environment and the status `running`.
+
+    A run that goes on from `step` sets newer checkpoints aside.
+    """
     folder = Path(config.run.dir)
     folder.mkdir(parents=True, exist_ok=True)
+    if step:
+        set_aside_newer(folder, step, say)
     write_text(folder / "config.yaml", config.to_yaml())
     write_json(folder / "environment.json", describe_environment())
+    set_status(config, "running", step=step)
 
 
 def set_status(config: Config, state: str, **facts: Any) -> None:
     """status.json: running, done, failed or preempted."""
-    folder = Path(config.run.dir)
-    if folder.is_dir():
-        write_json(folder / "status.json", {"state": state, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **facts})
+    status = {"state": state, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **facts}
+    write_json(Path(config.run.dir) / "status.json", status)
+
+
+@contextlib.contextmanager
+def failure_recorded(config: Config, *, enabled: bool) -> Iterator[None]:
+    """status.json says `failed`, why and with which exit status, when an exception passes through."""
+    try:
+        yield
+    except Exception as error:
+        if enabled:
+            with contextlib.suppress(OSError):  # the reason may be a full disk
+                set_status(config, "failed", exit_status=getattr(error, "exit_status", 1), error=str(error))
+        raise

@@ -5,12 +5,17 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from lora_megatron.checkpoint.adapter import describe_method, load_adapter, save_adapter
-from lora_megatron.checkpoint.base import Base, describe_base, load_base, save_model
+from lora_megatron.checkpoint.base import CONFIG as BASE_CONFIG
+from lora_megatron.checkpoint.base import Base, describe_base, load_base, read_tokenizer_fingerprint, save_model
+from lora_megatron.checkpoint.folder import disk_errors
 from lora_megatron.checkpoint.state import Progress, load_checkpoint, save_checkpoint
 from lora_megatron.commands import run_folder
 from lora_megatron.commands.summary import Run, continuations, summarise
@@ -44,21 +49,38 @@ def run_training(config: Config) -> None:
         UserError: every way a user's input can fail; see `lora_megatron.errors` for the exit statuses.
     """
     started = time.monotonic()
+    groups.join_world(timeout_minutes=config.parallel.timeout_minutes)
+    try:
+        require_equal("the configuration", config.model_dump_json())
+        plan = together(lambda: _plan(config))
+        together(lambda: run_folder.claim(config))
+        ranks = groups.build_mesh(
+            layout_of(config), seed=config.train.seed, timeout_minutes=config.parallel.timeout_minutes
+        )
+        _train(plan, ranks, started)
+    except UserError:  # all ranks are here, so none waits for another
+        groups.stop()
+        raise
+    groups.stop()
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What a configuration comes to, before anything is built."""
+
+    config: Config
+    tokenizer: Tokenizer
+    base: Base
+    method: Method
+
+
+def _plan(config: Config) -> _Plan:
     tokenizer = load_tokenizer(config.data.tokenizer)
     base = _resolve_base(config, tokenizer)
     config = config.model_copy(update={"model": ModelSection(**base.shape.to_dict())})
     method = choose_method(config.method, num_layers=base.shape.num_layers)
-    check(config, base.shape, method, groups.launched_world_size())
-    ranks = groups.start(layout_of(config), seed=config.train.seed, timeout_minutes=config.parallel.timeout_minutes)
-    require_equal("the configuration", config.model_dump_json())
-    together(lambda: run_folder.claim(config))
-    try:
-        _train(config, tokenizer, base, method, ranks, started)
-    except UserError as error:
-        if ranks.is_main:
-            run_folder.set_status(config, "failed", exit_status=error.exit_status, error=str(error))
-        raise
-    groups.stop()
+    check(config, base.shape, method, dist.get_world_size())
+    return _Plan(config, tokenizer, base, method)
 
 
 def _resolve_base(config: Config, tokenizer: Tokenizer) -> Base:
@@ -71,6 +93,11 @@ def _resolve_base(config: Config, tokenizer: Tokenizer) -> Base:
         raise ConfigError(
             f"base.weights = {config.base.weights} has a vocabulary of {base.shape.vocab_size}, the tokenizer "
             f"{config.data.tokenizer} needs {tokenizer.vocab_size}: give data.tokenizer the one the base was trained on"
+        )
+    if read_tokenizer_fingerprint(Path(config.base.weights)) not in (None, tokenizer.fingerprint):
+        raise ConfigError(
+            f"base.weights = {config.base.weights} was trained with another tokenizer than data.tokenizer = "
+            f"{config.data.tokenizer}: give data.tokenizer the one its {BASE_CONFIG} names"
         )
     return base
 
@@ -95,7 +122,8 @@ def _source(table: ExampleTable, tokenizer: Tokenizer, config: Config, *, shuffl
     )
 
 
-def _train(config: Config, tokenizer: Tokenizer, base: Base, method: Method, ranks: Ranks, started: float) -> None:
+def _train(plan: _Plan, ranks: Ranks, started: float) -> None:
+    config, tokenizer, base, method = plan.config, plan.tokenizer, plan.base, plan.method
     table = together(lambda: _open(config.data.train, "data.train"))
     held_out_table = together(lambda: open_examples(config.data.validation) if config.data.validation else None)
     require_equal("the training data", table.content_hash)
@@ -106,10 +134,24 @@ def _train(config: Config, tokenizer: Tokenizer, base: Base, method: Method, ran
     if resumed:
         _resume(trainer, *resumed)
         say(f"resumed from {resumed[0]} at step {resumed[1].step}")
-    if ranks.is_main:
-        run_folder.describe(config)
-        run_folder.set_status(config, "running", step=trainer.step)
     run = Run(config, base, method, trainer, tokenizer, held_out_table, ranks)
+    with run_folder.failure_recorded(config, enabled=ranks.is_main):
+        _on_main(ranks, config, lambda: run_folder.begin(config, trainer.step, say))
+        _run(run, identity, started)
+
+
+def _on_main(ranks: Ranks, config: Config, action: Callable[[], object]) -> None:
+    """Let rank 0 write into the run folder; if it cannot, all ranks raise the CheckpointError."""
+
+    def write() -> None:
+        with disk_errors(Path(config.run.dir)):
+            action()
+
+    together(lambda: write() if ranks.is_main else None)
+
+
+def _run(run: Run, identity: dict[str, Any], started: float) -> None:
+    config, base, method = run.config, run.base, run.method
     facts = {
         "base": config.base.weights,
         "base_fingerprint": base.fingerprint,
@@ -119,14 +161,15 @@ def _train(config: Config, tokenizer: Tokenizer, base: Base, method: Method, ran
     _loop(run, identity, facts)
     folder = Path(config.run.dir)
     if method.trains_base:
-        save_model(folder / "model", run.bare_chunks, base.shape, {"tokenizer": config.data.tokenizer})
+        tokenizer = {"tokenizer": config.data.tokenizer, "tokenizer_fingerprint": run.tokenizer.fingerprint}
+        save_model(folder / "model", run.bare_chunks, base.shape, tokenizer)
     else:
         save_adapter(folder / "adapter", run.bare_chunks, method, base.shape, facts)
     run.after = continuations(run)
     summary = summarise(run, wall_seconds=time.monotonic() - started)
-    if ranks.is_main:
-        write_report(folder, summary)
-        run_folder.set_status(config, "done", step=trainer.step)
+    _on_main(run.ranks, config, lambda: write_report(folder, summary))
+    _on_main(run.ranks, config, lambda: run_folder.set_status(config, "done", step=run.trainer.step))
+    if run.ranks.is_main:
         _say(f"done: {folder / 'report.md'}")
 
 
@@ -178,6 +221,9 @@ def _identity(config: Config, base: Base, method: Method, table: ExampleTable, t
 
 
 def _resume(trainer: Trainer, folder: Path, progress: Progress) -> None:
+    steps = trainer.config.train.steps
+    if progress.step > steps:
+        raise ConfigError(f"train.steps = {steps}, and {folder} is at step {progress.step} already: raise train.steps")
     named = list(named_parameters([chunk.module for chunk in trainer.chunks]))
     optimizer = trainer.optimizer
     together(
@@ -212,12 +258,12 @@ def _loop(run: Run, identity: dict[str, Any], adapter_facts: dict[str, Any]) -> 
     progress = TrainingProgress(
         config.train.steps, first_step=trainer.step, enabled=ranks.is_main, description=run.method.name
     )
-    with metrics, progress:
+    with disk_errors(Path(config.run.dir)), metrics, progress:
 
         def on_step(report: StepReport) -> None:
             run.reports.append(report)
             values = asdict(report)
-            metrics.write(values.pop("step"), values)
+            _on_main(ranks, config, lambda: metrics.write(values.pop("step"), values))
             progress.update(
                 report.step,
                 loss=report.loss,
@@ -226,7 +272,7 @@ def _loop(run: Run, identity: dict[str, Any], adapter_facts: dict[str, Any]) -> 
             )
 
         def on_evaluation(step: int, loss: float) -> None:
-            metrics.write(step, {"held_out_loss": loss})
+            _on_main(ranks, config, lambda: metrics.write(step, {"held_out_loss": loss}))
             progress.note(f"held-out loss {loss:.4f} after step {step}")
 
         train(trainer, on_step=on_step, on_evaluation=on_evaluation, save=save)

@@ -52,7 +52,7 @@ def _check_layout(layout: Layout, shape: ModelShape) -> None:
     if shape.num_layers % stages:
         raise ConfigError(
             f"parallel.pipeline x virtual_pipeline = {layout.pipeline} x {layout.virtual_pipeline} does not divide "
-            f"model.num_layers = {shape.num_layers}"
+            f"model.num_layers = {shape.num_layers}: choose sizes whose product does"
         )
 
 
@@ -68,7 +68,7 @@ def _check_batches(config: Config, layout: Layout, world_size: int) -> None:
     if data.global_batch_size % step:
         raise ConfigError(
             f"data.global_batch_size = {data.global_batch_size} is not a multiple of micro_batch_size x data-parallel "
-            f"ranks = {data.micro_batch_size} x {data_size} = {step}"
+            f"ranks = {data.micro_batch_size} x {data_size} = {step}: choose such a multiple"
         )
     count = data.global_batch_size // step
     if layout.virtual_pipeline > 1 and count % layout.pipeline:
@@ -83,8 +83,10 @@ def _check_lengths(config: Config, layout: Layout, shape: ModelShape) -> None:
     if length > shape.max_position_embeddings:
         raise ConfigError(
             f"data.sequence_length = {length} is longer than model.max_position_embeddings = "
-            f"{shape.max_position_embeddings}"
+            f"{shape.max_position_embeddings}: lower data.sequence_length to at most that"
         )
+    if shape.position == "rope" and shape.head_dim % 2:
+        raise ConfigError(f"model.head_dim = {shape.head_dim}: rotary positions need an even one, they turn pairs")
     if layout.sequence and length % layout.tensor:
         raise ConfigError(
             f"parallel.sequence needs data.sequence_length = {length} to be a multiple of parallel.tensor = "

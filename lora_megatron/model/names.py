@@ -20,7 +20,8 @@ OUTPUT = "output_layer.weight"
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.(.*)$")
 _ADAPTER = re.compile(r"^decoder\.layers\.(\d+)\.(.*)\.adapters\.(\w+)\.lora_([AB])$")
 
-# PEFT's names, as its tuner writes them for a Llama-shaped module tree with unfused projections.
+# PEFT's names, as its tuner writes them for a Llama-shaped module tree with unfused projections; a plain MLP, which
+# Llama has not, keeps fc1 and fc2.
 _PEFT_MODULE = {
     "q": "self_attn.q_proj",
     "k": "self_attn.k_proj",
@@ -31,6 +32,7 @@ _PEFT_MODULE = {
     "up": "mlp.up_proj",
     "fc2": "mlp.fc2",
 }
+_PEFT_GATED_FC2 = "mlp.down_proj"
 _LINEAR = {
     "q": "self_attention.linear_qkv",
     "k": "self_attention.linear_qkv",
@@ -68,17 +70,17 @@ def named_parameters(chunks: Sequence[nn.Module]) -> Iterator[Named]:
                 yield Named(name, parameter)
 
 
-def adapter_key(name: str) -> str:
+def adapter_key(name: str, *, gated: bool) -> str:
     """The key of a trained parameter in an adapter file: PEFT's for a LoRA factor, the global name otherwise."""
     match = _ADAPTER.match(name)
     if not match:
         return name
-    return f"base_model.model.model.layers.{match[1]}.{_PEFT_MODULE[match[3]]}.lora_{match[4]}.weight"
+    return f"base_model.model.model.layers.{match[1]}.{peft_module(match[3], gated=gated)}.lora_{match[4]}.weight"
 
 
-def peft_module(projection: str) -> str:
-    """PEFT's module path of a projection inside a layer, e.g. `self_attn.q_proj`."""
-    return _PEFT_MODULE[projection]
+def peft_module(projection: str, *, gated: bool) -> str:
+    """PEFT's module path of a projection inside a layer, e.g. `self_attn.q_proj`; `gated` is the MLP."""
+    return _PEFT_GATED_FC2 if gated and projection == "fc2" else _PEFT_MODULE[projection]
 
 
 def adapter_name(layer: int, projection: str, factor: str) -> str:

@@ -50,10 +50,11 @@ def together(action: Callable[[], T]) -> T:
     except OSError as error:  # a full disk or a vanished directory is the user's to mend, not a traceback
         failure = errors.CheckpointError(f"{error.strerror or error}: {error.filename or ''}".rstrip(": "))
     report = json.dumps([type(failure).__name__, str(failure)]) if failure else ""
-    for rank, text in enumerate(gather_text(report)):
+    reports = gather_text(report)
+    for rank, text in enumerate(reports):
         if text:
             name, message = json.loads(text)
-            suffix = f" (rank {rank})" if dist.get_world_size() > 1 and "rank" not in message else ""
+            suffix = f" (on rank {rank})" if set(reports) != {text} and "(on rank" not in message else ""
             raise getattr(errors, name, UserError)(message + suffix) from failure
     return result  # type: ignore[return-value]
 

@@ -80,15 +80,19 @@ def start(layout: Layout, *, seed: int, timeout_minutes: float = 30.0) -> Ranks:
         ConfigError: the world size is not a multiple of tensor x pipeline x context.
     """
     check_world_size(layout, launched_world_size())
-    _join_world(timedelta(minutes=timeout_minutes))
+    join_world(timeout_minutes=timeout_minutes)
     return build_mesh(layout, seed=seed, timeout_minutes=timeout_minutes)
 
 
-def _join_world(timeout: timedelta) -> None:
+def join_world(*, timeout_minutes: float = 30.0) -> None:
+    """Join the world torchrun announced, or make a world of one; nothing when this process is in a world already."""
     if dist.is_initialized():
         return
+    timeout = timedelta(minutes=timeout_minutes)
     use_cuda = torch.cuda.is_available()
     if use_cuda:
+        # Kernels start in the order they are launched, so a collective launched before a GEMM overlaps with it.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     backend = "nccl" if use_cuda else "gloo"
     if "RANK" in os.environ:

@@ -38,7 +38,7 @@ def make_corpus(folder: Path, *, rows: int = 18) -> Path:
     return folder
 
 
-def make_tree(corpus: Path, run: Path, **sections: Tree) -> Tree:
+def make_tree(corpus: Path, folder: Path, /, **sections: Tree) -> Tree:
     """A configuration of a run of 6 steps that saves at every second; `sections` win key by key."""
     tree: Tree = {
         "model": dict(TINY),
@@ -51,7 +51,7 @@ def make_tree(corpus: Path, run: Path, **sections: Tree) -> Tree:
             "global_batch_size": 4,
         },
         "train": {"steps": 6, "save_every": 2, "warmup_steps": 1},
-        "run": {"dir": str(run)},
+        "run": {"dir": str(folder)},
     }
     for name, values in sections.items():
         tree[name] = {**tree.get(name, {}), **values}
