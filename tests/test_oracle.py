@@ -157,10 +157,11 @@ def test_ranks_per_layer_leave_layers_without_adapters(pool: Pool) -> None:
     assert sorted(ranks.values()) == [1, 1, 1, 2, 3, 3]
 
 
-BF16 = {
-    family: replace(experiment, precision="bf16", steps=2) for family, experiment in (("gpt", GPT), ("llama", LLAMA))
-}
-_bf16: dict[str, Any] = {}
+# Scale alpha / r near 1: with the deltas of the other experiments the network is so steep that bf16's error of a
+# weight grows to a tenth of a gradient, and a bound of that size would say nothing.
+MILD = {family: replace(e, method={**e.method, "alpha": 2}, steps=2) for family, e in (("gpt", GPT), ("llama", LLAMA))}
+BF16 = {family: replace(experiment, precision="bf16") for family, experiment in MILD.items()}
+_whole: list[Any] = []
 
 
 @pytest.mark.parametrize("layout", ["tp2", "tp2-sp", "pp2", "vpp2"])
@@ -170,21 +171,20 @@ def test_bf16_stays_within_its_own_rounding(pool: Pool, layout: str) -> None:
     nothing across ranks, so there the two must agree as in fp32.
     """
     world, cut, _ = LAYOUTS[layout]
-    if "one" not in _bf16:
-        _bf16["one"] = pool.run(1, train_twins, experiments=list(BF16.values()))[0]
+    if not _whole:
+        _whole.extend(pool.run(1, train_twins, experiments=[*MILD.values(), *BF16.values()])[0])
     sharded = pool.run(world, train_twins, experiments=[replace(e, layout=cut) for e in BF16.values()])[0]
-    for family, got, whole in zip(BF16, sharded, _bf16["one"], strict=True):
-        exact = twin(pool, family)
+    for got, exact, whole in zip(sharded, _whole[:2], _whole[2:], strict=True):
         assert got["complaints"] == []
         for step in range(2):
             rounding = frobenius(whole["grads"][step], exact["grads"][step])
-            assert 1e-4 < rounding < 0.1, f"{family}: bf16 itself is off by {rounding}"
-            factor = 2.0 if "tp" in layout else 1e-3
-            assert frobenius(got["grads"][step], whole["grads"][step]) <= factor * rounding
+            assert 1e-3 < rounding < 0.02, f"bf16 itself is off by {rounding}; one rounding is 2**-9"
+            allowed = rounding * (2.0 if "tp" in layout else 1e-3)
+            assert frobenius(got["grads"][step], whole["grads"][step]) <= allowed
             assert frobenius(got["values"][step], whole["values"][step]) <= 2**-8  # one rounding of the parameter
             # The mean of some 40 losses near 4.6, each off by about 2^-8 of a logit of size 1.
             assert got["loss"][step] == pytest.approx(whole["loss"][step], abs=2**-8)
-            assert got["norm"][step] == pytest.approx(whole["norm"][step], rel=2 * rounding)
+            assert got["norm"][step] == pytest.approx(whole["norm"][step], rel=rounding)
 
 
 @pytest.mark.parametrize(
