@@ -107,6 +107,8 @@ def install() -> None:
     }
     for name, replacement in cuda.items():
         setattr(torch.cuda, name, replacement)
+    with torch.device("meta"):
+        torch.empty(0)  # torch lists the factories that obey `with device` on first use: let it list the originals
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     megatron_random._get_cuda_rng_state = lambda *args, **kwargs: _device_generator.get_state()
