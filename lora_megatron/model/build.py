@@ -133,8 +133,7 @@ def build(shape: ModelShape, method: Method, layout: Layout, options: BuildOptio
         _declare_embeddings(chunk, padding=padded - shape.vocab_size)
         _mask_padded_logits(chunk, shape.vocab_size, layout.tensor)
     _freeze(chunks, method)
-    needs_gradient_at_input = options.recompute != "none" or layout.pipeline > 1
-    if needs_gradient_at_input:
+    if options.recompute == "full":
         for chunk in chunks:
             _let_gradient_reach_input(chunk)
     return chunks
@@ -175,8 +174,9 @@ def _freeze(chunks: list[GPTModel], method: Method) -> None:
 def _let_gradient_reach_input(chunk: GPTModel) -> None:
     """Make the output of a frozen embedding require a gradient.
 
-    Whole-layer recomputation runs its backward only if an input of the layer requires a gradient, and a pipeline
-    stage without trained parameters must still have a graph to walk; with every weight below frozen, neither would.
+    Whole-layer recomputation runs its backward only if an input of the layer requires a gradient; with every weight
+    below frozen none would, and half of the adapters would silently get zero gradients. Without recomputation the
+    input is left alone: what lies below the lowest adapter then needs no gradient at all.
     """
     if not chunk.pre_process or any(p.requires_grad for p in chunk.embedding.parameters()):
         return
