@@ -9,6 +9,7 @@ files there are and takes only the byte ranges of its own part.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
@@ -59,9 +60,22 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
     """Write and fsync one safetensors file; raises CheckpointError when the disk is full or gone."""
     try:
         save_file(tensors, path, metadata=metadata)
+        _sort_metadata(path)
         fsync(path)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"cannot write {path}: {error}; free some space or choose another run.dir") from None
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put a file's metadata in order: the writer leaves it random, and the same content shall be the same bytes."""
+    with open(path, "r+b") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= size, "the same JSON in another order is not longer"
+        stream.seek(8)
+        stream.write(text.ljust(size))
 
 
 class TensorFiles:
