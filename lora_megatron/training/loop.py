@@ -17,7 +17,7 @@ from lora_megatron.config import Config
 from lora_megatron.data.batches import BatchSource
 from lora_megatron.errors import NumericalError
 from lora_megatron.measure.memory import ActivationMeter
-from lora_megatron.parallel.agree import gather_text
+from lora_megatron.parallel.agree import device_for_collectives, gather_text
 from lora_megatron.training.held_out import held_out_loss
 from lora_megatron.training.optimizer import Optimizer, gradient_bytes
 from lora_megatron.training.schedule import learning_rate
@@ -102,10 +102,8 @@ def train_step(trainer: Trainer) -> tuple[StepReport, tuple[int, ...]]:
     optimizer.zero_grad()
     with trainer.meter:
         loss = run_microbatches(trainer.chunks, batches)
-        norm = optimizer.step() if math.isfinite(loss.mean) else math.nan
-    bad_ranks = loss.bad_ranks
-    if math.isfinite(loss.mean) and not math.isfinite(norm):
-        bad_ranks = _ranks_with_bad_gradients(trainer.chunks)
+        bad_ranks = loss.bad_ranks if not math.isfinite(loss.mean) else _ranks_with_bad_gradients(trainer.chunks)
+        norm = optimizer.step() if math.isfinite(loss.mean) and not bad_ranks else math.nan
     seconds = time.perf_counter() - started
     tokens = config.data.global_batch_size * config.data.sequence_length
     report = StepReport(
@@ -157,5 +155,15 @@ def _require_finite(report: StepReport, bad_ranks: tuple[int, ...]) -> None:
 
 
 def _ranks_with_bad_gradients(chunks: Sequence[DistributedDataParallel]) -> tuple[int, ...]:
-    bad = any(not bool(torch.isfinite(b.grad_data).all()) for chunk in chunks for b in chunk.buffers)
+    """Ranks with a gradient that is not finite; collective.
+
+    The gradient norm would not tell: it counts a replicated parameter on one tensor rank only.
+    """
+    largest = [torch.linalg.vector_norm(b.grad_data, math.inf) for chunk in chunks for b in chunk.buffers]
+    zero = torch.zeros((), device=device_for_collectives())
+    bad = (~torch.isfinite(torch.stack([zero, *(value.to(zero) for value in largest)]))).any()
+    anywhere = bad.int()
+    torch.distributed.all_reduce(anywhere, torch.distributed.ReduceOp.MAX)
+    if not int(anywhere):
+        return ()
     return tuple(rank for rank, text in enumerate(gather_text("bad" if bad else "")) if text)
