@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The only creator of process groups, devices and global seeds.
 
-`start` turns a layout (tensor x pipeline x context, data parallelism is what is left) into megatron-core's parallel
-state, over NCCL where every rank has a GPU and over gloo elsewhere. Every group gets an explicit timeout.
+`join_world`, then `build_mesh`, which turns a layout (tensor x pipeline x context, data parallelism is what is left)
+into megatron-core's parallel state, over NCCL where every rank has a GPU and over gloo elsewhere. Every group gets an
+explicit timeout.
 """
 
 from __future__ import annotations
@@ -58,11 +59,6 @@ class Ranks:
         return self.rank == 0
 
 
-def launched_world_size() -> int:
-    """World size torchrun announced, 1 under plain `python`."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def check_world_size(layout: Layout, world_size: int) -> None:
     """Raise ConfigError when the layout cannot fill the world."""
     if world_size % layout.model_size:
@@ -71,17 +67,6 @@ def check_world_size(layout: Layout, world_size: int) -> None:
             f"{layout.pipeline} x {layout.context} = {layout.model_size}: start a multiple of {layout.model_size} "
             f"processes (torchrun --nproc-per-node {layout.model_size}) or change the layout"
         )
-
-
-def start(layout: Layout, *, seed: int, timeout_minutes: float = 30.0) -> Ranks:
-    """Join the world torchrun announced (or make a world of one) and build every group of the layout.
-
-    Raises:
-        ConfigError: the world size is not a multiple of tensor x pipeline x context.
-    """
-    check_world_size(layout, launched_world_size())
-    join_world(timeout_minutes=timeout_minutes)
-    return build_mesh(layout, seed=seed, timeout_minutes=timeout_minutes)
 
 
 def join_world(*, timeout_minutes: float = 30.0) -> None:
@@ -105,7 +90,11 @@ def join_world(*, timeout_minutes: float = 30.0) -> None:
 
 
 def build_mesh(layout: Layout, *, seed: int, timeout_minutes: float = 30.0) -> Ranks:
-    """Build megatron-core's groups for `layout` over the running world; see `start`."""
+    """Build megatron-core's groups for `layout` over the running world.
+
+    Raises:
+        ConfigError: the world size is not a multiple of tensor x pipeline x context.
+    """
     world_size = dist.get_world_size()
     check_world_size(layout, world_size)
     mpu.initialize_model_parallel(
