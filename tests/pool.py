@@ -7,6 +7,7 @@ NCCL) world and returns what each rank returned. Functions and arguments must be
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import queue
@@ -18,8 +19,8 @@ from typing import Any
 
 import torch.multiprocessing as mp
 
-WORLD_TIMEOUT_S = 120  # of a collective: a rank left alone by a failed one ends then
-JOB_TIMEOUT_S = 300
+WORLD_TIMEOUT_S = 300  # of a collective: a rank left alone by a failed one ends then
+JOB_TIMEOUT_S = 600  # minutes, because the machine may be busy with other work
 GRACE_S = 10  # what the other ranks get to answer once one has failed
 
 
@@ -33,7 +34,7 @@ def _worker(rank: int, backend: str, jobs: Any, answers: Any) -> None:
     from lora_megatron.parallel import groups
 
     timeout = timedelta(seconds=WORLD_TIMEOUT_S)
-    while (job := jobs.get()) is not None:
+    while (job := _next(jobs)) is not None:
         world_size, store, function, arguments = job
         try:
             dist.init_process_group(
@@ -45,6 +46,15 @@ def _worker(rank: int, backend: str, jobs: Any, answers: Any) -> None:
             answers.put((rank, None, traceback.format_exc()))
         finally:
             groups.stop()
+
+
+def _next(jobs: Any) -> Any:
+    """The next job; None when there will be none, also because the test session was killed."""
+    parent = mp.parent_process()
+    while parent is not None and parent.is_alive():
+        with contextlib.suppress(queue.Empty):
+            return jobs.get(timeout=5)
+    return None
 
 
 class Pool:
