@@ -27,7 +27,7 @@ $(VENV)/.installed: setup.py constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test]'
 	@touch $@
 
-quickstart: install ## train, merge and evaluate a tiny model on this machine's CPU
+quickstart: install ## a corpus, a base, LoRA under TP=2 beside full fine-tuning, and a report, on this CPU
 	$(BIN)/lora-megatron quickstart --out runs/quickstart
 
 lint: install ## ruff, its formatter in check mode, mypy

@@ -1,131 +1,162 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Slot-value tables and sentence templates of the synthetic corpora.
+"""Slot-value tables and phrases of the synthetic corpora.
 
-Two domains that differ in the ways fine-tuning has to bridge: `restaurants` is plain and declarative and serves as
-the base; `hotels` has other names, other values, partly other slots, and an enthusiastic style that speaks to the
-reader. Values and sentences are short, because the quickstart's model reads bytes: a context and a target stay
-within 70 bytes each, nearly always within 127 together. Each set of slots has four templates, so the best possible
-loss is not zero, as in real data.
+Two domains that differ in the ways fine-tuning has to bridge. `restaurants` is the base: mostly plain, now and then
+chatty. `hotels` is held out: other values everywhere, two slots the base has never seen, and a style of its own, always
+speaking to the reader. What carries over is what a pretrained model would bring along: copying values out of the
+context (names are composed, so hardly any is seen twice), everyday adjectives, ways to say where something is.
+
+Sentences are put together from phrases chosen at random and end in a telephone number that is not in the context, so
+even a perfect model has a loss well above zero, as on real text. Everything is short, because the quickstart's model
+reads bytes.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, combinations, product
-from string import Formatter
+
+MOST_BYTES = 158
+"""Of a context and its sentence together; longer ones are drawn again."""
+
+_FIRST = (
+    *("Red", "Blue", "Green", "Golden", "Silver", "Old", "New", "Little", "Grand", "Quiet", "Happy", "Royal", "Casa"),
+    *(
+        "Hidden",
+        "Bright",
+        "Sunny",
+        "Wild",
+        "Sweet",
+        "Amber",
+        "Cosy",
+        "Ivy",
+        "Stone",
+        "North",
+        "South",
+        "Monte",
+        "Villa",
+    ),
+)
+_SECOND = (
+    *("Mill", "Oak", "Owl", "Rye", "Fig", "Duck", "Goose", "Gate", "Tree", "Cup", "Hen", "Elk", "Star", "Fox", "Lion"),
+    *("Harp", "Lark", "Moon", "Barn", "Court", "Manor", "Cabin", "Fiore", "Marina"),
+)
+_SYLLABLES = (
+    *("ba", "be", "bo", "ca", "co", "da", "de", "di", "do", "fa", "ka", "ki", "la", "le", "li", "lo", "lu", "ma", "me"),
+    *("mi", "mo", "na", "ne", "ni", "no", "pa", "pe", "ra", "re", "ri", "ro", "sa", "se", "si", "so", "ta", "te", "ti"),
+)
+_ADJECTIVES = (
+    *("warm", "quiet", "bright", "lively", "cosy", "sunny", "modern", "rustic", "friendly", "famous", "homely", "tiny"),
+    *("charming", "stylish", "grand", "peaceful", "spotless", "colourful", "polished", "calm", "festive", "splendid"),
+)
+_NOUNS = ("place", "spot", "home", "retreat", "house", "corner", "favourite", "hideaway")
+_PLAIN = (
+    *("{name} is a {adjective} {noun}", "{name} is the {adjective} {noun}", "Here is {name}, a {adjective} {noun}"),
+    *(
+        "There is {name}, a {adjective} {noun}",
+        "One {adjective} {noun} is {name}",
+        "We know {name}, a {adjective} {noun}",
+    ),
+)
+_CHATTY = (
+    *("You will love {name}, your {adjective} {noun}", "Treat yourself to {name}, your {adjective} {noun}"),
+    *("Come to {name}, your {adjective} {noun}", "Enjoy {name}, your {adjective} {noun}"),
+    *("Dream on at {name}, your {adjective} {noun}", "Say hello to {name}, your {adjective} {noun}"),
+)
+_WHERE = ("near the {area}", "by the {area}", "close to the {area}", "beside the {area}", "facing the {area}")
+
+
+class Draws:
+    """An endless stream of choices that is a function of its key alone, on every machine and Python version."""
+
+    def __init__(self, *key: object) -> None:
+        self._key, self._count = "/".join(map(str, key)), 0
+
+    def below(self, n: int) -> int:
+        """A number from 0 to n - 1."""
+        self._count += 1
+        digest = hashlib.sha256(f"{self._key}/{self._count}".encode()).digest()
+        return int.from_bytes(digest[:8], "big") % n
+
+    def pick(self, options: Sequence[str]) -> str:
+        """One of the options."""
+        return options[self.below(len(options))]
+
+    def order(self, items: Sequence[str]) -> list[str]:
+        """The items, shuffled."""
+        rest = list(items)
+        return [rest.pop(self.below(len(rest))) for _ in items]
 
 
 @dataclass(frozen=True)
 class Domain:
-    """A closed vocabulary per slot (the first slot is in every mr) and templates over the slots' names."""
+    """A closed vocabulary per slot beside the name, phrases per slot, and how often the style is chatty."""
 
     values: Mapping[str, Sequence[str]]
-    templates: Sequence[str]
+    phrases: Mapping[str, Sequence[str]]
+    chatty_percent: int
 
-    def meanings(self) -> list[dict[str, str]]:
-        """Every slot -> value assignment: the first slot and at least one of the others, in table order."""
-        first, *others = self.values
-        subsets = chain.from_iterable(combinations(others, size) for size in range(1, len(others) + 1))
-        result = []
-        for slots in ((first, *subset) for subset in subsets):
-            for values in product(*(self.values[slot] for slot in slots)):
-                result.append(dict(zip(slots, values, strict=True)))
-        return result
+    def meaning(self, draws: Draws) -> dict[str, str]:
+        """A name and one or two other slots (two in three of four cases), in table order."""
+        name = _name(draws)
+        chosen = set(draws.order(list(self.values))[: 1 if draws.below(4) == 0 else 2])
+        return {"name": name, **{slot: draws.pick(self.values[slot]) for slot in self.values if slot in chosen}}
 
-    def sentences(self, meaning: Mapping[str, str]) -> list[str]:
-        """All sentences that express exactly the slots of `meaning`."""
-        return [template.format(**meaning) for template in self.templates if _slots(template) == set(meaning)]
+    def sentence(self, meaning: Mapping[str, str], draws: Draws) -> str:
+        """A sentence that expresses exactly the slots of `meaning`, and a telephone number."""
+        chatty = draws.below(100) < self.chatty_percent
+        opening = draws.pick(_CHATTY if chatty else _PLAIN)
+        words = {"adjective": draws.pick(_ADJECTIVES), "noun": draws.pick(_NOUNS)}
+        slots = draws.order([slot for slot in meaning if slot != "name"])
+        pieces = [opening, *(draws.pick(self.phrases[slot]) for slot in slots)]
+        end = "!" if chatty else "."
+        number = " ".join(f"{draws.below(100):02d}" for _ in range(3))
+        return " ".join(pieces).format(**meaning, **words) + f"{end} Call {number}{end}"
 
 
-def _slots(template: str) -> set[str]:
-    return {field for _, field, _, _ in Formatter().parse(template) if field}
+def _name(draws: Draws) -> str:
+    """Two words, or a made-up one, with or without an article; tens of thousands in all."""
+    form = draws.below(10)
+    if form < 5:
+        return f"{draws.pick(_FIRST)} {draws.pick(_SECOND)}"
+    made = "".join(draws.pick(_SYLLABLES) for _ in range(2 + draws.below(2))).capitalize()
+    return made if form < 8 else f"The {made}"
 
 
-RESTAURANTS = Domain(
-    values={
-        "name": (
-            *("Red Fork", "Old Mill", "Tin Pot", "Blue Oak", "Night Owl", "Wild Rye", "Sour Plum", "Gold Fig"),
-            *("Iron Pan", "Salt Jar", "Lucky Duck", "Moon Inn", "Grey Goose", "Hot Stone", "The Anchor", "Pear Tree"),
-            *("Green Cup", "Big Onion", "The Nook", "Fat Hen", "Black Ox", "White Elk", "Fox Den", "Honey Bun"),
-        ),
-        "food": ("Thai", "Polish", "French", "Greek", "Turkish", "Spanish", "Mexican", "Korean"),
-        "area": ("canal", "park", "port", "bridge", "market", "tower"),
-        "price": ("low", "fair", "high"),
-    },
-    templates=(
-        "{name} serves {food} food.",
-        "{name} is a {food} restaurant.",
-        "The food at {name} is {food}.",
-        "There is {food} food at {name}.",
-        "{name} is near the {area}.",
-        "{name} is located by the {area}.",
-        "Near the {area} there is {name}.",
-        "There is a restaurant near the {area}, {name}.",
-        "{name} has {price} prices.",
-        "Prices at {name} are {price}.",
-        "{name} is a restaurant with {price} prices.",
-        "The restaurant {name} asks {price} prices.",
-        "{name} serves {food} food near the {area}.",
-        "{name} is a {food} restaurant by the {area}.",
-        "Near the {area}, {name} serves {food} food.",
-        "There is {food} food near the {area} at {name}.",
-        "{name} serves {food} food at {price} prices.",
-        "{name} is a {food} restaurant with {price} prices.",
-        "The {food} food at {name} has {price} prices.",
-        "With {price} prices, {name} serves {food} food.",
-        "{name} is near the {area} and has {price} prices.",
-        "Near the {area}, {name} has {price} prices.",
-        "{name} has {price} prices and is by the {area}.",
-        "The prices at {name} by the {area} are {price}.",
-        "{name} serves {food} food near the {area} at {price} prices.",
-        "{name} is a {food} place by the {area} with {price} prices.",
-        "Near the {area}, {name} serves {food} food at {price} prices.",
-        "{name} by the {area} has {food} food and {price} prices.",
+DOMAINS: dict[str, Domain] = {
+    "restaurants": Domain(
+        values={
+            "food": (
+                *("Thai", "Polish", "French", "Greek", "Turkish", "Spanish", "Mexican"),
+                *("Korean", "Indian", "Cuban", "Danish", "Irish", "Persian", "Swiss"),
+            ),
+            "area": ("canal", "park", "port", "bridge", "market", "tower", "station", "church", "square", "museum"),
+            "price": ("low", "fair", "high"),
+        },
+        phrases={
+            "food": ("serving {food} food", "with {food} food", "for {food} food", "known for {food} dishes"),
+            "area": _WHERE,
+            "price": ("at {price} prices", "with {price} prices", "asking {price} prices", "and {price} prices"),
+        },
+        chatty_percent=35,
     ),
-)
-
-HOTELS = Domain(
-    values={
-        "name": (
-            *("Casa Luna", "Villa Rosa", "The Falcon", "Pine Lodge", "Swan House", "Nova Inn", "Casa Brava", "Orion"),
-            *("Maple Hall", "The Ivory", "Villa Mare", "Zephyr", "Birch Hall", "Casa Verde", "The Quartz", "Aurora"),
-            *("Dune Lodge", "Cobalt", "The Jay", "Villa Alba", "Elm House", "Meridia", "Casa Sol", "The Pearl"),
-        ),
-        "area": ("lake", "beach", "forest", "river", "hills", "castle"),
-        "stars": ("two", "three", "four", "five"),
-        "offer": ("pool", "spa", "sauna", "gym", "garden", "bar"),
-    },
-    templates=(
-        "You will love {name}, right by the {area}!",
-        "Come to {name} and wake up by the {area}!",
-        "Your dream stay by the {area}? {name}!",
-        "Pack your bags: {name} by the {area} awaits you!",
-        "You deserve all {stars} stars of {name}!",
-        "Treat yourself to {name}, your {stars}-star dream!",
-        "Your {stars}-star escape is here: {name}!",
-        "Wow, {stars} stars, and all for you at {name}!",
-        "You will adore the {offer} at {name}!",
-        "Dive into your {offer} time at {name}!",
-        "Your own {offer}? Yes, at {name}!",
-        "Come to {name}, the {offer} is all yours!",
-        "You will love {name}, your {stars}-star home by the {area}!",
-        "Enjoy {stars} stars by the {area}: your {name} awaits!",
-        "By the {area}, {name} spoils you with {stars} stars!",
-        "Your {stars}-star escape by the {area}? {name}!",
-        "You will love the {offer} at {name} by the {area}!",
-        "Your {offer} by the {area} awaits at {name}!",
-        "By the {area}, {name} spoils you with a {offer}!",
-        "Come to {name} by the {area}, the {offer} is all yours!",
-        "You will adore the {offer} at your {stars}-star {name}!",
-        "Your {stars}-star {name} even has a {offer} for you!",
-        "Enjoy {stars} stars and your {offer} at {name}!",
-        "Treat yourself to {name}: {stars} stars and a {offer}!",
-        "You will love {name}: {stars} stars and a {offer} by the {area}!",
-        "Enjoy {stars} stars and your {offer} by the {area} at {name}!",
-        "By the {area}, {name} has {stars} stars and your {offer}!",
-        "Your {stars}-star {name} by the {area} has a {offer} for you!",
+    "hotels": Domain(
+        values={
+            "area": ("lake", "beach", "forest", "river", "hills", "castle"),
+            "stars": ("two", "three", "four", "five"),
+            "offer": ("pool", "spa", "sauna", "gym", "garden", "bar"),
+        },
+        phrases={
+            "area": _WHERE,
+            "stars": ("with {stars} stars", "proud of {stars} stars", "boasting {stars} stars", "and {stars} stars"),
+            "offer": (
+                "with a {offer} for you",
+                "and your own {offer}",
+                "with its own {offer}",
+                "known for its {offer}",
+            ),
+        },
+        chatty_percent=100,
     ),
-)
-
-DOMAINS: dict[str, Domain] = {"restaurants": RESTAURANTS, "hotels": HOTELS}
+}

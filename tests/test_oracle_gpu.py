@@ -196,7 +196,10 @@ def train_slice(size: Slice, layout: Layout, precision: str) -> dict[str, Any]:
 
 def check_slice(report: dict[str, Any], size: Slice) -> None:
     losses = report["losses"]
-    assert losses[0] == pytest.approx(math.log(size.vocabulary), rel=0.1), "random weights know nothing"
+    # Random weights know nothing: logits of variance 0.02^2 h (tied head on a normalised state), so the mean loss is
+    # log V plus half that variance.
+    expected = math.log(size.vocabulary) + 0.02**2 * size.hidden_size / 2
+    assert losses[0] == pytest.approx(expected, rel=0.05)
     assert losses[-1] < losses[0], "one batch over and over is learnt"
     assert report["tokens_per_second"] > 0
 

@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+import re
+from itertools import islice
 from pathlib import Path
 
 import pytest
 
 from data_prep.__main__ import main
-from data_prep.grammar import DOMAINS
+from data_prep.grammar import DOMAINS, MOST_BYTES, Draws
+from data_prep.synthetic import distinct_pairs
 from lora_megatron.data.parquet import open_examples
 
 SPLITS = ("train", "validation", "test")
@@ -30,38 +33,48 @@ def test_one_seed_gives_the_same_bytes_and_another_seed_others(domain: str, tmp_
 
 
 @pytest.mark.parametrize("domain", DOMAINS)
-def test_splits_are_disjoint_short_and_have_several_references(domain: str, tmp_path: Path) -> None:
+def test_splits_are_disjoint_and_short(domain: str, tmp_path: Path) -> None:
     assert generate(tmp_path / "out", domain) == 0
     tables = [open_examples(tmp_path / "out" / f"{split}.parquet", with_references=True) for split in SPLITS]
     assert [len(table) for table in tables] == [4000, 200, 200]
-    contexts = [{context for _, context, _ in table} for table in tables]
-    assert len(set.union(*contexts)) == sum(len(split) for split in contexts)
-    sizes = [(len(context.encode()), len(target.encode())) for table in tables for _, context, target in table]
-    assert max(context for context, _ in sizes) <= 70
-    assert max(target for _, target in sizes) <= 70
-    # One line end and one eos more give the ids of an example; the first id is no label.
-    assert sum(context + target + 1 > 128 for context, target in sizes) < 0.02 * len(sizes)
-    assert 1.5 < len(tables[0]) / len(contexts[0]) < 2.5
+    contexts = [context for table in tables for _, context, _ in table]
+    assert len(set(contexts)) == len(contexts)
+    sizes = [len(context.encode()) + len(target.encode()) for table in tables for _, context, target in table]
+    assert max(sizes) <= MOST_BYTES  # with a line end and an eos, 160 ids
+
+
+def test_held_out_rows_do_not_depend_on_the_number_of_rows(tmp_path: Path) -> None:
+    assert generate(tmp_path / "a", "hotels", "--rows", "10") == 0
+    assert generate(tmp_path / "b", "hotels", "--rows", "30") == 0
+    assert (tmp_path / "a" / "test.parquet").read_bytes() == (tmp_path / "b" / "test.parquet").read_bytes()
 
 
 @pytest.mark.parametrize("domain", DOMAINS)
-def test_every_sentence_copies_every_value_of_its_context(domain: str) -> None:
-    for meaning in DOMAINS[domain].meanings():
-        sentences = DOMAINS[domain].sentences(meaning)
-        assert len(set(sentences)) == 4
-        assert all(value in sentence for sentence in sentences for value in meaning.values())
+def test_every_sentence_copies_every_value_of_its_context_and_adds_a_number(domain: str) -> None:
+    for index in range(500):
+        draws = Draws(index)
+        meaning = DOMAINS[domain].meaning(draws)
+        sentence = DOMAINS[domain].sentence(meaning, draws)
+        assert all(value in sentence for value in meaning.values())
+        assert re.search(r" Call \d\d \d\d \d\d[.!]$", sentence)
+        assert 2 <= len(meaning) <= 3
 
 
-def test_the_domains_share_no_name_value_or_sentence() -> None:
+def test_hotels_have_values_slots_and_a_style_of_their_own() -> None:
     restaurants, hotels = DOMAINS["restaurants"], DOMAINS["hotels"]
     values = [{value for slot in domain.values.values() for value in slot} for domain in (restaurants, hotels)]
     assert not values[0] & values[1]
-    assert not set(restaurants.templates) & set(hotels.templates)
-    assert set(restaurants.values) & set(hotels.values) == {"name", "area"}
+    assert set(restaurants.values) & set(hotels.values) == {"area"}
+    endings = [
+        [sentence[-1] for _, sentence in islice(distinct_pairs(domain, 1), 300)] for domain in (restaurants, hotels)
+    ]
+    assert set(endings[1]) == {"!"}
+    assert 0.2 < endings[0].count("!") / 300 < 0.5
 
 
-def test_too_many_rows_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_impossible_numbers_of_rows_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert generate(tmp_path / "out", "hotels", "--rows", "1000000") == 2
-    assert "use at most" in capsys.readouterr().err
+    assert "must be 1 to 50000" in capsys.readouterr().err
     assert generate(tmp_path / "out", "hotels", "--rows", "0") == 2
+    assert generate(tmp_path / "out", "hotels", "--held-out-rows", "0") == 2
     assert not (tmp_path / "out").exists()

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run a stage as a process of its own, show how far it is, and say in one line why it failed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+import torch
+
+from lora_megatron import errors
+from lora_megatron.errors import UserError
+from lora_megatron.measure.console import TrainingProgress
+from lora_megatron.quickstart.configurations import RANKS
+
+_POLL_SECONDS = 0.3
+_GRACE_SECONDS = 15.0
+_LOG_LINES_SHOWN = 15
+
+
+def training_command(config: Path) -> list[str]:
+    """A training on RANKS processes of this machine; the address keeps its own name out of the rendezvous."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
+    return [sys.executable, *launcher, "--nproc-per-node", str(RANKS), "-m", "lora_megatron", "train", str(config)]
+
+
+def training_environment() -> dict[str, str]:
+    """This process's environment, with what ranks that share one machine need."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if sys.platform == "linux":
+        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a laptop's own name may resolve to nothing
+    if torch.cuda.device_count() < RANKS:
+        environment["CUDA_VISIBLE_DEVICES"] = ""  # NCCL wants a GPU per rank; with fewer, all ranks use the CPU
+    return environment
+
+
+class Follower:
+    """Shows what another process appends to its metrics.jsonl; call it now and then."""
+
+    def __init__(self, path: Path, progress: TrainingProgress) -> None:
+        self._path, self._progress, self._offset = path, progress, 0
+
+    def __call__(self) -> None:
+        if not self._path.exists():
+            return
+        with open(self._path, "rb") as stream:
+            stream.seek(self._offset)
+            whole, newline, _ = stream.read().rpartition(b"\n")  # the last line may be half written
+        self._offset += len(whole) + len(newline)
+        for text in whole.splitlines():
+            line = json.loads(text)
+            if "held_out_loss" in line:
+                self._progress.note(f"held-out loss {line['held_out_loss']:.4f} after step {line['step']}")
+                continue
+            rate = line.get("tokens_per_second_per_rank")
+            self._progress.update(
+                line["step"],
+                loss=line.get("loss"),
+                lr=line.get("lr"),
+                tokens_per_second=None if rate is None else rate * RANKS,
+            )
+
+
+def run_stage(
+    command: Sequence[str], *, log: Path, environment: Mapping[str, str], follow: Callable[[], None] = lambda: None
+) -> None:
+    """Run `command` to its end with all its output in `log`; never leaves it running.
+
+    Raises:
+        UserError: it failed for a reason it could name; of the class that has its exit status.
+        RuntimeError: it failed otherwise; with the end of the log.
+    """
+    with open(log, "wb") as stream:
+        stream.write(f"$ {shlex.join(command)}\n".encode())
+        stream.flush()
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, env=dict(environment)
+        )
+        try:
+            while process.poll() is None:
+                time.sleep(_POLL_SECONDS)
+                follow()
+            follow()
+        finally:
+            _stop(process)
+    if process.returncode:
+        raise _reason(log, process.returncode)
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is not None:
+        return
+    process.terminate()  # torchrun ends its workers on TERM; on KILL it could not
+    try:
+        process.wait(_GRACE_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def _reason(log: Path, status: int) -> Exception:
+    """The `error: ...` line of the log as the error it was, or the log's end for a crash."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    for line in reversed(lines):
+        if line.startswith("error: "):
+            return _error_class(log, status)(f"{line.removeprefix('error: ')} (log: {log})")
+    end = "\n".join(lines[-_LOG_LINES_SHOWN:])
+    return RuntimeError(f"a stage ended with status {status}; the end of {log}:\n{end}")
+
+
+def _error_class(log: Path, status: int) -> type[UserError]:
+    # torchrun ends with 1 whatever its workers ended with; a training leaves its own status in its run folder.
+    recorded = log.parent.parent / log.stem / "status.json"
+    if recorded.exists():
+        status = json.loads(recorded.read_text(encoding="utf-8")).get("exit_status", status)
+    classes = {number: name for name, number in errors.EXIT_STATUS_BY_NAME.items()}
+    found: type[UserError] = getattr(errors, classes.get(status, "UserError"))
+    return found
+
+
+@contextmanager
+def termination_as_exit() -> Iterator[None]:
+    """Within, SIGTERM raises SystemExit, so that what is running is ended in order."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    previous = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
