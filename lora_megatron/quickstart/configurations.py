@@ -27,7 +27,7 @@ class Settings:
 
     base_rows: int = 8000
     rows: int = 200
-    base_steps: int = 1100
+    base_steps: int = 1000
     steps: int = 240
     batch: int = 16
     """Rows of a global batch."""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +24,8 @@ from lora_megatron.training.optimizer import Optimizer, gradient_bytes
 from lora_megatron.training.schedule import learning_rate
 from lora_megatron.training.step import run_microbatches
 
+_METERED_STEPS = 3
+
 
 @dataclass
 class Trainer:
@@ -35,12 +38,20 @@ class Trainer:
     held_out: BatchSource | None
     meter: ActivationMeter
     step: int = 0
+    steps_run: int = 0
+    """Steps of this process; a resumed run starts at 0 again."""
     held_out_curve: list[tuple[int, float]] = field(default_factory=list)
 
     @property
     def consumed_samples(self) -> int:
         """Samples the run has trained on; the position in the data stream."""
         return self.step * self.config.data.global_batch_size
+
+    @property
+    def metered(self) -> bool:
+        """Whether to watch the next step's memory. A GPU's allocator counts by itself; on a CPU counting takes time,
+        and as no shape ever changes, the first steps tell."""
+        return torch.cuda.is_available() or self.steps_run < _METERED_STEPS
 
 
 @dataclass(frozen=True)
@@ -100,10 +111,11 @@ def train_step(trainer: Trainer) -> tuple[StepReport, tuple[int, ...]]:
     )
     optimizer.set_lr(lr)
     optimizer.zero_grad()
-    with trainer.meter:
+    with trainer.meter if trainer.metered else contextlib.nullcontext():
         loss = run_microbatches(trainer.chunks, batches)
         bad_ranks = loss.bad_ranks if not math.isfinite(loss.mean) else _ranks_with_bad_gradients(trainer.chunks)
         norm = optimizer.step() if math.isfinite(loss.mean) and not bad_ranks else math.nan
+    trainer.steps_run += 1
     seconds = time.perf_counter() - started
     tokens = config.data.global_batch_size * config.data.sequence_length
     report = StepReport(
