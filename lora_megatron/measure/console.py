@@ -91,7 +91,7 @@ class TrainingProgress:
 
     def _remaining(self, now: float) -> str:
         done, left = self._step - self._first, self._total - self._step
-        if done <= 2 or left <= 0:  # the first steps also warm up
+        if done <= 0 or left <= 0:
             return ""
         return f"  {show_seconds((now - self._started) / done * left)} left"
 
