@@ -12,7 +12,7 @@ PYTHON ?= $(shell for name in $(CANDIDATES); do \
 	if $$name -c '$(NEW_ENOUGH)' >/dev/null 2>&1; then echo $$name; break; fi; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test lint clean
+.PHONY: help install quickstart test test-all lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -35,7 +35,10 @@ lint: install ## ruff, its formatter in check mode, mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: lint ## lint, then every test this machine can run
+test: lint ## lint, then every test this machine can run but the slow ones
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: lint ## the same with the slow ones: the whole quickstart, held to its promises
 	$(BIN)/python -m pytest
 
 clean: ## remove .venv, caches, build products and runs/quickstart

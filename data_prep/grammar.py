@@ -17,7 +17,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-MOST_BYTES = 158
+MOST_BYTES = 126
 """Of a context and its sentence together; longer ones are drawn again."""
 
 _FIRST = (

@@ -26,12 +26,12 @@ class Settings:
     """How large the experiment is; the defaults take two to three minutes on two cores."""
 
     base_rows: int = 8000
-    rows: int = 200
-    base_steps: int = 1000
-    steps: int = 240
+    rows: int = 160
+    base_steps: int = 800
+    steps: int = 220
     batch: int = 16
     """Rows of a global batch."""
-    samples: int = 4
+    samples: int = 3
 
 
 def configurations(out: Path, *, seed: int, settings: Settings) -> dict[str, dict[str, Any]]:
@@ -54,7 +54,7 @@ def configurations(out: Path, *, seed: int, settings: Settings) -> dict[str, dic
     weights = {"weights": str(out / "base" / "model")}
     return {
         "base": {
-            "model": {"num_layers": 3, "hidden_size": 96, "num_attention_heads": 4, "max_position_embeddings": 160},
+            "model": {"num_layers": 3, "hidden_size": 96, "num_attention_heads": 4, "max_position_embeddings": 128},
             "base": {"weights": "random", "seed": seed},
             "method": {"name": "full"},
             "optimizer": {"lr": 4e-3, "betas": [0.9, 0.98]},
@@ -84,7 +84,7 @@ def _data(folder: Path, settings: Settings, *, ranks: int) -> dict[str, Any]:
     return {
         "train": str(folder / "train.parquet"),
         "validation": str(folder / "test.parquet"),
-        "sequence_length": 160,
+        "sequence_length": 128,
         "micro_batch_size": settings.batch // ranks,
         "global_batch_size": settings.batch,
     }

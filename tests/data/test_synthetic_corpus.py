@@ -40,7 +40,7 @@ def test_splits_are_disjoint_and_short(domain: str, tmp_path: Path) -> None:
     contexts = [context for table in tables for _, context, _ in table]
     assert len(set(contexts)) == len(contexts)
     sizes = [len(context.encode()) + len(target.encode()) for table in tables for _, context, target in table]
-    assert max(sizes) <= MOST_BYTES  # with a line end and an eos, 160 ids
+    assert max(sizes) <= MOST_BYTES  # with a line end and an eos, 128 ids
 
 
 def test_held_out_rows_do_not_depend_on_the_number_of_rows(tmp_path: Path) -> None:
