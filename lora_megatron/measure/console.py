@@ -41,11 +41,11 @@ class TrainingProgress:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._total = total_steps
-        self._first = self._step = first_step
+        self._step = first_step
         self._description = description
         self._clock = clock
-        self._started = clock()
-        self._next_line = self._started  # the first step speaks at once: it proves that the run is alive
+        self._first_seen: tuple[int, float] | None = None  # step and time, after start-up: what an estimate starts from
+        self._next_line = clock()  # the first step speaks at once: it proves that the run is alive
         self._stream = stream if stream is not None else sys.stderr
         self._enabled = enabled
         self._bar: Progress | None = None
@@ -77,6 +77,7 @@ class TrainingProgress:
             self._bar.update(self._task, completed=step, numbers=numbers)
             return
         now = self._clock()
+        self._first_seen = self._first_seen or (step, now)
         if now < self._next_line and step != self._total:
             return
         self._next_line = now + SECONDS_BETWEEN_LINES
@@ -90,10 +91,10 @@ class TrainingProgress:
             self._print(text)
 
     def _remaining(self, now: float) -> str:
-        done, left = self._step - self._first, self._total - self._step
-        if done <= 0 or left <= 0:
-            return ""
-        return f"  {show_seconds((now - self._started) / done * left)} left"
+        assert self._first_seen is not None
+        first_step, first_time = self._first_seen
+        done, left = self._step - first_step, self._total - self._step
+        return f"  {show_seconds((now - first_time) / done * left)} left" if done > 0 and left > 0 else ""
 
     def _print(self, line: str) -> None:
         print(line, file=self._stream, flush=True)

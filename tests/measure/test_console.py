@@ -34,13 +34,20 @@ def run(stream: io.StringIO, clock: Clock, *, enabled: bool = True, first_step: 
 def test_without_a_terminal_a_plain_line_comes_every_few_seconds() -> None:
     lines = run(io.StringIO(), Clock())
     assert len(lines) == 11  # 50 seconds: the first step, one every 5 s, the last step
-    assert lines[0] == "train  step 1/100  loss 1.0000  lr 1.00e-04  12,346 tokens/s  49.5 s left"
+    assert lines[0] == "train  step 1/100  loss 1.0000  lr 1.00e-04  12,346 tokens/s"
+    assert lines[1].endswith("12,346 tokens/s  44.5 s left")
     assert lines[-1] == "train  step 100/100  loss 0.0100  lr 1.00e-04  12,346 tokens/s"
     assert not any("\x1b" in line for line in lines)
 
 
-def test_time_left_of_a_resumed_run_counts_its_own_steps() -> None:
-    assert run(io.StringIO(), Clock(), first_step=60)[0].endswith("19.5 s left")
+def test_time_left_counts_steps_of_this_run_and_no_start_up() -> None:
+    stream, clock = io.StringIO(), Clock()
+    with TrainingProgress(100, first_step=60, stream=stream, clock=clock) as progress:
+        clock.now = 1000.0  # imports, building the model, the first evaluation
+        for step in range(61, 100):
+            clock.now += 0.5
+            progress.update(step)
+    assert stream.getvalue().splitlines()[1].endswith("step 71/100  loss -  lr -  - tokens/s  14.5 s left")
 
 
 def test_a_terminal_gets_a_bar(monkeypatch) -> None:
