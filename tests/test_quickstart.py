@@ -256,7 +256,7 @@ def test_the_whole_quickstart_keeps_its_promises(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     report = check_report(out)
     loss = report["held_out_loss"]
-    assert loss["lora"] < 0.25 * loss["base"]
+    assert loss["lora"] < 0.4 * loss["base"]
     assert loss["lora"] <= 1.05 * loss["full"]
     assert report["trainable_parameters"]["lora"] < 0.1 * report["trainable_parameters"]["full"]
     assert report["peak_memory_bytes"]["lora"] < report["peak_memory_bytes"]["full"]

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -60,12 +61,19 @@ def compare(runs: Mapping[str, Summary]) -> dict[str, Any]:
             "full": losses["full"].get("after"),
         }
     }
+    # One run may have turned by its last step: the end alone would flatter the other.
+    result["lowest_held_out_loss"] = {name: _lowest(runs[name].get("held_out_curve", ())) for name in ("lora", "full")}
     for key, _, _ in _PLAIN_NUMBERS:
         result[key] = {"lora": lora.get(key), "full": full.get(key)}
     result["memory_bytes_by_kind"] = {
         kind: {name: _largest(runs[name], kind) for name in ("lora", "full")} for kind in markdown.MEMORY_KINDS
     }
     return result
+
+
+def _lowest(curve: Sequence[Sequence[float | None]]) -> float | None:
+    """The smallest loss of a [[step, loss], ..] curve."""
+    return min((loss for _, loss in curve if loss is not None and math.isfinite(loss)), default=None)
 
 
 def _largest(summary: Summary, kind: str) -> int | None:
@@ -78,7 +86,8 @@ def table_rows(comparison: Mapping[str, Any]) -> list[list[str]]:
     loss = comparison["held_out_loss"]
     rows = [["held-out loss of the base (nats per token)", show_loss(loss["base"]), show_loss(loss["base"]), ""]]
     entries: list[tuple[str, Mapping[str, Any], Callable[[float | None], str]]] = [
-        ("held-out loss after training", loss, show_loss)
+        ("held-out loss after training", loss, show_loss),
+        ("held-out loss at its lowest on the way", comparison["lowest_held_out_loss"], show_loss),
     ]
     entries += [(label, comparison[key], show) for key, label, show in _PLAIN_NUMBERS]
     by_kind = comparison["memory_bytes_by_kind"]

@@ -97,11 +97,12 @@ def test_a_run_that_failed_or_did_nothing_still_has_a_report(tmp_path: Path) -> 
 
 
 def test_the_comparison_has_the_promised_keys(tmp_path: Path) -> None:
-    full = summary("full", held_out_loss={"before": 3.0, "after": 1.0})
+    full = summary("full", held_out_loss={"before": 3.0, "after": 1.0}, held_out_curve=[[0, 3.0], [9, 0.9], [10, 1.0]])
     stream = io.StringIO()
     write_comparison(tmp_path, {"lora": summary(), "full": full}, setting={"processor": "a | b"}, stream=stream)
     report = strict(tmp_path / "report.json")
     assert report["held_out_loss"] == {"base": 3.0, "lora": 1.05, "full": 1.0}
+    assert report["lowest_held_out_loss"] == {"lora": 1.05, "full": 0.9}
     assert report["trainable_parameters"] == {"lora": 100, "full": 1000}
     assert report["checkpoint_bytes"] == {"lora": 400, "full": 4000}
     assert report["tokens_per_second"] == {"lora": 5000.0, "full": 5000.0}
