@@ -16,7 +16,7 @@ _EXAMPLES = """examples:
   lora-megatron train config.yaml train.steps=200 optimizer.lr=1e-4
   torchrun --standalone --nproc-per-node 2 -m lora_megatron train config.yaml parallel.tensor=2
 
-exit status: 0 done, 2 configuration, 3 data, 4 checkpoint or disk, 5 numerical, 6 hang, 75 preempted
+exit status: 0 done, 2 configuration, 3 data, 4 checkpoint or disk, 5 numerical
 (torchrun itself reports 1 for any of them; `status.json` in the run folder keeps ours)"""
 
 

@@ -258,5 +258,5 @@ _short.maxlevel = 2
 def _valid_keys(section: Sequence[str]) -> list[str]:
     model: type[BaseModel] = Config
     for name in section:
-        model = model.model_fields[name].annotation  # type: ignore[assignment]
+        model = model.model_fields[name].annotation  # type: ignore[assignment]  # a section's annotation is its class
     return list(model.model_fields)

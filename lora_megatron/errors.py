@@ -11,8 +11,8 @@ status below. Anything else that escapes is a bug and keeps its traceback.
 | 3      | data                                             |
 | 4      | checkpoint, adapter or base weights; disk        |
 | 5      | numerical (a loss or gradient is not finite)     |
-| 6      | hang                                             |
-| 75     | preempted (a checkpoint was saved; run it again) |
+| 6      | hang (kept free; nothing reports it yet)         |
+| 75     | preempted (kept free; nothing reports it yet)    |
 """
 
 from __future__ import annotations

@@ -82,7 +82,7 @@ def failure_recorded(config: Config, *, enabled: bool) -> Iterator[None]:
     """status.json says `failed`, why and with which exit status, when an exception passes through."""
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # whatever it is, it is recorded and goes on
         if enabled:
             with contextlib.suppress(OSError):  # the reason may be a full disk
                 set_status(config, "failed", exit_status=getattr(error, "exit_status", 1), error=str(error))

@@ -80,6 +80,7 @@ def declare(parameter: torch.nn.Parameter, shard: Shard, *, sum_over_sequence_sh
     megatron-core's name for it).
     """
     assert shard.axis is None or not sum_over_sequence_shards
+    # The declaration travels on the tensor, as megatron-core's own marks do, which torch's types cannot know.
     parameter.shard = shard  # type: ignore[attr-defined]
     for name in ("tensor_model_parallel", "partition_dim", "partition_stride"):
         if hasattr(parameter, name):

@@ -56,7 +56,7 @@ def together(action: Callable[[], T]) -> T:
             name, message = json.loads(text)
             suffix = f" (on rank {rank})" if set(reports) != {text} and "(on rank" not in message else ""
             raise getattr(errors, name, UserError)(message + suffix) from failure
-    return result  # type: ignore[return-value]
+    return result  # type: ignore[return-value]  # None only after a failure, and every failure has been raised above
 
 
 def require_equal(what: str, value: str) -> None:

@@ -113,5 +113,6 @@ def install() -> None:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     megatron_random._get_cuda_rng_state = lambda *args, **kwargs: _device_generator.get_state()
     megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: _device_generator.set_state(state)
+    # Replacing methods is this file's purpose; mypy rightly calls it out.
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
     torch.Tensor.type = _tensor_type(torch.Tensor.type)  # type: ignore[method-assign]

@@ -37,7 +37,8 @@ class Settings:
 def configurations(out: Path, *, seed: int, settings: Settings) -> dict[str, dict[str, Any]]:
     """Stage -> the sections of its configuration.
 
-    Held-out loss is the test split's; sizes, ranks and learning rates were chosen by the validation split's.
+    Held-out loss is the test split's. Rows, steps, rank and learning rates were chosen by trials judged on that same
+    split (launch/results/2026-11-quickstart.md), so it shows that training works, not which method is better.
     """
     train = {"warmup_steps": min(20, settings.steps // 4), "schedule": "cosine", "seed": seed}
     adaptation = {

@@ -193,7 +193,7 @@ def _one_rank_lacks_the_tokenizer(tree: Tree) -> Outcome:
             raise DataError("the tokenizer is not on this machine")
         return original(spec)
 
-    train_command.load_tokenizer = load  # type: ignore[assignment]
+    train_command.load_tokenizer = load  # type: ignore[assignment]  # pool workers have no monkeypatch fixture
     try:
         return attempt(tree)
     finally:

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the README says is so: its commands run, its keys and presets exist, its links lead somewhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from lora_megatron.config import Config
+from lora_megatron.model.presets import PRESETS
+
+ROOT = Path(__file__).resolve().parents[1]
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_table_names_every_key_and_no_other() -> None:
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", TEXT, re.MULTILINE))
+    assert set(rows) == set(Config.model_fields)
+    for section, text in rows.items():
+        keys = set(Config.model_fields[section].annotation.model_fields)  # type: ignore[union-attr]  # a section class
+        outside_brackets = re.sub(r"\([^()]*\)", "", text)
+        assert set(re.findall(r"`(\w+)`", outside_brackets)) == keys, section
+
+
+def test_presets_and_links_exist() -> None:
+    named = re.findall(r"`((?:gpt[23]|llama2|tiny|mini)[\w.-]*)`", TEXT)
+    assert len(named) > 5
+    assert set(named) <= set(PRESETS)
+    for target in re.findall(r"\]\((?!https)([^)#]+)\)", TEXT):
+        assert (ROOT / target).exists(), target
+
+
+def test_the_training_commands_run_and_agree(tmp_path: Path) -> None:
+    """As printed, in order, in a folder of their own; the second training must repeat the first one's losses."""
+    block = TEXT.split("## Train")[1].split("```bash\n")[1].split("```")[0].replace("\\\n", " ")
+    (tmp_path / "launch").symlink_to(ROOT / "launch")
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    commands = [line.partition("#")[0].strip() for line in block.splitlines() if line.strip()]
+    assert len(commands) == 3
+    for command in commands:
+        words = command.replace("lora-megatron ", "python -m lora_megatron ", 1)
+        done = subprocess.run(
+            words, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240, check=False
+        )
+        assert done.returncode == 0, f"{command}\n{done.stderr}"
+    losses = []
+    for run in ("tiny", "tiny-tp2"):
+        lines = (tmp_path / "runs" / run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        losses.append([line["loss"] for line in map(json.loads, lines) if "loss" in line])
+    assert len(losses[0]) == 20
+    assert max(abs(a - b) for a, b in zip(*losses, strict=True)) < 1e-4
