@@ -20,12 +20,14 @@ LONGEST_FILE = 300
 # Low to high; a module may import what stands in an earlier row, or its own package. Names in one row are siblings.
 LEVELS = (
     ("errors",),
-    ("config", "strict_json"),
+    ("strict_json",),
+    ("config", "strict_safetensors"),
     ("parallel",),
     ("layers",),
     ("methods",),
     ("model",),
     ("checkpoint", "data", "measure"),
+    ("huggingface",),
     ("training", "evaluation", "analysis"),
     ("commands", "quickstart"),
     ("__main__",),

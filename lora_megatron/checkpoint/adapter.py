@@ -12,12 +12,12 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Collection, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import parallel_state as mpu
-from safetensors import safe_open
 from torch import nn
 
 from lora_megatron.checkpoint.folder import read_manifest, write_folder, write_json
@@ -30,6 +30,7 @@ from lora_megatron.model.names import Named, adapter_key, named_parameters, peft
 from lora_megatron.model.shape import ModelShape
 from lora_megatron.parallel.agree import gather_text, together
 from lora_megatron.strict_json import load_json_object
+from lora_megatron.strict_safetensors import SafetensorsFile
 
 TENSORS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -93,12 +94,11 @@ def write_adapter_part(temporary: Path, chunks: Sequence[nn.Module], shape: Mode
 def join_adapter_parts(temporary: Path, method: Method, shape: ModelShape, facts: dict[str, Any]) -> None:
     """Rank 0, when every stage has written: one tensor file and its configuration in place of the parts."""
     parts = sorted(temporary.glob("part-*.safetensors"))
-    tensors = {}
-    for part in parts:
-        with safe_open(part, framework="pt") as handle:
-            tensors.update({name: handle.get_tensor(name) for name in handle.keys()})  # noqa: SIM118 - not a dict
     metadata = {"format": "pt", "lora_megatron": json.dumps(facts, sort_keys=True)}
-    save_tensors(temporary / TENSORS, dict(sorted(tensors.items())), metadata)
+    with ExitStack() as opened:
+        files = [opened.enter_context(SafetensorsFile(part)) for part in parts]
+        tensors = {name: file.tensor(name) for file in files for name in file.entries}
+        save_tensors(temporary / TENSORS, tensors, metadata)
     write_json(temporary / CONFIG, _config(method, shape, facts["base"]))
     for part in parts:
         part.unlink()

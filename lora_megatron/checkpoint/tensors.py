@@ -9,24 +9,21 @@ files there are and takes only the byte ranges of its own part.
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from lora_megatron.checkpoint.folder import fsync
 from lora_megatron.errors import CheckpointError
 from lora_megatron.layers.sharding import Shard
+from lora_megatron.strict_safetensors import DTYPE_NAMES, SafetensorsFile, SafetensorsWriter, TensorSlice
 
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def is_writer() -> bool:
@@ -56,26 +53,20 @@ def write_stage_file(path: Path, tensors: Iterable[tuple[str, Tensor, Shard]], m
         save_tensors(path, whole, metadata)
 
 
-def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write and fsync one safetensors file; raises CheckpointError when the disk is full or gone."""
-    try:
-        save_file(tensors, path, metadata=metadata)
-        _sort_metadata(path)
-        fsync(path)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"cannot write {path}: {error}; free some space or choose another run.dir") from None
+def save_tensors(path: Path, tensors: Mapping[str, Tensor | TensorSlice], metadata: dict[str, str]) -> None:
+    """Write and fsync one safetensors file; raises CheckpointError when the disk is full or gone.
 
-
-def _sort_metadata(path: Path) -> None:
-    """Put a file's metadata in order: the writer leaves it random, and the same content shall be the same bytes."""
-    with open(path, "r+b") as stream:
-        size = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(size))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        assert len(text) <= size, "the same JSON in another order is not longer"
-        stream.seek(8)
-        stream.write(text.ljust(size))
+    A slice of another file is copied as it stands, without being in memory as a whole.
+    """
+    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))  # so that each starts aligned
+    entries = [(name, tensors[name].dtype, tensors[name].shape) for name in names]
+    with SafetensorsWriter(path, entries, metadata) as writer:
+        for name in names:
+            tensor = tensors[name]
+            if isinstance(tensor, TensorSlice):
+                writer.write_raw(name, tensor)
+            else:
+                writer.write(name, tensor)
 
 
 class TensorFiles:
@@ -85,26 +76,22 @@ class TensorFiles:
     """
 
     def __init__(self, paths: Iterable[Path]) -> None:
-        self._handles: list[Any] = []
-        self._where: dict[str, tuple[Any, Path]] = {}
-        for path in paths:
-            try:
-                handle = safe_open(path, framework="pt")
-                names = list(handle.keys())
-            except (SafetensorError, OSError, RuntimeError) as error:
-                raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from None
-            for name in names:
-                if name in self._where:
-                    raise CheckpointError(f"{path} and {self._where[name][1]} both hold {name}")
-                self._where[name] = (handle, path)
-            self._handles.append(handle)
+        self._where: dict[str, SafetensorsFile] = {}
+        with ExitStack() as opened:
+            for path in paths:
+                file = opened.enter_context(SafetensorsFile(path))
+                for name in file.entries:
+                    if name in self._where:
+                        raise CheckpointError(f"{path} and {self._where[name].path} both hold {name}")
+                    self._where[name] = file
+            self._opened = opened.pop_all()
 
     def __enter__(self) -> TensorFiles:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self._where.clear()
-        self._handles.clear()
+        self._opened.close()
 
     @property
     def names(self) -> set[str]:
@@ -120,7 +107,7 @@ class TensorFiles:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, from the header alone."""
-        return tuple(self._slice(name).get_shape())
+        return self._slice(name).shape
 
     def part(self, name: str, shard: Shard, *, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
         """This tensor rank's part of `name`; only its bytes are read.
@@ -128,22 +115,23 @@ class TensorFiles:
         Raises CheckpointError when the tensor is missing, of another shape or dtype, or not finite.
         """
         view = self._slice(name)
-        path = self._where[name][1]
-        if tuple(view.get_shape()) != shape:
-            raise CheckpointError(f"{path}: {name} has shape {tuple(view.get_shape())}, this model needs {shape}")
-        stored = _DTYPES.get(view.get_dtype())
-        if stored is None or (dtype is not None and stored != dtype):
-            raise CheckpointError(f"{path}: {name} has dtype {view.get_dtype()}, expected {dtype or 'a float type'}")
+        path = self._where[name].path
+        if view.shape != shape:
+            raise CheckpointError(f"{path}: {name} has shape {view.shape}, this model needs {shape}")
+        if view.dtype not in _FLOATS or (dtype is not None and view.dtype != dtype):
+            stored = DTYPE_NAMES[view.dtype]
+            raise CheckpointError(f"{path}: {name} has dtype {stored}, expected {dtype or 'a float type'}")
         rank, size = mpu.get_tensor_model_parallel_rank(), mpu.get_tensor_model_parallel_world_size()
         part = shard.part(view, shape, rank, size)
         if not bool(torch.isfinite(part).all()):
             raise CheckpointError(f"{path}: {name} holds values that are not finite")
         return part
 
-    def _slice(self, name: str) -> Any:
+    def _slice(self, name: str) -> TensorSlice:
         if name not in self._where:
-            raise CheckpointError(f"no tensor {name} in {', '.join(sorted({str(p) for _, p in self._where.values()}))}")
-        return self._where[name][0].get_slice(name)
+            files = sorted({str(file.path) for file in self._where.values()})
+            raise CheckpointError(f"no tensor {name} in {', '.join(files)}")
+        return self._where[name].tensor(name)
 
 
 def fingerprint(facts: Iterable[str]) -> str:
