@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from lora_megatron.errors import ConfigError
 
-Target = Literal["q", "k", "v", "o", "fc1", "fc2"]
+Target = Literal["q", "k", "v", "o", "fc1", "gate", "up", "fc2"]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -57,14 +57,29 @@ class ModelSection(Section):
     gated_mlp: bool | None = None
     """SwiGLU-style MLP: fc1 is [gate; up]."""
     linear_bias: bool | None = None
+    """Bias on the linear layers; `qkv_bias` and `proj_bias` decide for attention's two where they are given."""
+    qkv_bias: bool | None = None
+    proj_bias: bool | None = None
+    qk_norm: bool | None = None
+    """RMSNorm over each head of q and k."""
+    parallel_residual: bool | None = None
+    """x + attention(norm(x)) + mlp(norm(x)) instead of one after the other."""
     position: Literal["learned", "rope"] | None = None
     rotary_base: float | None = Field(None, gt=0)
+    rotary_percent: float | None = Field(None, gt=0, le=1)
+    """Share of each head's dimensions that turn."""
+    rope_scaling: dict[str, Any] | None = None
+    """`rope_type` (linear, dynamic, yarn, llama3) and its factors, as in a Hugging Face configuration."""
+    sliding_window: int | None = Field(None, ge=0)
+    """Tokens each position sees, itself included; 0 is all."""
+    full_attention_layers: int | None = Field(None, ge=0)
+    """How many of the first layers see everything although there is a sliding window."""
     tied_embeddings: bool | None = None
 
 
 class BaseSection(Section):
     weights: str = "random"
-    """`random`, or the folder of a model this project saved."""
+    """`random`, the folder of a model this project saved, or a Hugging Face folder (config.json and safetensors)."""
     seed: int = 1234
     """What random base weights are a function of."""
 
@@ -72,7 +87,8 @@ class BaseSection(Section):
 class MethodSection(Section):
     name: str = "lora"
     targets: dict[Target, int] = {"q": 4, "v": 4}
-    """Rank per target projection. On a gated MLP `fc1` adapts gate and up separately, each at that rank."""
+    """Rank per target projection. On a gated MLP `fc1` adapts gate and up separately, each at that rank; `gate` and
+    `up` name them singly and win over `fc1`."""
     layers: dict[str, dict[Target, int]] = {}
     """Ranks for some layers only: `{"0-11,23": {q: 8}}`; rank 0 leaves a target alone there."""
     alpha: float = Field(16.0, gt=0)
@@ -112,8 +128,9 @@ class DataSection(Section):
     sequence_length: int = Field(512, ge=2)
     micro_batch_size: int = Field(1, ge=1)
     global_batch_size: int = Field(8, ge=1)
-    tokenizer: str = "bytes"
-    """`bytes`, a folder with GPT-2's encoder.json and vocab.bpe, or a folder with a tokenizer.json."""
+    tokenizer: str | None = None
+    """`bytes`, a folder with GPT-2's encoder.json and vocab.bpe, or one with a tokenizer.json. Not given: that of a
+    Hugging Face base, bytes for any other."""
     packing: bool = False
     """Several examples per row, blind to each other."""
     loss: Literal["target", "all"] = "target"

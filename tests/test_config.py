@@ -52,7 +52,7 @@ def test_every_documented_key_exists(section: str) -> None:
 def test_defaults_that_the_contract_names() -> None:
     config = parse_config({})
     assert config.run.resume == "never"
-    assert config.data.tokenizer == "bytes"
+    assert config.data.tokenizer is None  # the base decides: bytes for all but Hugging Face checkpoints
     assert config.optimizer.sharding == "none"
     assert (config.method.name, config.method.targets) == ("lora", {"q": 4, "v": 4})
 
@@ -87,7 +87,7 @@ def test_an_unknown_target_names_the_valid_ones() -> None:
     message = refusal({"method": {"targets": {"w": 4}}})
     assert "method.targets.w" in message
     assert all(f"'{target}'" in message for target in ("q", "k", "v", "o", "fc1", "fc2"))
-    assert "method.layers.0-1.gate" in refusal({"method": {"layers": {"0-1": {"gate": 4}}}})
+    assert "method.layers.0-1.door" in refusal({"method": {"layers": {"0-1": {"door": 4}}}})
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Base models: drawn at random, or read from a folder this project wrote (`config.json` + safetensors).
 
+Those of Hugging Face are in `lora_megatron.huggingface`.
+
 Either way a base has a fingerprint that adapters carry, so that an adapter trained on one base is refused on another.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,6 @@ from torch import nn
 
 from lora_megatron.checkpoint.folder import read_manifest, write_folder, write_json
 from lora_megatron.checkpoint.tensors import TensorFiles, fingerprint, is_writer, write_stage_file
-from lora_megatron.config import BaseSection
 from lora_megatron.errors import CheckpointError
 from lora_megatron.layers.sharding import shard_of
 from lora_megatron.model.initialise import initialise_base
@@ -32,34 +33,32 @@ _FORMAT = "lora_megatron-model"
 
 @dataclass(frozen=True)
 class Base:
-    """Where base weights come from, before any is loaded."""
+    """What base weights are, before any is loaded."""
 
-    folder: Path | None
-    seed: int
     shape: ModelShape
     fingerprint: str
+    load: Callable[[Sequence[nn.Module]], None]
+    """Fills the base parameters of this rank's chunks; adapters keep their values. Raises CheckpointError."""
 
 
-def describe_base(section: BaseSection, shape: ModelShape | None) -> Base:
-    """What `section` names; `shape` is the configuration's, None when only the folder knows it.
+def random_base(shape: ModelShape, *, seed: int) -> Base:
+    """Weights drawn from `seed`."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # generators of different devices draw differently
+    facts = ["random", device, str(seed), json.dumps(shape.to_dict(), sort_keys=True)]
+    return Base(
+        shape, fingerprint(facts), lambda chunks: initialise_base(chunks, seed=seed, num_layers=shape.num_layers)
+    )
+
+
+def describe_base(folder: Path) -> Base:
+    """The model of this project in `folder`.
 
     Raises:
-        CheckpointError: the folder is not a complete model of this project, or another shape than the configuration's.
+        CheckpointError: it is not a complete model of this project.
     """
-    if section.weights == "random":
-        assert shape is not None
-        device = "cuda" if torch.cuda.is_available() else "cpu"  # generators of different devices draw differently
-        facts = ["random", device, str(section.seed), json.dumps(shape.to_dict(), sort_keys=True)]
-        return Base(None, section.seed, shape, fingerprint(facts))
-    folder = Path(section.weights)
     manifest = read_manifest(folder, verify=False)
-    stored = read_shape(folder)
-    if shape is not None and shape != stored:
-        wrong = [k for k, v in stored.to_dict().items() if shape.to_dict()[k] != v]
-        details = ", ".join(f"{k} is {stored.to_dict()[k]}, not {shape.to_dict()[k]}" for k in wrong)
-        raise CheckpointError(f"base.weights = {folder}: the stored model is another one: {details}")
     hashes = [f"{name}:{entry['sha256']}" for name, entry in sorted(manifest["files"].items())]
-    return Base(folder, section.seed, stored, fingerprint(hashes))
+    return Base(read_shape(folder), fingerprint(hashes), lambda chunks: load_base(folder, chunks))
 
 
 def read_shape(folder: Path) -> ModelShape:
@@ -81,20 +80,17 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return values
 
 
-def load_base(base: Base, chunks: Sequence[nn.Module]) -> None:
-    """Fill the base parameters of this rank's chunks; adapters keep their values.
+def load_base(folder: Path, chunks: Sequence[nn.Module]) -> None:
+    """Fill the base parameters of this rank's chunks from a model of this project; adapters keep their values.
 
     Raises:
         CheckpointError: damaged, missing or extra tensors.
     """
-    if base.folder is None:
-        initialise_base(chunks, seed=base.seed, num_layers=base.shape.num_layers)
-        return
-    manifest = read_manifest(base.folder)
-    files = [base.folder / name for name in manifest["files"] if name.endswith(".safetensors")]
+    manifest = read_manifest(folder)
+    files = [folder / name for name in manifest["files"] if name.endswith(".safetensors")]
     size = mpu.get_tensor_model_parallel_world_size()
     with TensorFiles(files) as tensors, torch.no_grad():
-        tensors.require_names(set(manifest["tensors"]), str(base.folder))
+        tensors.require_names(set(manifest["tensors"]), str(folder))
         for named in named_parameters(chunks):
             if ".adapters." in named.name:
                 continue
@@ -127,14 +123,21 @@ def save_model(folder: Path, chunks: Sequence[nn.Module], shape: ModelShape, fac
 
 def base_tensor_names(shape: ModelShape) -> set[str]:
     """The global names of every base parameter of a model of this shape."""
-    weights = ["weight", "bias"] if shape.linear_bias else ["weight"]
-    norm = ["weight", "bias"] if shape.normalization == "LayerNorm" else ["weight"]
-    linear = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
-    names = {"embedding.word_embeddings.weight", *(f"decoder.final_layernorm.{kind}" for kind in norm)}
+    biased = {
+        "self_attention.linear_qkv": shape.qkv_bias,
+        "self_attention.linear_proj": shape.proj_bias,
+        "mlp.linear_fc1": shape.linear_bias,
+        "mlp.linear_fc2": shape.linear_bias,
+        **dict.fromkeys(("input_layernorm", "pre_mlp_layernorm"), shape.normalization == "LayerNorm"),
+    }
+    if shape.qk_norm:
+        biased |= dict.fromkeys(("self_attention.q_layernorm", "self_attention.k_layernorm"), False)
+    names = {"embedding.word_embeddings.weight", "decoder.final_layernorm.weight"}
+    if shape.normalization == "LayerNorm":
+        names.add("decoder.final_layernorm.bias")
     for layer in range(shape.num_layers):
-        names |= {f"decoder.layers.{layer}.{module}.{kind}" for module in linear for kind in weights}
-        for module in ("input_layernorm", "pre_mlp_layernorm"):
-            names |= {f"decoder.layers.{layer}.{module}.{kind}" for kind in norm}
+        for module, has_bias in biased.items():
+            names |= {f"decoder.layers.{layer}.{module}.{kind}" for kind in ("weight", "bias")[: 1 + has_bias]}
     if shape.position == "learned":
         names.add("embedding.position_embeddings.weight")
     if not shape.tied_embeddings:

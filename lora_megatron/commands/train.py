@@ -13,11 +13,11 @@ from typing import Any
 import torch.distributed as dist
 
 from lora_megatron.checkpoint.adapter import describe_method, load_adapter, save_adapter
-from lora_megatron.checkpoint.base import CONFIG as BASE_CONFIG
-from lora_megatron.checkpoint.base import Base, describe_base, load_base, read_tokenizer_fingerprint, save_model
+from lora_megatron.checkpoint.base import Base, save_model
 from lora_megatron.checkpoint.folder import disk_errors
 from lora_megatron.checkpoint.state import Progress, load_checkpoint, save_checkpoint
 from lora_megatron.commands import run_folder
+from lora_megatron.commands.base import resolve_base, tokenizer_of
 from lora_megatron.commands.summary import Run, continuations, summarise
 from lora_megatron.config import Config, ModelSection
 from lora_megatron.data.batches import BatchSource
@@ -33,7 +33,6 @@ from lora_megatron.methods.method import Method
 from lora_megatron.model.build import BuildOptions, build
 from lora_megatron.model.checks import check, layout_of
 from lora_megatron.model.names import named_parameters
-from lora_megatron.model.presets import resolve_shape
 from lora_megatron.parallel import groups
 from lora_megatron.parallel.agree import require_equal, together
 from lora_megatron.parallel.groups import Ranks
@@ -75,31 +74,14 @@ class _Plan:
 
 
 def _plan(config: Config) -> _Plan:
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    base = _resolve_base(config, tokenizer)
+    name = tokenizer_of(config)
+    tokenizer = load_tokenizer(name)
+    config = config.model_copy(update={"data": config.data.model_copy(update={"tokenizer": name})})
+    base = resolve_base(config, tokenizer)
     config = config.model_copy(update={"model": ModelSection(**base.shape.to_dict())})
     method = choose_method(config.method, num_layers=base.shape.num_layers)
     check(config, base.shape, method, dist.get_world_size())
     return _Plan(config, tokenizer, base, method)
-
-
-def _resolve_base(config: Config, tokenizer: Tokenizer) -> Base:
-    if config.base.weights == "random":
-        return describe_base(config.base, resolve_shape(config.model, tokenizer_vocab_size=tokenizer.vocab_size))
-    described = config.model.model_dump(exclude_none=True)
-    shape = resolve_shape(config.model, tokenizer_vocab_size=tokenizer.vocab_size) if described else None
-    base = describe_base(config.base, shape)
-    if base.shape.vocab_size < tokenizer.vocab_size:
-        raise ConfigError(
-            f"base.weights = {config.base.weights} has a vocabulary of {base.shape.vocab_size}, the tokenizer "
-            f"{config.data.tokenizer} needs {tokenizer.vocab_size}: give data.tokenizer the one the base was trained on"
-        )
-    if read_tokenizer_fingerprint(Path(config.base.weights)) not in (None, tokenizer.fingerprint):
-        raise ConfigError(
-            f"base.weights = {config.base.weights} was trained with another tokenizer than data.tokenizer = "
-            f"{config.data.tokenizer}: give data.tokenizer the one its {BASE_CONFIG} names"
-        )
-    return base
 
 
 def _open(path: str | None, key: str) -> ExampleTable:
@@ -188,7 +170,7 @@ def _build_trainer(
         adapter_seed=config.train.seed,
     )
     chunks = build(base.shape, method, layout_of(config), options)
-    together(lambda: load_base(base, chunks))
+    together(lambda: base.load(chunks))
     if config.method.start_from is not None:
         load_adapter(Path(config.method.start_from), chunks, method, base.shape, base_fingerprint=base.fingerprint)
     ddp = wrap_ddp(chunks, sharding=config.optimizer.sharding, precision=config.train.precision)

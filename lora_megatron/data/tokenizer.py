@@ -110,6 +110,13 @@ def load_tokenizer(spec: str) -> Tokenizer:
     raise DataError(f"no tokenizer in {folder}: expected tokenizer.json, or encoder.json + vocab.bpe")
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether `folder` holds the files of a tokenizer that `load_tokenizer` knows."""
+    return (folder / "tokenizer.json").exists() or any(
+        (folder / vocabulary).exists() and (folder / merges).exists() for vocabulary, merges in _BPE_FILES
+    )
+
+
 def _load_byte_level_bpe(vocabulary_path: Path, merges_path: Path) -> FastTokenizer:
     vocabulary = load_json_object(vocabulary_path, "a BPE vocabulary (token -> id)")
     if any(type(value) is not int for value in vocabulary.values()):

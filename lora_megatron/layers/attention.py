@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """torch's scaled dot product attention as megatron-core's core attention.
 
-Heads are this tensor rank's; nothing here crosses ranks. torch picks the kernel (cuDNN, flash, math).
+Heads are this tensor rank's; nothing here crosses ranks. torch picks the kernel (cuDNN, flash, math). A sliding window
+that is shorter than the sequence needs a mask, and torch's kernels for masks; a longer one costs nothing.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -21,6 +24,11 @@ class SdpaAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.scale = softmax_scale
+        self.window = 0  # tokens a position sees, itself included; 0 is all
+        if config.window_size and is_layer_window_attention(
+            config.window_size, config.window_attn_skip_freq, layer_number
+        ):
+            self.window = config.window_size[0] + 1
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **megatron: Any
@@ -31,6 +39,9 @@ class SdpaAttention(nn.Module):
         """
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [b, heads or groups, s, d]
         keep = None if attention_mask is None else ~attention_mask  # SDPA's mask is True where kept
+        if 0 < self.window < key.shape[0]:
+            near = _within(self.window, query.shape[0], key.shape[0], query.device)
+            keep = near if keep is None else keep & near
         out = functional.scaled_dot_product_attention(
             q,
             k,
@@ -41,3 +52,10 @@ class SdpaAttention(nn.Module):
             enable_gqa=q.shape[1] != k.shape[1],
         )
         return out.permute(2, 0, 1, 3).flatten(2)  # [s, b, heads * d]
+
+
+def _within(window: int, queries: int, keys: int, device: torch.device) -> Tensor:
+    """[s, t] True where a query may see a key: not later than itself, and among the last `window`."""
+    places = torch.arange(keys, device=device)
+    distance = places[keys - queries :, None] - places[None, :]  # the queries are the last positions
+    return (distance >= 0) & (distance < window)

@@ -34,6 +34,7 @@ class LoraColumnParallelLinear(ColumnParallelLinear):
     Args:
         parts: from the number of local output rows to the projections they hold (`layers.qkv`).
         adapters: which of them are adapted.
+        has_bias: whether there is a bias; megatron-core's one switch for all linear layers is not asked.
         blocks: 2 for a gated fc1, whose gate and up halves are cut separately.
         The rest is megatron-core's.
     """
@@ -45,10 +46,11 @@ class LoraColumnParallelLinear(ColumnParallelLinear):
         *,
         parts: Callable[[int], tuple[Part, ...]],
         adapters: AdapterSet,
+        has_bias: bool,
         blocks: int = 1,
         **megatron: Any,
     ) -> None:
-        super().__init__(input_size, output_size, **megatron)
+        super().__init__(input_size, output_size, **{**megatron, "bias": has_bias})
         declare(self.weight, Shard(0, blocks))
         if self.bias is not None:
             declare(self.bias, Shard(0, blocks))

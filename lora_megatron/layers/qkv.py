@@ -39,6 +39,10 @@ class Part:
         """A view of this projection in `fused`: [..., groups * stride] -> [..., groups, stop - start]."""
         return fused.unflatten(-1, (self.groups, self.stride))[..., self.start : self.stop]
 
+    def rows_of(self, fused: Tensor) -> Tensor:
+        """A view of this projection's rows: [groups * stride, ...] -> [groups, stop - start, ...]."""
+        return fused.unflatten(0, (self.groups, self.stride))[:, self.start : self.stop]
+
 
 def qkv_parts(heads: int, groups: int, head_dim: int) -> tuple[Part, Part, Part]:
     """q, k and v of a fused QKV with `heads` query heads in `groups` query groups (local numbers on a shard)."""

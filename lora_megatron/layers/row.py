@@ -31,11 +31,14 @@ class LoraRowParallelLinear(RowParallelLinear):
 
     Args:
         adapters: the adapter, if any.
+        has_bias: whether there is a bias; megatron-core's one switch for all linear layers is not asked.
         The rest is megatron-core's.
     """
 
-    def __init__(self, input_size: int, output_size: int, *, adapters: AdapterSet, **megatron: Any) -> None:
-        super().__init__(input_size, output_size, **megatron)
+    def __init__(
+        self, input_size: int, output_size: int, *, adapters: AdapterSet, has_bias: bool, **megatron: Any
+    ) -> None:
+        super().__init__(input_size, output_size, **{**megatron, "bias": has_bias})
         declare(self.weight, Shard(1))
         if self.bias is not None:
             declare(self.bias, REPLICATED, sum_over_sequence_shards=self.sequence_parallel)

@@ -13,11 +13,19 @@ from types import TracebackType
 from typing import Self, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
-from lora_megatron.measure.units import MISSING, show_count, show_loss, show_seconds
+from lora_megatron.measure.units import MISSING, show_bytes, show_count, show_loss, show_seconds
 
 SECONDS_BETWEEN_LINES = 5.0
 _WIDTH_WITHOUT_TERMINAL = 120
@@ -98,6 +106,44 @@ class TrainingProgress:
 
     def _print(self, line: str) -> None:
         print(line, file=self._stream, flush=True)
+
+
+class BytesProgress:
+    """How much of a number of bytes is done, how fast, and the time that remains; a line every few seconds without a
+    terminal, and none at all for what takes less.
+    """
+
+    def __init__(self, total: int, *, description: str, enabled: bool = True, stream: TextIO | None = None) -> None:
+        self._total, self._done, self._description = total, 0, description
+        self._stream = stream if stream is not None else sys.stderr
+        self._enabled, self._bar = enabled, None
+        self._started = time.monotonic()
+        self._next_line = self._started + SECONDS_BETWEEN_LINES
+        console = Console(file=self._stream)
+        if enabled and console.is_terminal:
+            columns = (DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn())
+            self._bar = Progress(TextColumn("{task.description}"), BarColumn(bar_width=24), *columns, console=console)
+            self._task = self._bar.add_task(description, total=total)
+
+    def __enter__(self) -> Self:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def advance(self, count: int) -> None:
+        """Say that `count` bytes more are done."""
+        self._done += count
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self._done)
+        elif self._enabled and (now := time.monotonic()) >= self._next_line:
+            self._next_line = now + SECONDS_BETWEEN_LINES
+            left = show_seconds((now - self._started) / max(self._done, 1) * (self._total - self._done))
+            done = f"{show_bytes(self._done)} of {show_bytes(self._total)}"
+            print(f"{self._description}  {done}  {left} left", file=self._stream, flush=True)
 
 
 def _progress_bar(console: Console) -> Progress:

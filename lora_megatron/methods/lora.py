@@ -10,7 +10,7 @@ from lora_megatron.config import Target
 from lora_megatron.errors import ConfigError
 from lora_megatron.layers.lora import Adapter, scaling
 
-# On a gated MLP the target fc1 is two projections; each gets its own pair, as PEFT has it.
+# On a gated MLP the target fc1 is two projections; each gets its own pair, as PEFT has it, and can be named singly.
 TARGET_OF_PROJECTION = {"q": "q", "k": "k", "v": "v", "o": "o", "fc1": "fc1", "gate": "fc1", "up": "fc1", "fc2": "fc2"}
 
 
@@ -25,12 +25,13 @@ class Lora:
     name: str = "lora"
     trains_base: bool = False
 
-    def rank(self, layer: int, target: str) -> int:
-        """Rank of `target` on global layer `layer`, 0 where it is not adapted."""
-        return {**self.targets, **self.layers.get(layer, {})}.get(target, 0)
+    def rank(self, layer: int, projection: str) -> int:
+        """Rank of `projection` on global layer `layer`, 0 where it is not adapted."""
+        ranks = {**self.targets, **self.layers.get(layer, {})}
+        return ranks.get(projection, ranks.get(TARGET_OF_PROJECTION[projection], 0))
 
     def adapters(self, layer: int, projection: str) -> tuple[Adapter, ...]:
-        rank = self.rank(layer, TARGET_OF_PROJECTION[projection])
+        rank = self.rank(layer, projection)
         if not rank:
             return ()
         return (Adapter(projection, rank, scaling(self.alpha, rank, rank_stabilised=self.rank_stabilised)),)

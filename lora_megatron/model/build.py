@@ -16,6 +16,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lora_megatron.layers.rope import attention_factor, inverse_frequencies
 from lora_megatron.layers.sharding import REPLICATED, Shard, declare
 from lora_megatron.methods.method import Method
 from lora_megatron.model.names import EMBEDDING, OUTPUT, POSITIONS, named_parameters
@@ -65,6 +66,9 @@ def megatron_config(shape: ModelShape, layout: Layout, options: BuildOptions) ->
         activation_func=_activation(shape.activation),
         gated_linear_unit=shape.gated_mlp,
         add_bias_linear=shape.linear_bias,
+        qk_layernorm=shape.qk_norm,  # their gradients are then summed over the tensor group: each rank has its heads
+        softmax_scale=_softmax_scale(shape),
+        **_window(shape),
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=layout.tensor,
@@ -89,6 +93,20 @@ def megatron_config(shape: ModelShape, layout: Layout, options: BuildOptions) ->
         apply_rope_fusion=False,
         **_RECOMPUTE[options.recompute],
     )
+
+
+def _softmax_scale(shape: ModelShape) -> float | None:
+    """None is 1 / sqrt(d); yarn's factor on cos and sin of both q and k is its square on their product."""
+    factor = attention_factor(shape.rope_scaling) if shape.position == "rope" else 1.0
+    return None if factor == 1.0 else factor**2 / math.sqrt(shape.head_dim)
+
+
+def _window(shape: ModelShape) -> dict[str, object]:
+    """megatron-core's words for a sliding window: positions to the left, and 1 for each layer that has it."""
+    if not shape.sliding_window:
+        return {}
+    layers = [int(shape.window(layer) > 0) for layer in range(shape.num_layers)]
+    return {"window_size": (shape.sliding_window - 1, 0), "window_attn_skip_freq": layers}
 
 
 def padded_vocabulary(vocab_size: int, tensor: int) -> int:
@@ -125,9 +143,14 @@ def build(shape: ModelShape, method: Method, layout: Layout, options: BuildOptio
                 post_process=mpu.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
                 share_embeddings_and_output_weights=shape.tied_embeddings,
                 position_embedding_type="rope" if shape.position == "rope" else "learned_absolute",
+                rotary_percent=shape.rotary_percent,
                 rotary_base=shape.rotary_base,
                 vp_stage=vp_stage,
             )
+        if shape.position == "rope":
+            chunk.rotary_pos_emb.inv_freq = inverse_frequencies(
+                shape.rotary_dim, base=shape.rotary_base, scaling=shape.rope_scaling
+            ).to(device)
         chunks.append(chunk.to(device=device, dtype=DTYPES[options.precision]))
     for chunk in chunks:
         _declare_embeddings(chunk, padding=padded - shape.vocab_size)

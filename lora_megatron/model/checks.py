@@ -23,8 +23,10 @@ def check(config: Config, shape: ModelShape, method: Method, world_size: int) ->
     check_world_size(layout, world_size)
     _check_batches(config, layout, world_size)
     _check_lengths(config, layout, shape)
+    _check_targets(config, shape)
     _check_ranks(shape, method)
-    if method.name == "bitfit" and not shape.linear_bias and shape.normalization != "LayerNorm":
+    has_bias = shape.linear_bias or shape.qkv_bias or shape.proj_bias or shape.normalization == "LayerNorm"
+    if method.name == "bitfit" and not has_bias:
         raise ConfigError("method.name = bitfit trains bias vectors, and this model has none: choose another method")
 
 
@@ -85,13 +87,18 @@ def _check_lengths(config: Config, layout: Layout, shape: ModelShape) -> None:
             f"data.sequence_length = {length} is longer than model.max_position_embeddings = "
             f"{shape.max_position_embeddings}: lower data.sequence_length to at most that"
         )
-    if shape.position == "rope" and shape.head_dim % 2:
-        raise ConfigError(f"model.head_dim = {shape.head_dim}: rotary positions need an even one, they turn pairs")
     if layout.sequence and length % layout.tensor:
         raise ConfigError(
             f"parallel.sequence needs data.sequence_length = {length} to be a multiple of parallel.tensor = "
             f"{layout.tensor}"
         )
+
+
+def _check_targets(config: Config, shape: ModelShape) -> None:
+    named = {target for ranks in (config.method.targets, *config.method.layers.values()) for target in ranks}
+    for target in sorted(named & {"gate", "up"}):
+        if not shape.gated_mlp:
+            raise ConfigError(f"method.targets.{target}: this model's MLP has no gate; its first projection is fc1")
 
 
 def _check_ranks(shape: ModelShape, method: Method) -> None:

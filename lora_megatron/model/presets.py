@@ -85,6 +85,8 @@ def resolve_shape(section: ModelSection, *, tokenizer_vocab_size: int) -> ModelS
     values.setdefault("num_query_groups", heads)
     values.setdefault("ffn_hidden_size", 4 * hidden)
     values.setdefault("vocab_size", tokenizer_vocab_size)
+    for name in ("qkv_bias", "proj_bias"):
+        values.setdefault(name, values.get("linear_bias", True))
     if values["vocab_size"] < tokenizer_vocab_size:
         raise ConfigError(
             f"model.vocab_size = {values['vocab_size']} is smaller than the tokenizer's {tokenizer_vocab_size}"

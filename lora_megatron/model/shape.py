@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from lora_megatron.errors import CheckpointError, ConfigError
+from lora_megatron.layers.rope import attention_factor, inverse_frequencies
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +27,17 @@ class ModelShape:
     activation: str = "gelu_tanh"
     gated_mlp: bool = False
     linear_bias: bool = True
+    """Of fc1 and fc2; attention's two have switches of their own."""
+    qkv_bias: bool = True
+    proj_bias: bool = True
+    qk_norm: bool = False
+    parallel_residual: bool = False
     position: str = "learned"
     rotary_base: float = 10000.0
+    rotary_percent: float = 1.0
+    rope_scaling: dict[str, Any] = field(default_factory=dict)
+    sliding_window: int = 0
+    full_attention_layers: int = 0
     tied_embeddings: bool = True
 
     def __post_init__(self) -> None:
@@ -36,6 +46,30 @@ class ModelShape:
                 f"model.num_attention_heads = {self.num_attention_heads} is not a multiple of "
                 f"model.num_query_groups = {self.num_query_groups}"
             )
+        if self.position == "rope":
+            self._check_rotary()
+
+    def _check_rotary(self) -> None:
+        """Fail here, in one line, rather than in the middle of building."""
+        if self.rotary_dim < 2 or self.rotary_dim % 2:
+            raise ConfigError(
+                f"model.head_dim = {self.head_dim} with rotary_percent = {self.rotary_percent}: rotary positions turn "
+                f"pairs, so {self.rotary_dim} dimensions must be an even number of at least 2"
+            )
+        inverse_frequencies(self.rotary_dim, base=self.rotary_base, scaling=self.rope_scaling)
+        if self.rotary_dim < self.head_dim and attention_factor(self.rope_scaling) != 1.0:
+            raise ConfigError(
+                f"model.rotary_percent = {self.rotary_percent}: with yarn the whole head must turn, set it to 1"
+            )
+
+    @property
+    def rotary_dim(self) -> int:
+        """Dimensions of a head that turn with the position."""
+        return int(self.head_dim * self.rotary_percent)
+
+    def window(self, layer: int) -> int:
+        """Tokens that a position of global layer `layer` sees, itself included; 0 is all."""
+        return self.sliding_window if layer >= self.full_attention_layers else 0
 
     def projection(self, name: str) -> tuple[int, int]:
         """(out, in) features of the projection q, k, v, o, fc1, gate, up or fc2."""
@@ -65,12 +99,12 @@ class ModelShape:
     @classmethod
     def from_dict(cls, values: dict[str, Any], *, source: str) -> ModelShape:
         """The inverse of `to_dict`; raises CheckpointError naming `source` for missing, extra or mistyped values."""
-        names = {field.name: field.type for field in fields(cls)}
+        names = {known.name: str(known.type) for known in fields(cls)}
         if set(values) != set(names):
             wrong = sorted(set(values) ^ set(names))
             raise CheckpointError(f"{source}: missing or unknown model fields: {', '.join(wrong)}")
-        kinds = {"int": int, "str": str, "bool": bool, "float": float}
+        kinds = {"int": int, "str": str, "bool": bool, "float": float, "dict[str, Any]": dict}
         for name, kind in names.items():
-            if type(values[name]) is not kinds[str(kind)]:
+            if type(values[name]) is not kinds[kind]:
                 raise CheckpointError(f"{source}: {name} = {values[name]!r} is not of type {kind}")
         return cls(**values)

@@ -21,7 +21,8 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from lora_megatron.layers.attention import SdpaAttention
 from lora_megatron.layers.column import LoraColumnParallelLinear
 from lora_megatron.layers.lora import AdapterSet
-from lora_megatron.layers.norm import norm_class
+from lora_megatron.layers.norm import RMSNorm, norm_class
+from lora_megatron.layers.parallel_residual import ParallelResidualLayer
 from lora_megatron.layers.qkv import Part, gated_parts, qkv_parts, whole
 from lora_megatron.layers.row import LoraRowParallelLinear
 from lora_megatron.methods.method import Method
@@ -52,12 +53,16 @@ def layer_spec(shape: ModelShape, method: Method, layer: int, *, dropout: float,
             params={
                 "parts": partial(_qkv_rows, shape=shape),
                 "adapters": adapters("self_attention.linear_qkv", "q", "k", "v"),
+                "has_bias": shape.qkv_bias,
             },
         ),
         core_attention=SdpaAttention,
-        linear_proj=ModuleSpec(LoraRowParallelLinear, params={"adapters": adapters("self_attention.linear_proj", "o")}),
-        q_layernorm=IdentityOp,
-        k_layernorm=IdentityOp,
+        linear_proj=ModuleSpec(
+            LoraRowParallelLinear,
+            params={"adapters": adapters("self_attention.linear_proj", "o"), "has_bias": shape.proj_bias},
+        ),
+        q_layernorm=RMSNorm if shape.qk_norm else IdentityOp,
+        k_layernorm=RMSNorm if shape.qk_norm else IdentityOp,
     )
     mlp = MLPSubmodules(
         linear_fc1=ModuleSpec(
@@ -65,13 +70,17 @@ def layer_spec(shape: ModelShape, method: Method, layer: int, *, dropout: float,
             params={
                 "parts": partial(_fc1_rows, gated=shape.gated_mlp),
                 "adapters": adapters("mlp.linear_fc1", *(("gate", "up") if shape.gated_mlp else ("fc1",))),
+                "has_bias": shape.linear_bias,
                 "blocks": 2 if shape.gated_mlp else 1,
             },
         ),
-        linear_fc2=ModuleSpec(LoraRowParallelLinear, params={"adapters": adapters("mlp.linear_fc2", "fc2")}),
+        linear_fc2=ModuleSpec(
+            LoraRowParallelLinear,
+            params={"adapters": adapters("mlp.linear_fc2", "fc2"), "has_bias": shape.linear_bias},
+        ),
     )
     return ModuleSpec(
-        module=TransformerLayer,
+        module=ParallelResidualLayer if shape.parallel_residual else TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm,
             self_attention=ModuleSpec(

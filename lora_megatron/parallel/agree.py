@@ -21,6 +21,11 @@ def device_for_collectives() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
+def is_main() -> bool:
+    """Whether this process is rank 0 (or in no world at all): the one that speaks."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
 def gather_text(text: str) -> list[str]:
     """Every rank's `text`, in rank order, on every rank (UTF-8 bytes; nothing is pickled)."""
     device = device_for_collectives()

@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from lora_megatron.checkpoint.base import base_tensor_names, describe_base, read_shape
+from lora_megatron.checkpoint.base import base_tensor_names, describe_base, random_base, read_shape
 from lora_megatron.checkpoint.folder import read_manifest
-from lora_megatron.config import BaseSection
 from tests.checkpoint.seal import reseal
 from tests.commands.runs import Outcome, Tree, attempt, held_out_of, make_tree, names_in
 from tests.pool import Pool
@@ -65,8 +64,8 @@ def test_a_model_trained_at_tp2_pp2_is_the_same_base_everywhere(
         again = tmp_path / str(index)
         outcomes = pool.run(world, attempt, tree=held_out_with(folder, corpus, again, parallel))
         assert outcomes == [Outcome()] * world
-        exact = parallel == tree["parallel"]
-        assert held_out_of(again) == (expected if exact else pytest.approx(expected, rel=1e-6))
+        # Not to the bit even on the same layout: a product's rounding depends on where in memory its operands lie.
+        assert held_out_of(again) == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +86,10 @@ def refused(corpus: Path, folder: Path, tmp_path: Path, **sections: Tree) -> Out
 
 def test_a_base_that_is_missing_or_something_else(corpus: Path, base: Path, tmp_path: Path) -> None:
     outcome = refused(corpus, tmp_path / "none", tmp_path)
-    assert (outcome.status, outcome.message) == (4, f"{tmp_path / 'none'} is not a folder")
+    assert (outcome.status, outcome.message) == (
+        4,
+        f"base.weights = {tmp_path / 'none'} is neither random nor a folder",
+    )
     for folder, word in (
         (base.parent, "manifest.json"),
         (base.parent / "checkpoints" / "step-00000001", "config.json"),
@@ -157,8 +159,8 @@ def test_a_small_vocabulary_names_both(base: Path, corpus: Path, tmp_path: Path)
 def test_a_base_is_its_content(base: Path, tmp_path: Path) -> None:
     copy = tmp_path / "moved"
     shutil.copytree(base, copy)
-    one, other = (describe_base(BaseSection(weights=str(folder)), None) for folder in (base, copy))
+    one, other = (describe_base(folder) for folder in (base, copy))
     assert one.fingerprint == other.fingerprint
     assert one.shape == other.shape
-    first, second = (describe_base(BaseSection(seed=seed), one.shape) for seed in (1, 2))
+    first, second = (random_base(one.shape, seed=seed) for seed in (1, 2))
     assert first.fingerprint != second.fingerprint
