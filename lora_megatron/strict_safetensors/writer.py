@@ -39,7 +39,12 @@ class SafetensorsWriter:
             raise CheckpointError(f"cannot write {path}: {defect}") from None
         with self._writing():
             self._stream = open(path, "wb", buffering=0)  # noqa: SIM115 - closed by close() or __exit__
-            write_all(self._stream, memoryview(self.header))
+        try:
+            with self._writing():
+                write_all(self._stream, memoryview(self.header))
+        except CheckpointError:
+            self._stream.close()
+            raise
 
     def __enter__(self) -> SafetensorsWriter:
         return self
