@@ -24,9 +24,19 @@ from tests.twin import Experiment, Mismatch, Record, compare, frobenius, train_t
 GPT = Experiment()
 LLAMA = Experiment(model={"preset": "tiny-llama", "num_layers": 4})  # two query groups of two heads, SwiGLU
 DROPOUT = replace(GPT, dropout=0.3, steps=2)
+_ROPE_GPT = {"preset": "tiny", "num_layers": 4, "position": "rope"}
+NEOX = Experiment(model={**_ROPE_GPT, "parallel_residual": True, "rotary_percent": 0.5, "tied_embeddings": False})
+QWEN3 = Experiment(  # everything trains, so that q's and k's norms do: their gradient is a sum over heads of all ranks
+    model={**LLAMA.model, "qk_norm": True, "qkv_bias": True, "sliding_window": 5, "full_attention_layers": 2},
+    method={"name": "full"},
+    steps=2,
+)
 VARIANTS: dict[str, Experiment] = {
     "gpt": GPT,
     "llama": LLAMA,
+    "neox": NEOX,
+    "neox-full-recompute": replace(NEOX, recompute="full", steps=2),
+    "qwen3-full": QWEN3,
     "gpt-full-recompute": replace(GPT, recompute="full", steps=2),
     "gpt-selective-recompute": replace(GPT, recompute="selective", steps=2),
     "llama-full-recompute": replace(LLAMA, recompute="full", steps=2),
@@ -44,7 +54,7 @@ VARIANTS: dict[str, Experiment] = {
 }
 ALL = tuple(VARIANTS)
 MAIN = ("gpt", "llama")
-RECOMPUTE = ("gpt-full-recompute", "gpt-selective-recompute", "llama-full-recompute")
+RECOMPUTE = ("gpt-full-recompute", "gpt-selective-recompute", "llama-full-recompute", "neox-full-recompute")
 DROPOUTS = ("dropout", "dropout-full-recompute", "llama-dropout-micro-batch-2")
 # Name of a layout -> world size, layout, the variants that run on it.
 LAYOUTS: dict[str, tuple[int, Layout, tuple[str, ...]]] = {
@@ -53,7 +63,11 @@ LAYOUTS: dict[str, tuple[int, Layout, tuple[str, ...]]] = {
     "tp4": (4, Layout(tensor=4), ("gpt", "dropout", "k-only-rank-1", "rslora")),
     "tp2-sp": (2, Layout(tensor=2, sequence=True), ALL),
     "tp4-sp": (4, Layout(tensor=4, sequence=True), ("gpt", "dropout", "k-only-rank-1")),
-    "pp2": (2, Layout(pipeline=2), (*MAIN, *RECOMPUTE, *DROPOUTS, "packing", "micro-batch-2", "ranks-per-layer")),
+    "pp2": (
+        2,
+        Layout(pipeline=2),
+        (*MAIN, *RECOMPUTE, *DROPOUTS, "packing", "micro-batch-2", "ranks-per-layer", "neox", "qwen3-full"),
+    ),
     "pp4": (4, Layout(pipeline=4), (*MAIN, "ranks-per-layer")),
     "vpp2": (2, Layout(pipeline=2, virtual_pipeline=2), (*MAIN, *RECOMPUTE, *DROPOUTS)),
     "dp2": (2, Layout(), (*MAIN, "dropout", "gpt-full-recompute")),

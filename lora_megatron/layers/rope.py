@@ -39,7 +39,7 @@ def inverse_frequencies(dim: int, *, base: float, scaling: Mapping[str, Any]) ->
     Raises:
         ConfigError: an unknown rope_type, or a missing or impossible factor.
     """
-    assert dim >= 2 and dim % 2 == 0, dim  # the shape has refused others
+    assert dim % 2 == 0, dim  # the shape has refused odd ones
     kind = _check(scaling)
     exponents = torch.arange(0, dim, 2, dtype=torch.float32) / dim
     frequencies = 1.0 / base**exponents

@@ -37,7 +37,15 @@ def our_layer(kind: str, out: int, ranks: dict[str, int]) -> Any:
     if len(ranks) > 1:
         extra["parts"] = lambda rows: qkv_parts(HEADS, GROUPS, HEAD_DIM)
     layer = LAYERS[kind](
-        IN, out, config=config, init_method=None, bias=True, skip_bias_add=False, adapters=adapters, **extra
+        IN,
+        out,
+        config=config,
+        init_method=None,
+        bias=True,
+        has_bias=True,
+        skip_bias_add=False,
+        adapters=adapters,
+        **extra,
     )
     generator = torch.Generator().manual_seed(0)
     for name, parameter in layer.named_parameters():
@@ -145,6 +153,7 @@ def merged_linear() -> float:
         config=config,
         init_method=None,
         bias=False,
+        has_bias=False,
         parts=lambda rows: qkv_parts(HEADS, HEADS, HEAD_DIM),
         adapters=AdapterSet("layer", tuple(Adapter(t, rank, scaling(ALPHA, rank)) for t in "qv")),
     )
