@@ -15,6 +15,7 @@ _EXAMPLES = """examples:
   lora-megatron quickstart --out runs/quickstart
   lora-megatron train config.yaml train.steps=200 optimizer.lr=1e-4
   torchrun --standalone --nproc-per-node 2 -m lora_megatron train config.yaml parallel.tensor=2
+  lora-megatron merge --base path/to/model --adapter runs/r8/adapter --out path/to/merged
 
 exit status: 0 done, 2 configuration, 3 data, 4 checkpoint or disk, 5 numerical
 (torchrun itself reports 1 for any of them; `status.json` in the run folder keeps ours)"""
@@ -40,6 +41,28 @@ def build_parser() -> argparse.ArgumentParser:
     )
     train.add_argument("config", help="YAML file with the sections model, base, method, parallel, ... (see README)")
     train.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that win over the file's")
+
+    merge = commands.add_parser(
+        "merge",
+        help="put an adapter into the weights of its Hugging Face base",
+        description="Write a Hugging Face model whose weights are the base's with an adapter merged in: same files and "
+        "types, tokenizer and configuration beside them. Needs no GPU and holds one tensor at a time.",
+        epilog="example: lora-megatron merge --base path/to/model --adapter runs/r8/adapter --out path/to/merged",
+    )
+    merge.add_argument("--base", required=True, help="folder of the Hugging Face model the adapter was trained on")
+    merge.add_argument("--adapter", required=True, help="the folder `adapter` of a run")
+    merge.add_argument("--out", required=True, help="folder to write, which must not exist or be empty")
+    merge.add_argument("--any-base", action="store_true", help="take another base than the adapter's if shapes fit")
+
+    inspect = commands.add_parser(
+        "inspect",
+        help="say what a model, adapter, checkpoint or run is, without loading it",
+        description="Describe a Hugging Face model, a model or adapter of this project, a PEFT adapter, a training "
+        "checkpoint or a run folder: family, shape, ranks, parameters, bytes, fingerprint. Only headers are read.",
+        epilog="example: lora-megatron inspect runs/r8/adapter --json",
+    )
+    inspect.add_argument("path", help="the folder")
+    inspect.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
 
     quickstart = commands.add_parser(
         "quickstart",
@@ -74,6 +97,18 @@ def _run(arguments: argparse.Namespace) -> None:
         from lora_megatron.commands.train import run_training
 
         run_training(config)
+    elif arguments.command == "merge":
+        from pathlib import Path
+
+        from lora_megatron.commands.merge import run_merge
+
+        run_merge(Path(arguments.base), Path(arguments.adapter), Path(arguments.out), any_base=arguments.any_base)
+    elif arguments.command == "inspect":
+        from pathlib import Path
+
+        from lora_megatron.commands.inspect import run_inspect
+
+        run_inspect(Path(arguments.path), as_json=arguments.json)
     else:
         from pathlib import Path
 
