@@ -54,6 +54,29 @@ def build_parser() -> argparse.ArgumentParser:
     merge.add_argument("--out", required=True, help="folder to write, which must not exist or be empty")
     merge.add_argument("--any-base", action="store_true", help="take another base than the adapter's if shapes fit")
 
+    export = commands.add_parser(
+        "export",
+        help="write an adapter as one that PEFT loads",
+        description="Write an adapter of this project as a PEFT adapter folder for its Hugging Face base. Where the "
+        "family keeps q, k and v in one matrix they are stacked into one adapter of it, exactly.",
+        epilog="example: lora-megatron export --base path/to/model --adapter runs/r8/adapter --out r8-peft",
+    )
+    export.add_argument("--base", required=True, help="folder of the Hugging Face model the adapter was trained on")
+    export.add_argument("--adapter", required=True, help="the folder `adapter` of a run")
+    export.add_argument("--out", required=True, help="folder to write, which must not exist or be empty")
+    export.add_argument("--any-base", action="store_true", help="take another base than the adapter's if shapes fit")
+
+    import_ = commands.add_parser(
+        "import",
+        help="take a PEFT adapter in",
+        description="Write a PEFT LoRA adapter of a Hugging Face base as an adapter of this project: to train on "
+        "(method.start_from), merge, or load into a sharded model.",
+        epilog="example: lora-megatron import --base path/to/model --adapter path/to/peft --out adapters/mine",
+    )
+    import_.add_argument("--base", required=True, help="folder of the Hugging Face model the adapter belongs to")
+    import_.add_argument("--adapter", required=True, help="PEFT's folder (adapter_config.json and safetensors)")
+    import_.add_argument("--out", required=True, help="folder to write, which must not exist or be empty")
+
     inspect = commands.add_parser(
         "inspect",
         help="say what a model, adapter, checkpoint or run is, without loading it",
@@ -103,6 +126,16 @@ def _run(arguments: argparse.Namespace) -> None:
         from lora_megatron.commands.merge import run_merge
 
         run_merge(Path(arguments.base), Path(arguments.adapter), Path(arguments.out), any_base=arguments.any_base)
+    elif arguments.command in ("export", "import"):
+        from pathlib import Path
+
+        from lora_megatron.commands.convert import run_export, run_import
+
+        base, adapter, out = Path(arguments.base), Path(arguments.adapter), Path(arguments.out)
+        if arguments.command == "export":
+            run_export(base, adapter, out, any_base=arguments.any_base)
+        else:
+            run_import(base, adapter, out)
     elif arguments.command == "inspect":
         from pathlib import Path
 

@@ -87,12 +87,7 @@ def _prepare(final: Path, temporary: Path, replace: bool) -> None:
 def _publish(temporary: Path, final: Path, facts: dict[str, Any], finish: Callable[[Path], None] | None) -> None:
     if finish is not None:
         finish(temporary)
-    files = {
-        path.name: {"sha256": file_sha256(path, CheckpointError), "bytes": path.stat().st_size}
-        for path in sorted(temporary.iterdir())
-    }
-    manifest = {"format": 1, **facts, "files": files}
-    write_json(temporary / MANIFEST, {**manifest, "sha256": _manifest_sha256(manifest)})
+    write_manifest(temporary, facts)
     fsync(temporary)
     if final.exists() and _exchange(temporary, final):
         shutil.rmtree(temporary, ignore_errors=True)  # what was there before
@@ -104,6 +99,16 @@ def _publish(temporary: Path, final: Path, facts: dict[str, Any], finish: Callab
     else:
         os.rename(temporary, final)
     fsync(final.parent)
+
+
+def write_manifest(folder: Path, facts: dict[str, Any]) -> None:
+    """Seal a folder whose files are all there: `facts`, and size and SHA-256 of every file."""
+    files = {
+        path.name: {"sha256": file_sha256(path, CheckpointError), "bytes": path.stat().st_size}
+        for path in sorted(folder.iterdir())
+    }
+    manifest = {"format": 1, **facts, "files": files}
+    write_json(folder / MANIFEST, {**manifest, "sha256": _manifest_sha256(manifest)})
 
 
 def _exchange(one: Path, other: Path) -> bool:
