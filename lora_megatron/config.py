@@ -150,6 +150,7 @@ class TrainSection(Section):
     save_every: int = Field(0, ge=0)
     """Steps between checkpoints; 0 saves after the last step only."""
     keep_checkpoints: int = Field(2, ge=1)
+    """The newest ones to keep; with 1 also the one before it, as no step was taken from the newest yet."""
     precision: Literal["fp32", "bf16"] = "fp32"
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations rebuilt in the backward pass: none, core attention's, or whole layers'."""

@@ -55,6 +55,24 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(found, reverse=True)
 
 
+def step_of(folder: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(folder.name.removeprefix("step-"))
+
+
+def known_good(run: Path, step: int) -> Path | None:
+    """The newest checkpoint from which a finite step was taken, of a run that stands at `step`: one of an earlier step.
+
+    That of `step` itself may hold parameters that are finite and yet give NaN at once.
+    """
+    return next((folder for folder in checkpoints(run) if step_of(folder) < step), None)
+
+
+def _prune(run: Path, *, keep: int) -> None:
+    for old in checkpoints(run)[keep:]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
 def save_checkpoint(
     run: Path,
     chunks: Sequence[nn.Module],
@@ -68,14 +86,19 @@ def save_checkpoint(
     adapter_facts: dict[str, Any],
     keep: int,
 ) -> Path:
-    """Write a checkpoint with all ranks, then delete all but the newest `keep`; collective.
+    """Write a checkpoint with all ranks and delete all but the newest `keep`; collective.
+
+    The newest before it stays also with `keep` 1, until the next save: no step was taken from the new one yet.
 
     `state` iterates over the optimizer's (`<name>.<kind>`, this tensor rank's part). `identity` is what a run must
     share to be resumed from here. The second copy of a tied embedding is left to the stage with the first.
 
     Raises:
-        CheckpointError: on all ranks; earlier checkpoints are untouched.
+        CheckpointError: on all ranks; the newest `keep` of the earlier checkpoints are untouched.
+        NumericalError: the same, for a tensor that is not finite.
     """
+    if dist.get_rank() == 0:
+        _prune(run, keep=keep)  # steps were taken from all of these
     final = checkpoint_path(run, progress.step)
     stage, stages = mpu.get_pipeline_model_parallel_rank(), mpu.get_pipeline_model_parallel_world_size()
     copies = {n.name for n in named_parameters(chunks) if n.is_copy}
@@ -106,8 +129,7 @@ def save_checkpoint(
 
     write_folder(final, write, finish=finish)
     if dist.get_rank() == 0:
-        for old in checkpoints(run)[keep:]:
-            shutil.rmtree(old, ignore_errors=True)
+        _prune(run, keep=max(keep, 2))
     return final
 
 
@@ -181,7 +203,7 @@ def set_aside_newer(run: Path, step: int, say: Callable[[str], None]) -> None:
     Left under its name it would stop the save of that step, and count among the checkpoints to keep.
     """
     for folder in checkpoints(run):
-        if int(folder.name.removeprefix("step-")) > step:
+        if step_of(folder) > step:
             aside = folder.with_name(f"superseded-{folder.name}-{uuid.uuid4().hex[:8]}")
             folder.rename(aside)
             say(f"{folder} is newer than step {step}, where the run goes on: renamed to {aside.name}")

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from torch import Tensor
 
-from lora_megatron.errors import CheckpointError
+from lora_megatron.errors import CheckpointError, NumericalError
 from lora_megatron.layers.sharding import Shard
 from lora_megatron.strict_safetensors import DTYPE_NAMES, SafetensorsFile, SafetensorsWriter, TensorSlice
 
@@ -43,12 +43,22 @@ def join_over_tensor_group(part: Tensor, shard: Shard) -> Tensor:
 
 
 def write_stage_file(path: Path, tensors: Iterable[tuple[str, Tensor, Shard]], metadata: dict[str, str]) -> None:
-    """Write (name, part, shard) of this stage as one file on the writer; every rank of the stage must call it."""
+    """Write (name, part, shard) of this stage as one file on the writer; every rank of the stage must call it.
+
+    Raises:
+        NumericalError: on the writer, when every rank has gone through all tensors: one is not finite, so that no
+            loader would take the file.
+    """
     whole: dict[str, Tensor] = {}
     for name, part, shard in tensors:
         joined = join_over_tensor_group(part, shard)
         if is_writer():
             whole[name] = joined.contiguous().clone()
+    if bad := [name for name, tensor in whole.items() if not bool(torch.isfinite(tensor).all())]:
+        raise NumericalError(
+            f"{bad[0]} holds values that are not finite, so nothing was written; lower optimizer.lr or "
+            "optimizer.weight_decay, or set optimizer.clip_grad"
+        )
     if is_writer() and whole:
         save_tensors(path, whole, metadata)
 

@@ -31,7 +31,8 @@ def held_out_loss(ddp_chunks: Sequence[nn.Module], source: BatchSource) -> StepL
     finally:
         for chunk in ddp_chunks:
             chunk.train()
-    return StepLoss(sum(p.total for p in parts), sum(p.tokens for p in parts))
+    bad_ranks = sorted({rank for part in parts for rank in part.bad_ranks})
+    return StepLoss(sum(p.total for p in parts), sum(p.tokens for p in parts), tuple(bad_ranks))
 
 
 def _run(ddp_chunks: Sequence[nn.Module], batches: list[Batch]) -> StepLoss:

@@ -8,12 +8,14 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import parallel_state as mpu
 from megatron.core.distributed import DistributedDataParallel
 
+from lora_megatron.checkpoint.state import known_good, step_of
 from lora_megatron.config import Config
 from lora_megatron.data.batches import BatchSource
 from lora_megatron.errors import NumericalError
@@ -22,7 +24,7 @@ from lora_megatron.parallel.agree import device_for_collectives, gather_text
 from lora_megatron.training.held_out import held_out_loss
 from lora_megatron.training.optimizer import Optimizer, gradient_bytes
 from lora_megatron.training.schedule import learning_rate
-from lora_megatron.training.step import run_microbatches
+from lora_megatron.training.step import run_microbatches, where_not_finite
 
 _METERED_STEPS = 3
 
@@ -79,7 +81,8 @@ def train(
     """Run to `train.steps`, calling back after each step, evaluation and due checkpoint.
 
     Raises:
-        NumericalError: the loss or a gradient is not finite; nothing was applied, and the last checkpoint is good.
+        NumericalError: a loss, a gradient or a tensor to save is not finite. It names the newest checkpoint from which
+            a finite step was taken.
     """
     section = trainer.config.train
     if section.eval_every and trainer.step == 0:
@@ -87,13 +90,16 @@ def train(
     while trainer.step < section.steps:
         report, bad_ranks = train_step(trainer)
         on_step(report)  # before the check: a run that ends here must show why in its log
-        _require_finite(report, bad_ranks)
+        _require_finite(trainer, report, bad_ranks)
         trainer.step = report.step
         last = trainer.step == section.steps
         if last or (section.eval_every and trainer.step % section.eval_every == 0):
             evaluate(trainer, on_evaluation)
         if last or (section.save_every and trainer.step % section.save_every == 0):
-            save()
+            try:
+                save()
+            except NumericalError as error:
+                raise NumericalError(f"after step {trainer.step}: {error}; {_where_to_resume(trainer)}") from None
 
 
 def train_step(trainer: Trainer) -> tuple[StepReport, tuple[int, ...]]:
@@ -145,24 +151,38 @@ def microbatches_of_step(data: BatchSource, consumed: int, global_batch_size: in
 
 
 def evaluate(trainer: Trainer, on_evaluation: Callable[[int, float], None]) -> None:
-    """Held-out loss now, if there is held-out data; collective."""
+    """Held-out loss now, if there is held-out data; collective. Raises NumericalError when it is not finite."""
     if trainer.held_out is None:
         return
-    loss = held_out_loss(trainer.chunks, trainer.held_out).mean
-    trainer.held_out_curve.append((trainer.step, loss))
-    on_evaluation(trainer.step, loss)
+    loss = held_out_loss(trainer.chunks, trainer.held_out)
+    trainer.held_out_curve.append((trainer.step, loss.mean))
+    on_evaluation(trainer.step, loss.mean)
+    if not math.isfinite(loss.mean):
+        raise NumericalError(
+            f"held-out loss is {loss.mean} after step {trainer.step} ({loss.where}): training stopped and nothing of "
+            f"this step was saved; {_where_to_resume(trainer)}; lower optimizer.lr or optimizer.weight_decay, or set "
+            "optimizer.clip_grad"
+        )
 
 
-def _require_finite(report: StepReport, bad_ranks: tuple[int, ...]) -> None:
+def _where_to_resume(trainer: Trainer) -> str:
+    """Which checkpoint to go back to. The newest one may hold parameters that are finite and give NaN at once."""
+    good = known_good(Path(trainer.config.run.dir), trainer.step)
+    if good is None:
+        return "no checkpoint is known to be good"
+    return f"the newest checkpoint known to be good is that of step {step_of(good)} (run.resume={good})"
+
+
+def _require_finite(trainer: Trainer, report: StepReport, bad_ranks: tuple[int, ...]) -> None:
     """Stop before a value that is not finite can spread; the values are the same on every rank, so all raise."""
     if report.step == 2 and report.grad_norm == 0.0 and report.loss_tokens:
         raise NumericalError("the gradient norm is 0 at step 2: no gradient reaches the trained parameters")
     for name, value in (("loss", report.loss), ("gradient norm", report.grad_norm)):
         if not math.isfinite(value):
-            ranks = f"on rank {', '.join(map(str, bad_ranks))}" if bad_ranks else "in the sum over ranks"
             raise NumericalError(
-                f"{name} is {value} at step {report.step} ({ranks}): training stopped, no update was applied and the "
-                "last checkpoint is good; lower optimizer.lr, set optimizer.clip_grad, or look at this step's data"
+                f"{name} is {value} at step {report.step} ({where_not_finite(bad_ranks)}): training stopped and no "
+                f"update was applied; {_where_to_resume(trainer)}; lower optimizer.lr, set optimizer.clip_grad, or "
+                "look at this step's data"
             )
 
 

@@ -41,6 +41,16 @@ class StepLoss:
         """Loss per counted token, in nats."""
         return self.total / max(self.tokens, 1)
 
+    @property
+    def where(self) -> str:
+        """Where a loss that is not finite comes from."""
+        return where_not_finite(self.bad_ranks)
+
+
+def where_not_finite(bad_ranks: Sequence[int]) -> str:
+    """`on rank 1, 3`, or in none of them but their sum."""
+    return f"on rank {', '.join(map(str, bad_ranks))}" if bad_ranks else "in the sum over ranks"
+
 
 def _loss(mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """losses [b, s] -> (sum over counted tokens, their number, both to report)."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A loss or a gradient that is not finite stops all ranks, changes nothing, and says where it came from."""
+"""A loss, gradient or tensor to save that is not finite stops all ranks, changes nothing, and says where it came from."""
 
 from __future__ import annotations
 
@@ -110,7 +110,8 @@ def test_all_ranks_stop_and_the_run_goes_on_from_its_last_checkpoint(
     outcome = answers[0][0]
     assert outcome.status == 5
     assert names in outcome.message
-    assert "no update was applied and the last checkpoint is good" in outcome.message
+    assert "no update was applied" in outcome.message  # and no step was taken from the checkpoint of step 4 yet:
+    assert f"known to be good is that of step 2 (run.resume={checkpoint_of(run, 2)})" in outcome.message
     assert "\n" not in outcome.message
     assert all(untouched for _, untouched in answers)
 
@@ -135,3 +136,46 @@ def undisturbed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     run = tmp_path_factory.mktemp("undisturbed") / "run"
     assert attempt(make_tree(corpus, run)) == Outcome()
     return losses_of(run)
+
+
+def test_the_last_checkpoint_that_is_known_to_be_good_stays(corpus: Path, tmp_path: Path) -> None:
+    """With a huge learning rate step 3 ends in finite parameters that give NaN at once; step 2 must not go for them."""
+    run = tmp_path / "run"
+    train = {"steps": 2, "save_every": 1, "keep_checkpoints": 1, "warmup_steps": 0}
+    assert attempt(make_tree(corpus, run, train=train)) == Outcome()
+    diverging = make_tree(corpus, run, train={**train, "steps": 6}, optimizer={"lr": 1e30})
+    outcome = attempt({**diverging, "run": {"dir": str(run), "resume": "auto"}})
+    assert outcome.status == 5
+    assert "at step 4" in outcome.message
+    assert f"that of step 2 (run.resume={checkpoint_of(run, 2)})" in outcome.message
+    assert names_in(run / "checkpoints") == ["step-00000002", "step-00000003"]
+    calmer = make_tree(corpus, run, train={**train, "steps": 4})
+    assert attempt({**calmer, "run": {"dir": str(run), "resume": str(checkpoint_of(run, 2))}}) == Outcome()
+
+
+NOTHING_SEEN = {"data": {"validation": None}, "optimizer": {"weight_decay": 1e300}}
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"optimizer": {"weight_decay": 1e300}}, "held-out loss is nan after step 1 (on rank"),
+        ({"optimizer": {"lr": 1e20}, "method": {"name": "full"}}, "held-out loss is nan after step 1 (on rank"),
+        (NOTHING_SEEN, "after step 1: decoder.layers."),
+        ({**NOTHING_SEEN, "method": {"name": "full"}}, "after step 1: "),
+    ],
+    ids=["weight decay", "learning rate", "without held-out data", "without held-out data, full"],
+)
+@pytest.mark.parametrize("parallel", [{"tensor": 2}, {"pipeline": 2}], ids=str)
+def test_what_is_not_finite_at_the_end_is_an_error_and_never_written(
+    pool: Pool, corpus: Path, tmp_path: Path, sections: Tree, words: str, parallel: Tree
+) -> None:
+    run = tmp_path / "run"
+    tree = make_tree(corpus, run, parallel=parallel, train={"steps": 1, "warmup_steps": 0}, **sections)
+    outcomes = pool.run(2, attempt, tree=tree)
+    assert len(set(outcomes)) == 1
+    assert outcomes[0].status == 5
+    assert words in outcomes[0].message
+    assert "\n" not in outcomes[0].message
+    assert not {"adapter", "model"} & set(names_in(run))
+    assert not (run / "checkpoints").exists() or names_in(run / "checkpoints") == []
