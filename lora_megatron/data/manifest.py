@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The `manifest.json` beside prepared data: what it holds, how it is read, and the hash it is checked with.
 
-The manifest is the last file a preparer writes, so a folder that has one is complete. It names every data file
-with rows, bytes and SHA-256; readers compare all three, because neither Parquet's defaults nor a file system
+The manifest is the last file a preparer writes, so a folder that has one is complete; one without is refused. It names every
+data file with rows, bytes and SHA-256; readers compare all three, because neither Parquet's defaults nor a file system
 reports a flipped bit.
 """
 
@@ -38,14 +38,17 @@ def load_json_object(path: Path, what: str) -> dict[str, Any]:
     return strict_json.load_json_object(path, what, DataError)
 
 
-def read_manifest(folder: Path) -> dict[str, ManifestFile] | None:
-    """The data files that `folder`'s manifest names, or None when the folder has no manifest.
+def read_manifest(folder: Path) -> dict[str, ManifestFile]:
+    """The data files that `folder`'s manifest names.
 
-    Raises DataError when the manifest is damaged, of another schema version, or lacks a field.
+    Raises DataError when the manifest is missing, damaged, of another schema version, or lacks a field.
     """
     path = folder / MANIFEST_NAME
     if not path.exists():
-        return None
+        raise DataError(
+            f"{path} does not exist, so nothing tells whether the data beside it is whole: prepare the data again with "
+            "`python -m data_prep`"
+        )
     manifest = load_json_object(path, "a data manifest")
     version = manifest.get("schema_version")
     if version != SCHEMA_VERSION:

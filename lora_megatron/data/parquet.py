@@ -73,9 +73,9 @@ def open_examples(path: str | Path, *, with_references: bool = False) -> Example
 
     with_references: also decode the `references` column where there is one (evaluation needs it, training does not).
 
-    Raises DataError when the file is missing, not Parquet, empty, damaged, differs from the manifest beside it,
-    lacks the columns, or holds nulls, invalid UTF-8, a row above 1 MiB, or decodes
-    to more than 4 GiB or 1000 times its size.
+    Raises DataError when the file is missing, not Parquet, empty, damaged, without a manifest beside it or
+    different from what that says, lacks the columns, or holds nulls, invalid UTF-8, a row above 1 MiB, or decodes to
+    more than 4 GiB or 1000 times its size.
     """
     path = Path(path)
     if not path.is_file():
@@ -84,7 +84,7 @@ def open_examples(path: str | Path, *, with_references: bool = False) -> Example
     entry = _check_manifest(path, content_hash)
     with _arrow_errors(path), pq.ParquetFile(path, memory_map=True, page_checksum_verification=True) as file:
         columns = _text_columns(path, file.schema_arrow)
-        if entry is not None and entry.rows != file.metadata.num_rows:
+        if entry.rows != file.metadata.num_rows:
             raise DataError(
                 f"{path} has {file.metadata.num_rows} rows, {MANIFEST_NAME} says {entry.rows}; prepare the data again"
             )
@@ -97,10 +97,8 @@ def open_examples(path: str | Path, *, with_references: bool = False) -> Example
     return ExampleTable(path, content_hash, columns, table)
 
 
-def _check_manifest(path: Path, content_hash: str) -> ManifestFile | None:
+def _check_manifest(path: Path, content_hash: str) -> ManifestFile:
     files = read_manifest(path.parent)
-    if files is None:
-        return None
     if path.name not in files:
         raise DataError(f"{path} is not listed in the {MANIFEST_NAME} beside it; move it elsewhere or prepare again")
     entry = files[path.name]

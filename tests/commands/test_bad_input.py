@@ -19,6 +19,7 @@ from lora_megatron.__main__ import main
 from lora_megatron.commands import train as train_command
 from lora_megatron.errors import DataError
 from tests.commands.runs import Outcome, Tree, attempt, make_corpus, make_tree, names_in
+from tests.data.manifests import vouch_for
 from tests.pool import Pool
 
 
@@ -110,7 +111,7 @@ def damaged_copy(corpus: Path, folder: Path, fault: str) -> Path:
     """A copy of the corpus in which the training file, or what stands beside it, has one fault."""
     shutil.copytree(corpus, folder)
     path, manifest_path = folder / "train.parquet", folder / "manifest.json"
-    kind, _, without = fault.partition(", no ")
+    kind, _, manifest_says = fault.partition(", manifest ")
     data = path.read_bytes()
     faults = {
         "flipped": data[:40] + bytes([data[40] ^ 4]) + data[41:],
@@ -118,7 +119,9 @@ def damaged_copy(corpus: Path, folder: Path, fault: str) -> Path:
         "text": b"context,target\n",
     }
     path.write_bytes(faults.get(kind, data))
-    if without:
+    if manifest_says == "agrees":
+        vouch_for(path)
+    if manifest_says == "missing":
         manifest_path.unlink()
     if kind == "other rows":
         manifest = json.loads(manifest_path.read_text())
@@ -135,9 +138,10 @@ def damaged_copy(corpus: Path, folder: Path, fault: str) -> Path:
         ("flipped", "differs from the SHA-256"),
         ("truncated", "bytes, manifest.json says"),
         ("text", "bytes, manifest.json says"),
-        ("flipped, no manifest", "cannot be read as Parquet"),
-        ("truncated, no manifest", "cannot be read as Parquet"),
-        ("text, no manifest", "cannot be read as Parquet"),
+        ("flipped, manifest agrees", "cannot be read as Parquet"),
+        ("truncated, manifest agrees", "cannot be read as Parquet"),
+        ("text, manifest agrees", "cannot be read as Parquet"),
+        ("whole, manifest missing", "prepare the data again with `python -m data_prep`"),
         ("other rows", "manifest.json says 19"),
         ("not listed", "is not listed in the manifest.json"),
     ],
@@ -145,7 +149,7 @@ def damaged_copy(corpus: Path, folder: Path, fault: str) -> Path:
 @pytest.mark.parametrize("key", ["train", "validation"])
 def test_data_that_is_damaged(refused: Refused, corpus: Path, fault: str, word: str, key: str) -> None:
     path = damaged_copy(corpus, refused.folder / "damaged", fault)
-    refused(3, str(path), word, data={key: str(path)})
+    refused(3, str(path.parent), word, data={key: str(path)})
 
 
 def test_data_that_is_missing_empty_or_of_other_columns(refused: Refused) -> None:
@@ -153,10 +157,12 @@ def test_data_that_is_missing_empty_or_of_other_columns(refused: Refused) -> Non
     refused(3, "none.parquet does not exist", data={"validation": str(refused.folder / "none.parquet")})
     empty = refused.folder / "empty.parquet"
     pq.write_table(pa.table({"context": pa.array([], pa.string()), "target": pa.array([], pa.string())}), empty)
+    vouch_for(empty)
     refused(3, f"{empty} has no rows", data={"train": str(empty)})
     refused(3, f"{empty} has no rows", data={"validation": str(empty)})
     other = refused.folder / "other.parquet"
     pq.write_table(pa.table({"question": ["a"], "answer": ["b"]}), other)
+    vouch_for(other)
     refused(3, "expected context and target", data={"train": str(other)})
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A loss, gradient or tensor to save that is not finite stops all ranks, changes nothing, and says where it came from."""
+"""A loss, gradient or tensor to save that is not finite stops all ranks, changes nothing, and says where it is from."""
 
 from __future__ import annotations
 

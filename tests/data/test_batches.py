@@ -20,6 +20,7 @@ from lora_megatron.data.examples import encode_example, pack, prompt_ids
 from lora_megatron.data.parquet import ExampleTable, open_examples
 from lora_megatron.data.tokenizer import load_tokenizer
 from lora_megatron.errors import ConfigError
+from tests.data.manifests import vouch_for
 
 BYTES = load_tokenizer("bytes")
 texts = st.text("abcdé", max_size=20)
@@ -32,6 +33,7 @@ def table(n: int) -> ExampleTable:
         path = Path(folder) / "a.parquet"
         columns = {"context": [f"c{i}" * (1 + i % 3) for i in range(n)], "target": [f"{i};" for i in range(n)]}
         pq.write_table(pa.table(columns), path)
+        vouch_for(path)
         return open_examples(path)
 
 

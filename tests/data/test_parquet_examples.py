@@ -15,6 +15,7 @@ from data_prep.writer import DatasetWriter
 from lora_megatron.data.manifest import file_sha256
 from lora_megatron.data.parquet import open_examples
 from lora_megatron.errors import DataError
+from tests.data.manifests import vouch_for
 
 ROWS = [(str(i), f"name : A{i}", f"Täxt {i}.") for i in range(300)]
 
@@ -30,7 +31,7 @@ def prepared(tmp_path: Path) -> Path:
 
 def write(path: Path, columns: dict[str, object], **options: object) -> Path:
     pq.write_table(pa.table(columns), path, write_page_checksum=True, **options)
-    return path
+    return vouch_for(path)
 
 
 def test_rows_in_order_by_iteration_and_index(prepared: Path) -> None:
@@ -48,7 +49,7 @@ def test_references_only_where_asked_for(prepared: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", [pa.string(), pa.large_string()])
-def test_prompt_and_completion_without_id_or_manifest(kind: pa.DataType, tmp_path: Path) -> None:
+def test_prompt_and_completion_without_id(kind: pa.DataType, tmp_path: Path) -> None:
     columns = {"completion": pa.array(["x", "y"], kind), "prompt": pa.array(["", "q"], kind), "score": [1, 2]}
     table = open_examples(write(tmp_path / "a.parquet", columns))
     assert list(table) == [("0", "", "x"), ("1", "q", "y")]
@@ -64,14 +65,14 @@ def test_every_flipped_bit_is_found_by_the_manifest(prepared: Path) -> None:
             open_examples(prepared)
 
 
-def test_a_flipped_bit_never_changes_text_without_a_manifest(prepared: Path) -> None:
-    (prepared.parent / "manifest.json").unlink()
+def test_a_flipped_bit_never_changes_text_even_if_the_manifest_agrees(prepared: Path) -> None:
     raw = prepared.read_bytes()
     found = 0
     for position in range(0, len(raw), 7):
         damaged = bytearray(raw)
         damaged[position] ^= 1 << (position % 8)
         prepared.write_bytes(damaged)
+        vouch_for(prepared, rows=len(ROWS))
         try:
             rows = list(open_examples(prepared))
         except DataError:
@@ -86,8 +87,16 @@ def test_truncated_files(keep: int, prepared: Path) -> None:
     prepared.write_bytes(prepared.read_bytes()[:keep])
     with pytest.raises(DataError, match=r"manifest\.json says"):
         open_examples(prepared)
-    (prepared.parent / "manifest.json").unlink()
+    vouch_for(prepared)
     with pytest.raises(DataError, match="cannot be read as Parquet"):
+        open_examples(prepared)
+
+
+def test_a_manifest_that_is_missing(prepared: Path) -> None:
+    (prepared.parent / "manifest.json").unlink()
+    with pytest.raises(
+        DataError, match=r"manifest\.json does not exist.*prepare the data again with `python -m"
+    ):
         open_examples(prepared)
 
 
