@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -16,6 +16,7 @@ from lora_megatron.checkpoint.adapter import TENSORS, describe_method
 from lora_megatron.checkpoint.folder import read_manifest
 from lora_megatron.errors import CheckpointError
 from lora_megatron.layers.lora import scaling
+from lora_megatron.layers.sharding import Shard
 from lora_megatron.methods.lora import Lora
 from lora_megatron.model.names import adapter_key, adapter_name
 from lora_megatron.model.shape import ModelShape
@@ -97,18 +98,28 @@ class AdapterReader:
         a, b = (self.tensor(self._key(layer, projection, f), shape) for f, shape in shapes.items())
         return a, b
 
+    def part(self, layer: int, projection: str, factor: str, shard: Shard, *, rank: int, size: int) -> Tensor:
+        """What tensor rank `rank` of `size` holds of lora_A or lora_B of a pair; only its bytes are read."""
+        assert self.method is not None
+        width = self.method.rank(layer, projection)
+        out, features = self.shape.projection(projection)
+        shape = (width, features) if factor == "A" else (out, width)
+        return self.tensor(
+            self._key(layer, projection, factor), shape, lambda full: shard.part(full, shape, rank, size)
+        )
+
     def names(self) -> list[str]:
         """Every tensor of the file."""
         return list(self._file.entries)
 
-    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """A tensor of the file, of this shape and finite."""
+    def tensor(self, name: str, shape: tuple[int, ...], cut: Callable[[Any], Tensor] = lambda full: full[:]) -> Tensor:
+        """A tensor of the file, of this shape and finite; `cut` takes a part of it."""
         stored = self._file.tensor(name)
         if stored.shape != shape:
             raise CheckpointError(
                 f"{self.folder / TENSORS}: {name} has shape {list(stored.shape)}, this base needs {list(shape)}"
             )
-        value: Tensor = stored[:]
+        value = cut(stored)
         if not value.is_floating_point() or not bool(torch.isfinite(value).all()):
             raise CheckpointError(f"{self.folder / TENSORS}: {name} holds values that are not finite numbers")
         return value

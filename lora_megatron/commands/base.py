@@ -5,27 +5,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lora_megatron.checkpoint.base import CONFIG, Base, describe_base, random_base, read_tokenizer_fingerprint
+from lora_megatron.checkpoint.base import CONFIG, Base, random_base, read_tokenizer_fingerprint
 from lora_megatron.config import Config
 from lora_megatron.data.tokenizer import Tokenizer, has_tokenizer
 from lora_megatron.errors import CheckpointError, ConfigError
-from lora_megatron.huggingface.base import describe_hf_base
+from lora_megatron.huggingface.base import open_base
 from lora_megatron.huggingface.checkpoint import is_checkpoint
 from lora_megatron.model.presets import resolve_shape
 
 RANDOM = "random"
-
-
-def open_base(weights: str) -> Base:
-    """The stored model in folder `weights`, this project's or Hugging Face's.
-
-    Raises:
-        CheckpointError: it is neither, or damaged.
-    """
-    folder = Path(weights)
-    if not folder.is_dir():
-        raise CheckpointError(f"base.weights = {weights} is neither {RANDOM} nor a folder")
-    return describe_hf_base(folder) if is_checkpoint(folder) else describe_base(folder)
 
 
 def tokenizer_of(config: Config) -> str:
@@ -56,14 +44,16 @@ def resolve_base(config: Config, tokenizer: Tokenizer) -> Base:
     if config.base.weights == RANDOM:
         shape = resolve_shape(config.model, tokenizer_vocab_size=tokenizer.vocab_size)
         return random_base(shape, seed=config.base.seed)
-    base = open_base(config.base.weights)
+    folder = Path(config.base.weights)
+    if not folder.is_dir():
+        raise CheckpointError(f"base.weights = {folder} is neither {RANDOM} nor a folder")
+    base = open_base(folder)
     _check_shape(config, base, tokenizer)
     if base.shape.vocab_size < tokenizer.vocab_size:
         raise ConfigError(
             f"base.weights = {config.base.weights} has a vocabulary of {base.shape.vocab_size}, the tokenizer "
             f"{config.data.tokenizer} needs {tokenizer.vocab_size}: give data.tokenizer the one the base was trained on"
         )
-    folder = Path(config.base.weights)
     if not is_checkpoint(folder) and read_tokenizer_fingerprint(folder) not in (None, tokenizer.fingerprint):
         raise ConfigError(
             f"base.weights = {config.base.weights} was trained with another tokenizer than data.tokenizer = "

@@ -15,14 +15,23 @@ import torch
 from megatron.core import parallel_state as mpu
 from torch import Tensor, nn
 
-from lora_megatron.checkpoint.base import Base
+from lora_megatron.checkpoint.base import Base, describe_base
 from lora_megatron.errors import CheckpointError
-from lora_megatron.huggingface.checkpoint import HfCheckpoint
+from lora_megatron.huggingface.checkpoint import HfCheckpoint, is_checkpoint
 from lora_megatron.huggingface.layout import Piece, fused_rows, pieces_of
 from lora_megatron.layers.sharding import Shard, shard_of
 from lora_megatron.measure.console import BytesProgress
 from lora_megatron.model.names import Named, named_parameters
 from lora_megatron.parallel.agree import is_main
+
+
+def open_base(folder: Path) -> Base:
+    """The stored model in `folder`, Hugging Face's or this project's.
+
+    Raises:
+        CheckpointError: it is neither, or damaged.
+    """
+    return describe_hf_base(folder) if is_checkpoint(folder) else describe_base(folder)
 
 
 def describe_hf_base(folder: Path) -> Base:

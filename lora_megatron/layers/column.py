@@ -56,14 +56,17 @@ class LoraColumnParallelLinear(ColumnParallelLinear):
             declare(self.bias, Shard(0, blocks))
         self.dropout = adapters.dropout
         self.dropout_seed = seed_from(adapters.seed, "dropout", adapters.name)
-        by_target = {part.name: part for part in parts(self.output_size_per_partition)}
-        self.parts = [by_target[adapter.target] for adapter in adapters.adapters]
-        self.adapters = nn.ModuleDict(
+        self.parts = {part.name: part for part in parts(self.output_size_per_partition)}
+        self.adapters = self.make_adapters(adapters)
+
+    def make_adapters(self, adapters: AdapterSet) -> nn.ModuleDict:
+        """New factors for this layer's projections; assigned to `self.adapters` they are what it computes with."""
+        return nn.ModuleDict(
             {
                 adapter.target: LoraFactors(
                     adapter,
-                    in_features=input_size,
-                    out_features=by_target[adapter.target].rows * self.tp_group.size(),
+                    in_features=self.input_size,
+                    out_features=self.parts[adapter.target].rows * self.tp_group.size(),
                     shard_a=REPLICATED,
                     shard_b=Shard(0),
                     partial_a=self.sequence_parallel,
@@ -95,7 +98,7 @@ class LoraColumnParallelLinear(ColumnParallelLinear):
         """[s or s/t, b, in] -> [s, b, out / t], and the bias where it is left to the caller."""
         output, bias = super().forward(input_, *args, **kwargs)
         if self.adapters:
-            output = add_parts(output, self.parts, self._deltas(input_))
+            output = add_parts(output, [self.parts[target] for target in self.adapters], self._deltas(input_))
         return output, bias
 
     def _deltas(self, x: Tensor) -> list[Tensor]:

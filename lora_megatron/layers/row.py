@@ -42,15 +42,19 @@ class LoraRowParallelLinear(RowParallelLinear):
         declare(self.weight, Shard(1))
         if self.bias is not None:
             declare(self.bias, REPLICATED, sum_over_sequence_shards=self.sequence_parallel)
-        assert len(adapters.adapters) <= 1, "a row-parallel layer is one projection"
         self.dropout = adapters.dropout
         self.dropout_seed = seed_from(adapters.seed, "dropout", adapters.name)
-        self.adapters = nn.ModuleDict(
+        self.adapters = self.make_adapters(adapters)
+
+    def make_adapters(self, adapters: AdapterSet) -> nn.ModuleDict:
+        """New factors for this layer; assigned to `self.adapters` they are what it computes with."""
+        assert len(adapters.adapters) <= 1, "a row-parallel layer is one projection"
+        return nn.ModuleDict(
             {
                 adapter.target: LoraFactors(
                     adapter,
-                    in_features=input_size,
-                    out_features=output_size,
+                    in_features=self.input_size,
+                    out_features=self.output_size,
                     shard_a=Shard(1),
                     shard_b=REPLICATED,
                     partial_a=False,

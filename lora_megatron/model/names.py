@@ -83,6 +83,11 @@ def peft_module(projection: str, *, gated: bool) -> str:
     return _PEFT_GATED_FC2 if gated and projection == "fc2" else _PEFT_MODULE[projection]
 
 
+def linear_of(projection: str) -> str:
+    """The module inside a layer that computes a projection, e.g. `self_attention.linear_qkv`."""
+    return _LINEAR[projection]
+
+
 def adapter_name(layer: int, projection: str, factor: str) -> str:
     """The global name of factor A or B of `projection` on global layer `layer`."""
     return f"decoder.layers.{layer}.{_LINEAR[projection]}.adapters.{projection}.lora_{factor}"
