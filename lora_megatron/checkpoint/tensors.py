@@ -24,6 +24,7 @@ from lora_megatron.layers.sharding import Shard
 from lora_megatron.strict_safetensors import DTYPE_NAMES, SafetensorsFile, SafetensorsWriter, TensorSlice
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_BLOCK = 2**20  # values
 
 
 def is_writer() -> bool:
@@ -54,7 +55,7 @@ def write_stage_file(path: Path, tensors: Iterable[tuple[str, Tensor, Shard]], m
         joined = join_over_tensor_group(part, shard)
         if is_writer():
             whole[name] = joined.contiguous().clone()
-    if bad := [name for name, tensor in whole.items() if not bool(torch.isfinite(tensor).all())]:
+    if bad := [name for name, tensor in whole.items() if not all_finite(tensor)]:
         raise NumericalError(
             f"{bad[0]} holds values that are not finite, so nothing was written; lower optimizer.lr or "
             "optimizer.weight_decay, or set optimizer.clip_grad"
@@ -133,7 +134,7 @@ class TensorFiles:
             raise CheckpointError(f"{path}: {name} has dtype {stored}, expected {dtype or 'a float type'}")
         rank, size = mpu.get_tensor_model_parallel_rank(), mpu.get_tensor_model_parallel_world_size()
         part = shard.part(view, shape, rank, size)
-        if not bool(torch.isfinite(part).all()):
+        if not all_finite(part):
             raise CheckpointError(f"{path}: {name} holds values that are not finite")
         return part
 
@@ -142,6 +143,11 @@ class TensorFiles:
             files = sorted({str(file.path) for file in self._where.values()})
             raise CheckpointError(f"no tensor {name} in {', '.join(files)}")
         return self._where[name].tensor(name)
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite; block by block, because torch.isfinite makes copies of what it is asked."""
+    return all(bool(torch.isfinite(block).all()) for block in tensor.reshape(-1).split(_BLOCK))
 
 
 def fingerprint(facts: Iterable[str]) -> str:

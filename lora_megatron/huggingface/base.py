@@ -16,6 +16,7 @@ from megatron.core import parallel_state as mpu
 from torch import Tensor, nn
 
 from lora_megatron.checkpoint.base import Base, describe_base
+from lora_megatron.checkpoint.tensors import all_finite
 from lora_megatron.errors import CheckpointError
 from lora_megatron.huggingface.checkpoint import HfCheckpoint, is_checkpoint
 from lora_megatron.huggingface.layout import Piece, fused_rows, pieces_of
@@ -90,7 +91,7 @@ class _Loader:
         view: Any = self.checkpoint.view(piece)
         assert view.shape == full, (piece, full)
         part = shard.part(view, full, self.rank, self.size).contiguous()
-        if not bool(torch.isfinite(part).all()):
+        if not all_finite(part):
             raise CheckpointError(f"{self.checkpoint.folder}: {piece.tensor} holds values that are not finite")
         advance(part.numel() * part.element_size())
         return part
