@@ -22,6 +22,13 @@ _ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
 }
+_LARGEST = {"int": 2**31, "float": 1e12}
+_WANTED = {
+    "int": "a whole number above 0, at most 2**31",
+    "float": "a number above 0, at most 1e12",
+    "bool": "true or false",
+    "str": "text",
+}
 _KINDS = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
 
 
@@ -87,9 +94,8 @@ def _value(values: Mapping[str, Any], key: str, default: Any, kind: str, path: P
         if default is REQUIRED:
             raise CheckpointError(f"{path}: {key} is missing")
         return default
-    if type(value) not in _KINDS[kind] or (kind in ("int", "float") and value <= 0):
-        wanted = {"int": "a whole number above 0", "float": "a number above 0", "bool": "true or false", "str": "text"}
-        raise CheckpointError(f"{path}: {key} = {value!r} must be {wanted[kind]}")
+    if type(value) not in _KINDS[kind] or (kind in ("int", "float") and not 0 < value <= _LARGEST[kind]):
+        raise CheckpointError(f"{path}: {key} = {value!r} must be {_WANTED[kind]}")
     return float(value) if kind == "float" else value
 
 

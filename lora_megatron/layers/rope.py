@@ -31,6 +31,7 @@ _NEEDED = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "yarn": ("factor", "original_max_position_embeddings"),
 }
+_OPTIONAL = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 
 
 def inverse_frequencies(dim: int, *, base: float, scaling: Mapping[str, Any]) -> Tensor:
@@ -40,7 +41,7 @@ def inverse_frequencies(dim: int, *, base: float, scaling: Mapping[str, Any]) ->
         ConfigError: an unknown rope_type, or a missing or impossible factor.
     """
     assert dim % 2 == 0, dim  # the shape has refused odd ones
-    kind = _check(scaling)
+    kind = check_scaling(scaling)
     exponents = torch.arange(0, dim, 2, dtype=torch.float32) / dim
     frequencies = 1.0 / base**exponents
     if kind == "linear":
@@ -68,13 +69,15 @@ def attention_factor(scaling: Mapping[str, Any]) -> float:
     return grown(1.0)
 
 
-def _check(scaling: Mapping[str, Any]) -> str:
+def check_scaling(scaling: Mapping[str, Any]) -> str:
+    """The rope_type of `scaling`; raises ConfigError for what `inverse_frequencies` refuses."""
     kind = scaling.get("rope_type", "default")
     if kind not in _NEEDED:
         raise ConfigError(f"rope_type {kind!r} is not supported: this version knows {', '.join(_NEEDED)}")
-    for name in _NEEDED[kind]:
+    optional = [name for name in _OPTIONAL if scaling.get(name) is not None]
+    for name in (*_NEEDED[kind], *optional):
         value = scaling.get(name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0 or math.isinf(value):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e12:
             raise ConfigError(f"rope_type {kind} needs {name} > 0, not {value!r}: see the model's configuration")
     if kind == "llama3" and not scaling["high_freq_factor"] > scaling["low_freq_factor"]:
         raise ConfigError(

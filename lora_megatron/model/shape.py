@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from lora_megatron.errors import CheckpointError, ConfigError
-from lora_megatron.layers.rope import attention_factor, inverse_frequencies
+from lora_megatron.layers.rope import attention_factor, check_scaling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,7 @@ class ModelShape:
                 f"model.head_dim = {self.head_dim} with rotary_percent = {self.rotary_percent}: rotary positions turn "
                 f"pairs, so {self.rotary_dim} dimensions must be an even number of at least 2"
             )
-        inverse_frequencies(self.rotary_dim, base=self.rotary_base, scaling=self.rope_scaling)
+        check_scaling(self.rope_scaling)
         if self.rotary_dim < self.head_dim and attention_factor(self.rope_scaling) != 1.0:
             raise ConfigError(
                 f"model.rotary_percent = {self.rotary_percent}: with yarn the whole head must turn, set it to 1"
