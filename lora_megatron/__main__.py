@@ -18,7 +18,7 @@ _EXAMPLES = """examples:
   lora-megatron merge --base path/to/model --adapter runs/r8/adapter --out path/to/merged
 
 exit status: 0 done, 2 configuration, 3 data, 4 checkpoint or disk, 5 numerical
-(torchrun itself reports 1 for any of them; `status.json` in the run folder keeps ours)"""
+(torchrun itself reports 1 for any of them; once a run has claimed its folder, status.json there keeps ours)"""
 
 
 def build_parser() -> argparse.ArgumentParser:

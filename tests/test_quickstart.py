@@ -156,10 +156,10 @@ def test_progress_follows_a_log_that_another_process_writes(tmp_path: Path) -> N
     stream = io.StringIO()
     clock = iter(range(0, 1000, 10))
     with TrainingProgress(4, description="lora", stream=stream, clock=lambda: float(next(clock))) as progress:
-        follow = Follower(tmp_path / "metrics.jsonl", progress)
+        follow = Follower(tmp_path, progress)
         follow()
         with open(tmp_path / "metrics.jsonl", "a", encoding="utf-8", buffering=1) as log:
-            log.write('{"step": 0, "held_out_loss": 3.25}\n')
+            (tmp_path / "evaluations.jsonl").write_text('{"step": 0, "held_out_loss": 3.25}\n')
             log.write('{"step": 1, "loss": 2.5, "lr": 0.01, "tokens_per_second_per_rank": 500.0}\n{"step": 2, "lo')
             log.flush()
             follow()

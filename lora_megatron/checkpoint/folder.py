@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import hashlib
 import json
 import os
@@ -129,7 +130,18 @@ def disk_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
-        raise CheckpointError(f"cannot write {path}: {reason}; free some space or choose another run.dir") from error
+        remedy = _REMEDIES.get(error.errno or 0, "free some space or choose another run.dir")
+        where = error.filename if error.errno in _REMEDIES and error.filename else path
+        raise CheckpointError(f"cannot write {where}: {reason}; {remedy}") from error
+
+
+_IN_THE_WAY = "move away what is there or choose another run.dir"
+_REMEDIES = {
+    errno.EEXIST: _IN_THE_WAY,
+    errno.EISDIR: _IN_THE_WAY,
+    errno.ENOTDIR: _IN_THE_WAY,
+    errno.ENAMETOOLONG: "choose a shorter run.dir",
+}
 
 
 def read_manifest(folder: Path, *, verify: bool = True) -> dict[str, Any]:

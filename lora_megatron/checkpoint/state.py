@@ -10,6 +10,7 @@ the state of the random numbers too, under any layout.
 from __future__ import annotations
 
 import re
+import reprlib
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -149,10 +150,13 @@ def _progress(folder: Path, manifest: dict[str, Any], identity: dict[str, Any]) 
     if not is_checkpoint or type(step) is not int or type(consumed) is not int:
         raise CheckpointError(f"{folder} is not a training checkpoint")
     assert isinstance(stored, dict)
-    for name in sorted(set(stored) | set(identity)):
+    # The method first: with another one its ranks, alpha and more differ too.
+    for name in sorted(set(stored) | set(identity), key=lambda name: (name != "method", name)):
         if stored.get(name) != identity.get(name):
+            there, here = reprlib.repr(stored.get(name)), reprlib.repr(identity.get(name))
             raise CheckpointError(
-                f"{folder} is another run's: {name} is {stored.get(name)!r} there and {identity.get(name)!r} here"
+                f"{folder} is another run's: {name} is {there} there and {here} here: choose another run.dir or give "
+                "the configuration of that run"
             )
     return Progress(step, consumed)
 

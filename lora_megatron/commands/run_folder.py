@@ -4,39 +4,82 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from lora_megatron.checkpoint.state import Progress, newest_good, read_progress, set_aside_newer
+from lora_megatron.checkpoint.folder import disk_errors
+from lora_megatron.checkpoint.state import Progress, checkpoints, newest_good, read_progress, set_aside_newer
+from lora_megatron.commands.run_lock import LOCK_NAME, RunLock
 from lora_megatron.config import Config
 from lora_megatron.errors import CheckpointError, ConfigError
-from lora_megatron.measure.atomic import write_json, write_text
+from lora_megatron.measure.atomic import write_json, write_json_even_if_full, write_text
 from lora_megatron.measure.environment import describe_environment
 
+_STATUS = "status.json"
+_STATES = ("running", "done", "failed", "preempted")
 
-def claim(config: Config) -> None:
-    """Refuse a folder that holds a run already, unless the run shall resume.
+
+def claim(config: Config) -> RunLock:
+    """Make the folder and hold its lock. Refuse one that holds a run already, unless the run shall resume.
+
+    A folder in which a run failed before it began (it holds no more than its status) is free.
 
     Raises:
-        ConfigError: the folder is not empty and the run starts afresh or from a checkpoint outside of it, or it is
-            not a folder.
+        ConfigError: another job runs in it; it is a file; it is not empty and the run starts afresh or from a
+            checkpoint outside of it, or `auto` finds neither a checkpoint nor a run's status there.
+        CheckpointError: it cannot be made, or the checkpoint to resume from is no folder.
     """
-    folder, resume = Path(config.run.dir), config.run.resume
+    folder = Path(config.run.dir)
+    with disk_errors(folder):
+        if not (folder / LOCK_NAME).exists():
+            _require_free(folder, config.run.resume)  # before a lock is written into what may be anybody's
+        lock = RunLock(folder)
+        try:
+            _require_free(folder, config.run.resume)
+        except BaseException:
+            lock.release()
+            raise
+    return lock
+
+
+def _require_free(folder: Path, resume: str) -> None:
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"run.dir = {folder} is a file; choose a folder")
-    if resume == "auto" or not folder.is_dir() or not any(folder.iterdir()):
-        return
-    if resume == "never":
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    has_status = _STATUS in names and _is_ours(folder / _STATUS)
+    names = [name for name in names if name != LOCK_NAME and not (name == _STATUS and has_status)]
+    if resume not in ("never", "auto"):
+        _require_checkpoint_of(folder if names else None, resume)
+    elif names and resume == "never":
         raise ConfigError(
             f"run.dir = {folder} holds a run already: choose another run.dir, or set run.resume=auto to continue it"
         )
-    if Path(resume).resolve().parent.parent != folder.resolve():
+    elif names and not has_status and not checkpoints(folder):
         raise ConfigError(
-            f"run.dir = {folder} holds a run already, and run.resume = {resume} is not of that run: choose another "
-            "run.dir"
+            f"run.dir = {folder} holds {names[0]} and neither a checkpoint nor the status.json of a run: choose "
+            "another run.dir, or move away what is there"
         )
+
+
+def _require_checkpoint_of(run: Path | None, resume: str) -> None:
+    """`resume` is a folder, in `run` unless that is None."""
+    if run is not None and Path(resume).resolve().parent.parent != run.resolve():
+        raise ConfigError(
+            f"run.dir = {run} holds a run already, and run.resume = {resume} is not of that run: choose another run.dir"
+        )
+    if not Path(resume).is_dir():
+        raise CheckpointError(f"run.resume = {resume} is neither never, nor auto, nor the folder of a checkpoint")
+
+
+def _is_ours(status: Path) -> bool:
+    try:
+        value = json.loads(status.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(value, dict) and value.get("state") in _STATES
 
 
 def find_checkpoint(
@@ -52,29 +95,26 @@ def find_checkpoint(
     if config.run.resume == "auto":
         return newest_good(Path(config.run.dir), identity, say)
     folder = Path(config.run.resume)
-    if not folder.is_dir():
-        raise CheckpointError(f"run.resume = {folder} is neither never, nor auto, nor the folder of a checkpoint")
     return folder, read_progress(folder, identity)
 
 
 def begin(config: Config, step: int, say: Callable[[str], None]) -> None:
-    """Make the folder and write the resolved configuration, the environment and the status `running`.
+    """Write the status `running`, the resolved configuration and the environment.
 
     A run that goes on from `step` sets newer checkpoints aside.
     """
     folder = Path(config.run.dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    set_status(config, "running", step=step)
     if step:
         set_aside_newer(folder, step, say)
     write_text(folder / "config.yaml", config.to_yaml())
     write_json(folder / "environment.json", describe_environment())
-    set_status(config, "running", step=step)
 
 
 def set_status(config: Config, state: str, **facts: Any) -> None:
-    """status.json: running, done, failed or preempted."""
+    """status.json: running, done, failed or preempted; over the old one if the disk is full."""
     status = {"state": state, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **facts}
-    write_json(Path(config.run.dir) / "status.json", status)
+    write_json_even_if_full(Path(config.run.dir) / _STATUS, status)
 
 
 @contextlib.contextmanager
@@ -84,6 +124,6 @@ def failure_recorded(config: Config, *, enabled: bool) -> Iterator[None]:
         yield
     except Exception as error:  # whatever it is, it is recorded and goes on
         if enabled:
-            with contextlib.suppress(OSError):  # the reason may be a full disk
+            with contextlib.suppress(OSError):  # the folder itself may be gone
                 set_status(config, "failed", exit_status=getattr(error, "exit_status", 1), error=str(error))
         raise

@@ -21,7 +21,7 @@ from lora_megatron.data.tokenizer import Tokenizer
 from lora_megatron.evaluation.greedy import greedy
 from lora_megatron.layers.sharding import shard_of
 from lora_megatron.measure.memory import gather_memory
-from lora_megatron.measure.metrics import METRICS_NAME, read_metrics
+from lora_megatron.measure.metrics import EVALUATIONS_NAME, METRICS_NAME, read_metrics
 from lora_megatron.methods.method import Method
 from lora_megatron.model.names import named_parameters
 from lora_megatron.parallel.agree import gather_text
@@ -141,13 +141,13 @@ def _checkpoint_bytes(run: Run) -> int:
 
 
 def _curves(folder: Path) -> tuple[list[list[float]], list[list[float]]]:
-    """[step, loss] of training and of held-out data, from the log (which also covers steps before a resume)."""
-    path = folder / METRICS_NAME
-    lines = list(read_metrics(path)) if path.exists() else []
-    return (
-        [[line["step"], line["loss"]] for line in lines if line.get("loss") is not None],
-        [[line["step"], line["held_out_loss"]] for line in lines if line.get("held_out_loss") is not None],
-    )
+    """[step, loss] of training and of held-out data, from the logs (which also cover steps before a resume)."""
+    return _curve(folder / METRICS_NAME, "loss"), _curve(folder / EVALUATIONS_NAME, "held_out_loss")
+
+
+def _curve(path: Path, key: str) -> list[list[float]]:
+    lines = read_metrics(path) if path.exists() else ()
+    return [[line["step"], line[key]] for line in lines if line.get(key) is not None]
 
 
 def _samples(run: Run) -> list[dict[str, str]]:

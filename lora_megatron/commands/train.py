@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +15,19 @@ import torch.distributed as dist
 
 from lora_megatron.checkpoint.adapter import describe_method, load_adapter, save_adapter
 from lora_megatron.checkpoint.base import Base, save_model
-from lora_megatron.checkpoint.folder import disk_errors
-from lora_megatron.checkpoint.state import Progress, load_checkpoint, save_checkpoint
+from lora_megatron.checkpoint.folder import MANIFEST
+from lora_megatron.checkpoint.state import Progress, load_checkpoint
 from lora_megatron.commands import run_folder
 from lora_megatron.commands.base import resolve_base, tokenizer_of
+from lora_megatron.commands.recording import on_main_disk, train_and_record
+from lora_megatron.commands.run_lock import RunLock
 from lora_megatron.commands.summary import Run, continuations, summarise
 from lora_megatron.config import Config, ModelSection
 from lora_megatron.data.batches import BatchSource
 from lora_megatron.data.parquet import ExampleTable, open_examples
 from lora_megatron.data.tokenizer import Tokenizer, load_tokenizer
-from lora_megatron.errors import ConfigError, UserError
-from lora_megatron.measure.console import TrainingProgress
+from lora_megatron.errors import CheckpointError, ConfigError, UserError
 from lora_megatron.measure.memory import ActivationMeter
-from lora_megatron.measure.metrics import MetricsWriter
 from lora_megatron.measure.report import write_report
 from lora_megatron.methods.choose import choose_method
 from lora_megatron.methods.method import Method
@@ -34,11 +35,11 @@ from lora_megatron.model.build import BuildOptions, build
 from lora_megatron.model.checks import check, layout_of
 from lora_megatron.model.names import named_parameters
 from lora_megatron.parallel import groups
-from lora_megatron.parallel.agree import require_equal, together
+from lora_megatron.parallel.agree import is_main, require_equal, together
 from lora_megatron.parallel.groups import Ranks
 from lora_megatron.training.choose_optimizer import choose_optimizer
-from lora_megatron.training.loop import StepReport, Trainer, train
-from lora_megatron.training.optimizer import trained, wrap_ddp
+from lora_megatron.training.loop import Trainer
+from lora_megatron.training.optimizer import wrap_ddp
 
 
 def run_training(config: Config) -> None:
@@ -52,11 +53,15 @@ def run_training(config: Config) -> None:
     try:
         require_equal("the configuration", config.model_dump_json())
         plan = together(lambda: _plan(config))
-        together(lambda: run_folder.claim(config))
-        ranks = groups.build_mesh(
-            layout_of(config), seed=config.train.seed, timeout_minutes=config.parallel.timeout_minutes
-        )
-        _train(plan, ranks, started)
+        require_equal("the tokenizer", plan.tokenizer.fingerprint)
+        require_equal("the base model", plan.base.fingerprint)
+        lock = together(lambda: run_folder.claim(config) if is_main() else None)
+        with lock or contextlib.nullcontext(), run_folder.failure_recorded(config, enabled=is_main()):
+            _warn_without_lock(lock, config)
+            ranks = groups.build_mesh(
+                layout_of(config), seed=config.train.seed, timeout_minutes=config.parallel.timeout_minutes
+            )
+            _train(plan, ranks, started)
     except UserError:  # all ranks are here, so none waits for another
         groups.stop()
         raise
@@ -81,7 +86,17 @@ def _plan(config: Config) -> _Plan:
     config = config.model_copy(update={"model": ModelSection(**base.shape.to_dict())})
     method = choose_method(config.method, num_layers=base.shape.num_layers)
     check(config, base.shape, method, dist.get_world_size())
+    _check_start(config.method.start_from)
     return _Plan(config, tokenizer, base, method)
+
+
+def _check_start(start_from: str | None) -> None:
+    if start_from is None or (Path(start_from) / MANIFEST).is_file():
+        return
+    inside = Path(start_from) / "adapter"
+    otherwise = "give the folder `adapter` of a run, or what `lora-megatron import` makes of PEFT's"
+    hint = f"did you mean {inside}?" if inside.is_dir() else otherwise
+    raise CheckpointError(f"method.start_from = {start_from} is not the folder of an adapter: {hint}")
 
 
 def _open(path: str | None, key: str) -> ExampleTable:
@@ -109,6 +124,7 @@ def _train(plan: _Plan, ranks: Ranks, started: float) -> None:
     table = together(lambda: _open(config.data.train, "data.train"))
     held_out_table = together(lambda: open_examples(config.data.validation) if config.data.validation else None)
     require_equal("the training data", table.content_hash)
+    require_equal("the validation data", held_out_table.content_hash if held_out_table else "")
     trainer = _build_trainer(config, tokenizer, base, method, table, held_out_table)
     identity = _identity(config, base, method, table, tokenizer)
     say = _say if ranks.is_main else lambda text: None
@@ -117,19 +133,9 @@ def _train(plan: _Plan, ranks: Ranks, started: float) -> None:
         _resume(trainer, *resumed)
         say(f"resumed from {resumed[0]} at step {resumed[1].step}")
     run = Run(config, base, method, trainer, tokenizer, held_out_table, ranks)
-    with run_folder.failure_recorded(config, enabled=ranks.is_main):
-        _on_main(ranks, config, lambda: run_folder.begin(config, trainer.step, say))
-        _run(run, identity, started)
-
-
-def _on_main(ranks: Ranks, config: Config, action: Callable[[], object]) -> None:
-    """Let rank 0 write into the run folder; if it cannot, all ranks raise the CheckpointError."""
-
-    def write() -> None:
-        with disk_errors(Path(config.run.dir)):
-            action()
-
-    together(lambda: write() if ranks.is_main else None)
+    on_main_disk(run, lambda: run_folder.begin(config, trainer.step, say))
+    _say_what_is_cut(trainer, say)
+    _run(run, identity, started)
 
 
 def _run(run: Run, identity: dict[str, Any], started: float) -> None:
@@ -140,7 +146,7 @@ def _run(run: Run, identity: dict[str, Any], started: float) -> None:
         "seed": config.train.seed,
         **describe_method(method, base.shape),
     }
-    _loop(run, identity, facts)
+    train_and_record(run, identity, facts)
     folder = Path(config.run.dir)
     if method.trains_base:
         tokenizer = {"tokenizer": config.data.tokenizer, "tokenizer_fingerprint": run.tokenizer.fingerprint}
@@ -149,8 +155,8 @@ def _run(run: Run, identity: dict[str, Any], started: float) -> None:
         save_adapter(folder / "adapter", run.bare_chunks, method, base.shape, facts)
     run.after = continuations(run)
     summary = summarise(run, wall_seconds=time.monotonic() - started)
-    _on_main(run.ranks, config, lambda: write_report(folder, summary))
-    _on_main(run.ranks, config, lambda: run_folder.set_status(config, "done", step=run.trainer.step))
+    on_main_disk(run, lambda: write_report(folder, summary))
+    on_main_disk(run, lambda: run_folder.set_status(config, "done", step=run.trainer.step))
     if run.ranks.is_main:
         _say(f"done: {folder / 'report.md'}")
 
@@ -216,48 +222,20 @@ def _resume(trainer: Trainer, folder: Path, progress: Progress) -> None:
     trainer.step = progress.step
 
 
-def _loop(run: Run, identity: dict[str, Any], adapter_facts: dict[str, Any]) -> None:
-    trainer, config, ranks = run.trainer, run.config, run.ranks
-    parameters = trained(list(named_parameters(run.bare_chunks)))
-
-    def save() -> None:
-        save_checkpoint(
-            Path(config.run.dir),
-            run.bare_chunks,
-            lambda: trainer.optimizer.named_state(parameters),
-            parameters,
-            progress=Progress(trainer.step, trainer.consumed_samples),
-            identity=identity,
-            method=run.method,
-            shape=run.base.shape,
-            adapter_facts=adapter_facts,
-            keep=config.train.keep_checkpoints,
-        )
-
-    if trainer.step == 0:
-        run.before = continuations(run)
-    metrics = MetricsWriter(Path(config.run.dir), enabled=ranks.is_main, resumed_step=trainer.step)
-    progress = TrainingProgress(
-        config.train.steps, first_step=trainer.step, enabled=ranks.is_main, description=run.method.name
-    )
-    with disk_errors(Path(config.run.dir)), metrics, progress:
-
-        def on_step(report: StepReport) -> None:
-            run.reports.append(report)
-            values = asdict(report)
-            _on_main(ranks, config, lambda: metrics.write(values.pop("step"), values))
-            progress.update(
-                report.step,
-                loss=report.loss,
-                lr=report.lr,
-                tokens_per_second=report.tokens_per_second_per_rank * ranks.world_size,
+def _say_what_is_cut(trainer: Trainer, say: Callable[[str], None]) -> None:
+    """Examples that lose tokens are no error, but nobody shall learn of it from a bad model."""
+    for key, source in (("data.train", trainer.data), ("data.validation", trainer.held_out)):
+        if source is not None and source.truncated_rows:
+            say(
+                f"{source.truncated_rows:,} of {source.examples:,} rows of {key} are longer than data.sequence_length "
+                f"= {source.sequence_length}: their contexts lose their beginning, and targets that are still too long "
+                "their end"
             )
 
-        def on_evaluation(step: int, loss: float) -> None:
-            _on_main(ranks, config, lambda: metrics.write(step, {"held_out_loss": loss}))
-            progress.note(f"held-out loss {loss:.4f} after step {step}")
 
-        train(trainer, on_step=on_step, on_evaluation=on_evaluation, save=save)
+def _warn_without_lock(lock: RunLock | None, config: Config) -> None:
+    if lock is not None and not lock.supported:
+        _say(f"warning: {config.run.dir} is on a file system without locks: start no second job there")
 
 
 def _say(text: str) -> None:

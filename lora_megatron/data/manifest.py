@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The `manifest.json` beside prepared data: what it holds, how it is read, and the hash it is checked with.
 
-The manifest is the last file a preparer writes, so a folder that has one is complete; one without is refused. It names every
-data file with rows, bytes and SHA-256; readers compare all three, because neither Parquet's defaults nor a file system
-reports a flipped bit.
+The manifest is the last file a preparer writes, so a folder that has one is complete; one without is refused. It
+names every data file with rows, bytes and SHA-256; readers compare all three, because neither Parquet's defaults nor a
+file system reports a flipped bit.
 """
 
 from __future__ import annotations

@@ -36,6 +36,21 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(finite_or_null(value), indent=2, allow_nan=False, ensure_ascii=False) + "\n")
 
 
+def write_json_even_if_full(path: Path, value: Any) -> None:
+    """`write_json`, or over the old content in place where there is no room for a second file.
+
+    What is written in place may be torn by a kill; an old status that stays would be wrong for certain.
+    """
+    try:
+        write_json(path, value)
+    except OSError:
+        with open(path, "r+b") as stream:
+            stream.write((json.dumps(finite_or_null(value), allow_nan=False) + "\n").encode())
+            stream.truncate()
+            stream.flush()
+            os.fsync(stream.fileno())
+
+
 def finite_or_null(value: Any) -> Any:
     """The same JSON value with None for every NaN and infinity, which JSON does not know."""
     if isinstance(value, float):

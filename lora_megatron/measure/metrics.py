@@ -1,23 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One JSON line per step in `metrics.jsonl`, and the same numbers as TensorBoard events."""
+"""A JSON line a step in `metrics.jsonl`, one an evaluation in `evaluations.jsonl`; the same as TensorBoard events."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TextIO
 
 from lora_megatron.measure.atomic import finite_or_null, write_text
 
 METRICS_NAME = "metrics.jsonl"
+EVALUATIONS_NAME = "evaluations.jsonl"
 _EVENTS_FOLDER = "tensorboard"
 
 
 class MetricsWriter:
-    """Appends to `folder`/metrics.jsonl; every line is on disk before `write` returns.
+    """Appends to the two files in `folder`; every line is in its file before the call returns.
 
     enabled: only one rank writes; on the others every call does nothing.
     resumed_step: the step this run continues from. Lines of later steps (and a torn last line) are of a run that was
@@ -25,44 +27,54 @@ class MetricsWriter:
     """
 
     def __init__(self, folder: Path, *, enabled: bool = True, resumed_step: int = 0) -> None:
-        self._stream = None
+        self._streams: dict[str, TextIO] = {}
         self._events: Any = None
         if not enabled:
             return
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / METRICS_NAME
-        if path.exists():
-            kept = [line for line in read_metrics(path) if line["step"] <= resumed_step and resumed_step > 0]
-            write_text(path, "".join(json.dumps(line, allow_nan=False) + "\n" for line in kept))
-        self._stream = open(path, "a", encoding="utf-8")  # noqa: SIM115  closed by close()
-        self._events = _open_events(folder / _EVENTS_FOLDER, resumed_step)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for name in (METRICS_NAME, EVALUATIONS_NAME):
+                self._streams[name] = _open_lines(folder / name, resumed_step)
+            self._events = _open_events(folder / _EVENTS_FOLDER, resumed_step)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                self.close()
+            raise
 
     def write(self, step: int, values: Mapping[str, float | int | str | None]) -> None:
         """Record `values` of `step`.
 
         A number that is not finite becomes null and adds `"finite": false`: a reader of strict JSON must not choke on
-        the very line that tells why a run ended.
+        the very line that tells why a run ended. Raises OSError when the disk is full.
         """
-        if self._stream is None:
+        self._append(METRICS_NAME, step, values)
+
+    def write_evaluation(self, step: int, loss: float) -> None:
+        """Record the held-out loss after `step`, as `write` does."""
+        self._append(EVALUATIONS_NAME, step, {"held_out_loss": loss})
+
+    def _append(self, name: str, step: int, values: Mapping[str, float | int | str | None]) -> None:
+        if name not in self._streams:
             return
         line: dict[str, Any] = {"step": step, **finite_or_null(dict(values))}
         if any(isinstance(value, float) and not math.isfinite(value) for value in values.values()):
             line["finite"] = False
-        self._stream.write(json.dumps(line, allow_nan=False) + "\n")
-        self._stream.flush()
+        self._streams[name].write(json.dumps(line, allow_nan=False) + "\n")
+        self._streams[name].flush()
         if self._events is not None:
-            for name, value in values.items():
+            for tag, value in values.items():
                 if isinstance(value, int | float):
-                    self._events.add_scalar(name, value, step)
+                    self._events.add_scalar(tag, value, step)
 
     def close(self) -> None:
-        """Close the files; further calls of `write` do nothing."""
-        if self._stream is not None:
-            self._stream.close()
-            self._stream = None
-        if self._events is not None:
-            self._events.close()
-            self._events = None
+        """Close the files; further calls of `write` do nothing. Raises OSError when the disk is full."""
+        streams, self._streams = self._streams, {}
+        events, self._events = self._events, None
+        with contextlib.ExitStack() as stack:
+            if events is not None:
+                stack.callback(events.close)
+            for stream in streams.values():
+                stack.callback(stream.close)
 
     def __enter__(self) -> Self:
         return self
@@ -81,6 +93,14 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
                 continue
             if isinstance(line, dict) and isinstance(line.get("step"), int):
                 yield line
+
+
+def _open_lines(path: Path, resumed_step: int) -> TextIO:
+    """The file to append to, without the lines of steps after `resumed_step`."""
+    if path.exists():
+        kept = [line for line in read_metrics(path) if line["step"] <= resumed_step and resumed_step > 0]
+        write_text(path, "".join(json.dumps(line, allow_nan=False) + "\n" for line in kept))
+    return open(path, "a", encoding="utf-8")
 
 
 def _open_events(folder: Path, resumed_step: int) -> Any:

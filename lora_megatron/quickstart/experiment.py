@@ -21,7 +21,6 @@ from lora_megatron.errors import ConfigError
 from lora_megatron.measure.atomic import write_json, write_text
 from lora_megatron.measure.comparison import write_comparison
 from lora_megatron.measure.console import TrainingProgress
-from lora_megatron.measure.metrics import METRICS_NAME
 from lora_megatron.measure.units import show_bytes, show_seconds
 from lora_megatron.quickstart.configurations import DOMAINS, RANKS, STAGES, Settings, configurations, render
 from lora_megatron.quickstart.folder import MARKER, claim
@@ -79,7 +78,7 @@ def _train(out: Path, stage: str, *, steps: int) -> None:
             training_command(_config_path(out, stage)),
             log=out / "logs" / f"{stage}.log",
             environment=training_environment(),
-            follow=Follower(out / stage / METRICS_NAME, progress),
+            follow=Follower(out / stage, progress),
         )
 
 

@@ -14,12 +14,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 
 from lora_megatron import errors
 from lora_megatron.errors import UserError
 from lora_megatron.measure.console import TrainingProgress
+from lora_megatron.measure.metrics import EVALUATIONS_NAME, METRICS_NAME
+from lora_megatron.measure.units import show_loss
 from lora_megatron.quickstart.configurations import RANKS
 
 _POLL_SECONDS = 0.3
@@ -48,23 +51,26 @@ def training_environment() -> dict[str, str]:
 
 
 class Follower:
-    """Shows what another process appends to its metrics.jsonl; call it now and then."""
+    """Shows what another process appends to its metrics.jsonl and evaluations.jsonl; call it now and then."""
 
-    def __init__(self, path: Path, progress: TrainingProgress) -> None:
-        self._path, self._progress, self._offset = path, progress, 0
+    def __init__(self, folder: Path, progress: TrainingProgress) -> None:
+        self._folder, self._progress = folder, progress
+        self._offsets = dict.fromkeys((METRICS_NAME, EVALUATIONS_NAME), 0)
+
+    def _new_lines(self, name: str) -> Iterator[dict[str, Any]]:
+        path = self._folder / name
+        if not path.exists():
+            return
+        with open(path, "rb") as stream:
+            stream.seek(self._offsets[name])
+            whole, newline, _ = stream.read().rpartition(b"\n")  # the last line may be half written
+        self._offsets[name] += len(whole) + len(newline)
+        yield from map(json.loads, whole.splitlines())
 
     def __call__(self) -> None:
-        if not self._path.exists():
-            return
-        with open(self._path, "rb") as stream:
-            stream.seek(self._offset)
-            whole, newline, _ = stream.read().rpartition(b"\n")  # the last line may be half written
-        self._offset += len(whole) + len(newline)
-        for text in whole.splitlines():
-            line = json.loads(text)
-            if "held_out_loss" in line:
-                self._progress.note(f"held-out loss {line['held_out_loss']:.4f} after step {line['step']}")
-                continue
+        for line in self._new_lines(EVALUATIONS_NAME):
+            self._progress.note(f"held-out loss {show_loss(line['held_out_loss'])} after step {line['step']}")
+        for line in self._new_lines(METRICS_NAME):
             rate = line.get("tokens_per_second_per_rank")
             self._progress.update(
                 line["step"],

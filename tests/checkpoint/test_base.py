@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from lora_megatron.checkpoint.base import base_tensor_names, describe_base, random_base, read_shape
 from lora_megatron.checkpoint.folder import read_manifest
 from tests.checkpoint.seal import reseal
-from tests.commands.runs import Outcome, Tree, attempt, held_out_of, make_tree, names_in
+from tests.commands.runs import Outcome, Tree, attempt, held_out_of, make_tree, names_in, nothing_begun
 from tests.pool import Pool
 
 LLAMA = {
@@ -79,7 +79,7 @@ def base(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def refused(corpus: Path, folder: Path, tmp_path: Path, **sections: Tree) -> Outcome:
     run = tmp_path / "run"
     outcome = attempt(make_tree(corpus, run, base={"weights": str(folder)}, **sections))
-    assert not run.exists()
+    assert nothing_begun(run)
     assert "\n" not in outcome.message
     return outcome
 
@@ -153,7 +153,7 @@ def test_a_small_vocabulary_names_both(base: Path, corpus: Path, tmp_path: Path)
     assert outcome.status == 2
     assert "has a vocabulary of 100" in outcome.message
     assert "needs 258" in outcome.message
-    assert not run.exists()
+    assert nothing_begun(run)
 
 
 def test_a_base_is_its_content(base: Path, tmp_path: Path) -> None:

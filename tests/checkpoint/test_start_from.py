@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.checkpoint.seal import reseal
-from tests.commands.runs import Outcome, Tree, attempt, make_tree, names_in
+from tests.commands.runs import Outcome, Tree, attempt, make_tree, names_in, nothing_begun
 from tests.pool import Pool
 
 
@@ -50,7 +50,7 @@ def start_from(corpus: Path, folder: Path, run: Path, **sections: Tree) -> Outco
     outcome = attempt(tree)
     if outcome.status:
         assert "\n" not in outcome.message
-        assert not run.exists()
+        assert nothing_begun(run)
     return outcome
 
 
@@ -129,7 +129,11 @@ def test_a_damaged_or_missing_adapter_is_refused(corpus: Path, trained: Path, tm
         tensors.write_bytes(content)
         outcome = start_from(corpus, folder, tmp_path / "run")
         assert (outcome.status, word in outcome.message) == (4, True)
-    assert start_from(corpus, tmp_path / "none", tmp_path / "run").message.endswith("none is not a folder")
+    missing = start_from(corpus, tmp_path / "none", tmp_path / "run")
+    assert missing.status == 4
+    assert f"method.start_from = {tmp_path}/none is not the folder of an adapter" in missing.message
+    run = start_from(corpus, trained.parent, tmp_path / "run")
+    assert f"did you mean {trained}?" in run.message
 
 
 def test_nan_on_one_rank_only_stops_both(pool: Pool, corpus: Path, trained: Path, tmp_path: Path) -> None:

@@ -88,17 +88,28 @@ def log_of(run: Path) -> list[Tree]:
 
 def losses_of(run: Path) -> dict[int, float]:
     """Training loss by step, exactly as logged."""
-    return {line["step"]: line["loss"] for line in log_of(run) if "loss" in line}
+    return {line["step"]: line["loss"] for line in log_of(run)}
+
+
+def evaluations_of(run: Path) -> list[Tree]:
+    """The lines of evaluations.jsonl."""
+    return [json.loads(line) for line in (run / "evaluations.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def held_out_of(run: Path) -> float:
     """The last held-out loss."""
-    return [line["held_out_loss"] for line in log_of(run) if "held_out_loss" in line][-1]
+    return float(evaluations_of(run)[-1]["held_out_loss"])
 
 
 def status_of(run: Path) -> Tree:
     """status.json."""
     return json.loads((run / "status.json").read_text(encoding="utf-8"))
+
+
+def nothing_begun(run: Path) -> bool:
+    """Whether the folder is absent or holds no more than the status of a run that failed before it began."""
+    shown = [name for name in names_in(run) if not name.startswith(".")] if run.exists() else []  # no lock, temporary
+    return not shown or (shown == ["status.json"] and status_of(run)["state"] == "failed")
 
 
 def checkpoint_of(run: Path, step: int) -> Path:

@@ -18,7 +18,7 @@ import yaml
 from lora_megatron.__main__ import main
 from lora_megatron.commands import train as train_command
 from lora_megatron.errors import DataError
-from tests.commands.runs import Outcome, Tree, attempt, make_corpus, make_tree, names_in
+from tests.commands.runs import Outcome, Tree, attempt, make_corpus, make_tree, names_in, nothing_begun, status_of
 from tests.data.manifests import vouch_for
 from tests.pool import Pool
 
@@ -31,10 +31,10 @@ class Refused:
         self.run = folder / "run"
 
     def __call__(self, status: int, *words: str, **sections: Tree) -> str:
-        """Train with `sections`; the status, each of `words` in the one line, and nothing written."""
+        """Train with `sections`; the status, each of `words` in the one line, and nothing written but status.json."""
         path = self.folder / "config.yaml"
         path.write_text(yaml.safe_dump(make_tree(self.corpus, self.run, **sections)))
-        before = names_in(self.run) if self.run.exists() else None
+        before = self._names()
         self.capsys.readouterr()
         ended = main(["train", str(path)])
         lines = [line for line in self.capsys.readouterr().err.splitlines() if "Warning" not in line]
@@ -43,9 +43,17 @@ class Refused:
         assert lines[0].startswith("error: ")
         for word in words:
             assert word in lines[0]
-        assert before == (names_in(self.run) if self.run.exists() else None)
+        assert before == self._names()
+        if (self.run / "status.json").exists():
+            recorded = status_of(self.run)
+            assert (recorded["state"], recorded["exit_status"]) == ("failed", ended)
+            assert recorded["error"] == lines[0].removeprefix("error: ")
+            (self.run / "status.json").unlink()
         assert not dist.is_initialized()
         return lines[0]
+
+    def _names(self) -> list[str]:
+        return [name for name in names_in(self.run) if name != "status.json"] if self.run.exists() else []
 
 
 @pytest.fixture
@@ -227,7 +235,7 @@ def test_ranks_that_do_not_agree_all_say_so(pool: Pool, corpus: Path, tmp_path: 
         assert outcomes[0] == outcomes[1]
         assert outcomes[0].status == status
         assert words in outcomes[0].message
-    assert not (tmp_path / "run").exists()
+    assert nothing_begun(tmp_path / "run")
 
 
 @pytest.mark.parametrize(
@@ -249,4 +257,4 @@ def test_layouts_that_do_not_fill_the_world(
     outcomes = pool.run(world, attempt, tree=make_tree(corpus, tmp_path / "run", **sections))
     assert {outcome.status for outcome in outcomes} == {2}
     assert all(word in outcome.message for outcome in outcomes)
-    assert not (tmp_path / "run").exists()
+    assert nothing_begun(tmp_path / "run")

@@ -24,6 +24,7 @@ import torch.distributed as dist
 
 from lora_megatron.checkpoint import adapter, folder, state
 from lora_megatron.checkpoint.folder import read_manifest
+from lora_megatron.commands import recording
 from lora_megatron.commands import train as command
 from lora_megatron.errors import CheckpointError
 from lora_megatron.measure.metrics import MetricsWriter
@@ -57,7 +58,7 @@ def train_and_die(tree: Tree, point: str, rank: int, world: int, victim: int, st
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     module, name, when = POINTS[point]
-    original, save = getattr(module, name), command.save_checkpoint
+    original, save = getattr(module, name), recording.save_checkpoint
 
     def deadly(*arguments: Any, **named: Any) -> Any:
         if when == "before":
@@ -71,7 +72,7 @@ def train_and_die(tree: Tree, point: str, rank: int, world: int, victim: int, st
             setattr(module, name, deadly)
         return save(*arguments, **named)
 
-    command.save_checkpoint = save_checkpoint
+    recording.save_checkpoint = save_checkpoint
     attempt(tree)
 
 
@@ -160,18 +161,18 @@ def largest_file(size: int) -> Iterator[None]:
 
 def train_with_full_disk(tree: Tree, size: int, victim: int) -> Outcome:
     """Train; rank `victim` finds the disk full at the save of step 4."""
-    original = command.save_checkpoint
+    original = recording.save_checkpoint
 
     def save(*arguments: Any, **named: Any) -> Any:
         full = named["progress"].step == SAVE_TO_HIT and dist.get_rank() == victim
         with largest_file(size if full else 2**40):
             return original(*arguments, **named)
 
-    command.save_checkpoint = save  # type: ignore[assignment]
+    recording.save_checkpoint = save  # type: ignore[assignment]
     try:
         return attempt(tree)
     finally:
-        command.save_checkpoint = original
+        recording.save_checkpoint = original
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from tests.commands.runs import (
     losses_of,
     make_tree,
     names_in,
+    status_of,
 )
 from tests.pool import Pool
 
@@ -102,22 +102,22 @@ class _Stopped(Exception):
 
 
 def _stopped_after(tree: Tree, step: int) -> Outcome:
-    from lora_megatron.commands import train as command
+    from lora_megatron.commands import recording
 
-    original = command.save_checkpoint
+    original = recording.save_checkpoint
 
     def save(*arguments: Any, **named: Any) -> None:
         original(*arguments, **named)
         if named["progress"].step == step < tree["train"]["steps"]:
             raise _Stopped
 
-    command.save_checkpoint = save  # type: ignore[assignment]
+    recording.save_checkpoint = save  # type: ignore[assignment]
     try:
         return attempt(tree)
     except _Stopped:
         return Outcome()
     finally:
-        command.save_checkpoint = original
+        recording.save_checkpoint = original
 
 
 def test_resume_never_silently_starts_or_continues(corpus: Path, tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_resume_never_silently_starts_or_continues(corpus: Path, tmp_path: Path)
     [
         ("method", {"targets": {"q": 4, "v": 3, "fc2": 1}}, "ranks"),
         ("method", {"alpha": 2.0}, "alpha"),
-        ("method", {"name": "bitfit"}, "alpha"),
+        ("method", {"name": "bitfit"}, "method"),
         ("base", {"seed": 5}, "base_fingerprint"),
         ("data", {"global_batch_size": 2}, "global_batch_size"),
         ("train", {"seed": 5}, "seed"),
@@ -155,11 +155,13 @@ def test_a_checkpoint_of_another_run_is_refused(
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished, run)
-    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "status.json"}
     outcome = attempt(resumed(make_tree(corpus, run, **{section: values}), run, "auto"))
     assert outcome.status == 4
     assert f"is another run's: {name} is" in outcome.message
-    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    assert "choose another run.dir or give the configuration of that run" in outcome.message
+    assert {path: path.read_bytes() for path in before} == before
+    assert status_of(run)["error"] == outcome.message
 
 
 @pytest.fixture(scope="module")
@@ -212,7 +214,8 @@ def test_when_every_checkpoint_is_damaged_nothing_starts_afresh(finished: Path, 
     assert "every checkpoint in" in outcome.message
     assert "move them away to start afresh" in outcome.message
     assert names_in(run) == before
-    assert json.loads((run / "status.json").read_text())["state"] == "done"
+    status = status_of(run)  # a failed resume is what happened last
+    assert (status["state"], status["exit_status"], status["error"]) == ("failed", 4, outcome.message)
 
 
 def test_going_back_to_an_older_checkpoint_of_the_run(finished: Path, corpus: Path, tmp_path: Path) -> None:
@@ -220,8 +223,7 @@ def test_going_back_to_an_older_checkpoint_of_the_run(finished: Path, corpus: Pa
     shutil.copytree(finished, run)
     tree = make_tree(corpus, run, optimizer={"lr": 1e-3})
     assert attempt(resumed(tree, run, checkpoint_of(run, 4))) == Outcome()
-    steps = [line["step"] for line in log_of(run) if "loss" in line]
-    assert steps == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in log_of(run)] == [1, 2, 3, 4, 5, 6]
     assert losses_of(run)[5] == losses_of(finished)[5]  # step 5 starts from the same parameters
     assert losses_of(run)[6] != losses_of(finished)[6]
     assert read_manifest(checkpoint_of(run, 6))["step"] == 6

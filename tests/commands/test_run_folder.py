@@ -14,10 +14,20 @@ import yaml
 from lora_megatron.__main__ import main
 from lora_megatron.checkpoint.folder import read_manifest
 from lora_megatron.config import load_config
-from tests.commands.runs import Outcome, attempt, checkpoint_of, log_of, losses_of, make_tree, names_in, status_of
+from tests.commands.runs import (
+    Outcome,
+    attempt,
+    checkpoint_of,
+    evaluations_of,
+    log_of,
+    losses_of,
+    make_tree,
+    names_in,
+    status_of,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
-STEP_KEYS = ["step", "loss", "grad_norm", "lr", "tokens", "tokens_per_second_per_rank"]
+STEP_KEYS = ["step", "loss", "grad_norm", "lr", "tokens", "loss_tokens", "tokens_per_second_per_rank"]
 STEP_KEYS += ["step_seconds", "peak_memory_bytes"]
 
 
@@ -37,6 +47,7 @@ def test_the_folder_holds_what_the_contract_names(run: Path) -> None:
         "checkpoints",
         "config.yaml",
         "environment.json",
+        "evaluations.jsonl",
         "loss.png",
         "metrics.jsonl",
         "report.json",
@@ -62,16 +73,16 @@ def test_the_resolved_configuration_repeats_the_run(run: Path, tmp_path: Path) -
 
 
 def test_a_line_of_metrics_for_every_step(run: Path) -> None:
-    lines = log_of(run)
-    steps = [line for line in lines if "loss" in line]
+    steps = log_of(run)
     assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
     for line in steps:
-        assert set(STEP_KEYS) <= set(line)
+        assert list(line) == STEP_KEYS
         assert all(isinstance(line[key], int | float) for key in STEP_KEYS)
         assert line["tokens"] == 4 * 16
     assert steps[0]["lr"] == 5e-3  # one step of warm-up
     assert steps[-1]["lr"] < steps[1]["lr"]
-    assert [line["step"] for line in lines if "held_out_loss" in line] == [0, 3, 6]
+    assert [list(line) for line in evaluations_of(run)] == [["step", "held_out_loss"]] * 3
+    assert [line["step"] for line in evaluations_of(run)] == [0, 3, 6]
 
 
 def test_tensorboard_reads_the_events(run: Path) -> None:
@@ -107,13 +118,13 @@ def test_environment_status_and_reports(run: Path) -> None:
 def test_a_bug_is_recorded_as_a_failure_and_keeps_its_traceback(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lora_megatron.commands import train as command
+    from lora_megatron.commands import recording
     from lora_megatron.parallel import groups
 
     def broken(*arguments: object, **named: object) -> None:
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(command, "train", broken)
+    monkeypatch.setattr(recording, "train", broken)
     with pytest.raises(ZeroDivisionError, match="a bug"):
         attempt(make_tree(corpus, tmp_path / "run"))
     groups.stop()
@@ -132,4 +143,10 @@ def test_the_status_of_a_process(corpus: Path, tmp_path: Path) -> None:
     assert both.stderr.count("error: ") == 1
     assert f"error: {tmp_path}/none.parquet does not exist" in both.stderr
     assert "exitcode  : 3" in both.stderr
-    assert not (tmp_path / "run").exists()
+    assert names_in(tmp_path / "run") == ["status.json"]
+    status = status_of(tmp_path / "run")
+    assert (status["state"], status["exit_status"]) == ("failed", 3)
+    assert status["error"] == f"{tmp_path}/none.parquet does not exist or is not a file; " + (
+        "give the path of a prepared .parquet file"
+    )
+    assert attempt(make_tree(corpus, tmp_path / "run")) == Outcome()  # such a folder is free
