@@ -34,7 +34,7 @@ from lora_megatron.methods.baselines import BitFit, FineTuneTop
 from lora_megatron.methods.method import Method
 from lora_megatron.strict_safetensors import SafetensorsFile, SafetensorsWriter
 
-_BLOCK_ELEMENTS = 4 * 2**20
+_BLOCK_ELEMENTS = 2**18
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".onnx", ".gguf", ".npz"}
 
 
