@@ -27,7 +27,7 @@ from tests.pool import Pool
 
 MIB = 2**20
 LAYERS_PER_FILE = 4
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "model_type": "llama",
     "hidden_size": 1024,
     "intermediate_size": 2816,
@@ -39,19 +39,22 @@ CONFIG = {
 }
 
 
-def write_checkpoint(folder: Path) -> int:
-    """A Llama of some 0.5 GB in fp32 with an index, written a tensor at a time; its bytes."""
+def write_checkpoint(
+    folder: Path, config: dict[str, Any], *, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> int:
+    """A Llama of random weights in several files with an index, written a tensor at a time; its bytes."""
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(CONFIG))
+    (folder / "config.json").write_text(json.dumps(config))
     family, shape = read_configuration(folder)
     shapes = dict(stored_shapes(family, shape, base_tensor_names(shape)))
     where = {name: f"model-{_file_of(name)}.safetensors" for name in shapes}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
     for file in set(where.values()):
-        entries = [(name, torch.float32, shapes[name]) for name in sorted(shapes) if where[name] == file]
+        entries = [(name, dtype, shapes[name]) for name in sorted(shapes) if where[name] == file]
         with SafetensorsWriter(folder / file, entries, {"format": "pt"}) as writer:
             for name, _, size in entries:
-                writer.write(name, torch.rand(size))
+                values = torch.ones(size) if len(size) == 1 else torch.randn(size, device=device) * 0.02
+                writer.write(name, values.to(dtype))
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
@@ -104,8 +107,8 @@ def fresh() -> Iterator[Pool]:
 
 
 def test_a_rank_needs_its_shard_and_one_tensor(fresh: Pool, tmp_path: Path) -> None:
-    checkpoint = write_checkpoint(tmp_path / "model")
-    largest = max(CONFIG["vocab_size"], CONFIG["intermediate_size"]) * CONFIG["hidden_size"] * 4  # type: ignore[operator]
+    checkpoint = write_checkpoint(tmp_path / "model", CONFIG)
+    largest = max(CONFIG["vocab_size"], CONFIG["intermediate_size"]) * CONFIG["hidden_size"] * 4
     for precision in ("bf16", "fp32"):
         for report in fresh.run(2, load, folder=tmp_path / "model", precision=precision, whole=False):
             limit = report["shard"] + largest
