@@ -19,6 +19,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from lora_megatron.errors import ConfigError
 
 Target = Literal["q", "k", "v", "o", "fc1", "gate", "up", "fc2"]
+# Far beyond any model or run, and small enough that nothing overflows or is looped over for ever.
+LARGEST_SIZE, LARGEST_COUNT, MOST_LAYERS, MOST_RANKS = 2**31, 10**9, 10**6, 10**6
+LARGEST_SEED = 2**63 - 1
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -41,18 +44,18 @@ class Section(BaseModel):
 class ModelSection(Section):
     preset: str | None = None
     """Name of a shape in `lora_megatron.model.presets`; the fields below override it."""
-    num_layers: int | None = Field(None, ge=1)
-    hidden_size: int | None = Field(None, ge=1)
-    num_attention_heads: int | None = Field(None, ge=1)
-    num_query_groups: int | None = Field(None, ge=1)
+    num_layers: int | None = Field(None, ge=1, le=MOST_LAYERS)
+    hidden_size: int | None = Field(None, ge=1, le=LARGEST_SIZE)
+    num_attention_heads: int | None = Field(None, ge=1, le=LARGEST_SIZE)
+    num_query_groups: int | None = Field(None, ge=1, le=LARGEST_SIZE)
     """Key/value heads; fewer than attention heads is grouped-query attention."""
-    head_dim: int | None = Field(None, ge=1)
-    ffn_hidden_size: int | None = Field(None, ge=1)
-    max_position_embeddings: int | None = Field(None, ge=1)
-    vocab_size: int | None = Field(None, ge=1)
+    head_dim: int | None = Field(None, ge=1, le=LARGEST_SIZE)
+    ffn_hidden_size: int | None = Field(None, ge=1, le=LARGEST_SIZE)
+    max_position_embeddings: int | None = Field(None, ge=1, le=LARGEST_SIZE)
+    vocab_size: int | None = Field(None, ge=1, le=LARGEST_SIZE)
     """Follows from the tokenizer when not given."""
     normalization: Literal["LayerNorm", "RMSNorm"] | None = None
-    norm_epsilon: float | None = Field(None, gt=0)
+    norm_epsilon: float | None = Field(None, gt=0, le=1)
     activation: Literal["gelu", "gelu_tanh", "silu", "relu"] | None = None
     gated_mlp: bool | None = None
     """SwiGLU-style MLP: fc1 is [gate; up]."""
@@ -65,14 +68,14 @@ class ModelSection(Section):
     parallel_residual: bool | None = None
     """x + attention(norm(x)) + mlp(norm(x)) instead of one after the other."""
     position: Literal["learned", "rope"] | None = None
-    rotary_base: float | None = Field(None, gt=0)
+    rotary_base: float | None = Field(None, gt=0, le=1e30)
     rotary_percent: float | None = Field(None, gt=0, le=1)
     """Share of each head's dimensions that turn."""
     rope_scaling: dict[str, Any] | None = None
     """`rope_type` (linear, dynamic, yarn, llama3) and its factors, as in a Hugging Face configuration."""
-    sliding_window: int | None = Field(None, ge=0)
+    sliding_window: int | None = Field(None, ge=0, le=LARGEST_SIZE)
     """Tokens each position sees, itself included; 0 is all."""
-    full_attention_layers: int | None = Field(None, ge=0)
+    full_attention_layers: int | None = Field(None, ge=0, le=MOST_LAYERS)
     """How many of the first layers see everything although there is a sliding window."""
     tied_embeddings: bool | None = None
 
@@ -91,7 +94,7 @@ class MethodSection(Section):
     `up` name them singly and win over `fc1`."""
     layers: dict[str, dict[Target, int]] = {}
     """Ranks for some layers only: `{"0-11,23": {q: 8}}`; rank 0 leaves a target alone there."""
-    alpha: float = Field(16.0, gt=0)
+    alpha: float = Field(16.0, gt=0, le=1e30)
     dropout: float = Field(0.0, ge=0, lt=1)
     scaling: Literal["standard", "rslora"] = "standard"
     """alpha / r, or alpha / sqrt(r)."""
@@ -100,23 +103,23 @@ class MethodSection(Section):
 
 
 class ParallelSection(Section):
-    tensor: int = Field(1, ge=1)
-    pipeline: int = Field(1, ge=1)
-    virtual_pipeline: int = Field(1, ge=1)
+    tensor: int = Field(1, ge=1, le=MOST_RANKS)
+    pipeline: int = Field(1, ge=1, le=MOST_RANKS)
+    virtual_pipeline: int = Field(1, ge=1, le=MOST_RANKS)
     """Model chunks per pipeline stage; above 1 the interleaved schedule runs."""
-    context: int = Field(1, ge=1)
+    context: int = Field(1, ge=1, le=MOST_RANKS)
     sequence: bool = False
     """Megatron's sequence parallelism: shard activations between linear layers over the tensor group."""
-    timeout_minutes: float = Field(30.0, gt=0)
+    timeout_minutes: float = Field(30.0, gt=0, le=1e6)
     """Timeout of every process group."""
 
 
 class OptimizerSection(Section):
-    lr: float = Field(2e-4, ge=0)
+    lr: float = Field(2e-4, ge=0, le=1e30)
     weight_decay: float = Field(0.01, ge=0)
     betas: tuple[Beta, Beta] = (0.9, 0.999)
-    eps: float = Field(1e-8, gt=0)
-    clip_grad: float = Field(1.0, ge=0)
+    eps: float = Field(1e-8, gt=0, le=1e30)
+    clip_grad: float = Field(1.0, ge=0, le=1e30)
     """Largest global gradient norm; 0 leaves gradients alone."""
     sharding: Literal["none", "megatron", "deepspeed"] = "none"
     """How optimizer state of the trained parameters is sharded over data-parallel ranks."""
@@ -125,9 +128,9 @@ class OptimizerSection(Section):
 class DataSection(Section):
     train: str | None = None
     validation: str | None = None
-    sequence_length: int = Field(512, ge=2)
-    micro_batch_size: int = Field(1, ge=1)
-    global_batch_size: int = Field(8, ge=1)
+    sequence_length: int = Field(512, ge=2, le=LARGEST_SIZE)
+    micro_batch_size: int = Field(1, ge=1, le=LARGEST_COUNT)
+    global_batch_size: int = Field(8, ge=1, le=LARGEST_COUNT)
     tokenizer: str | None = None
     """`bytes`, a folder with GPT-2's encoder.json and vocab.bpe, or one with a tokenizer.json. Not given: that of a
     Hugging Face base, bytes for any other."""
@@ -138,18 +141,18 @@ class DataSection(Section):
 
 
 class TrainSection(Section):
-    steps: int = Field(100, ge=0)
-    warmup_steps: int = Field(0, ge=0)
+    steps: int = Field(100, ge=0, le=LARGEST_COUNT)
+    warmup_steps: int = Field(0, ge=0, le=LARGEST_COUNT)
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """Learning rate after warm-up: down to zero at the last step, or constant."""
-    seed: int = Field(42, ge=0)
-    eval_every: int = Field(0, ge=0)
+    seed: int = Field(42, ge=0, le=LARGEST_SEED)
+    eval_every: int = Field(0, ge=0, le=LARGEST_COUNT)
     """Steps between evaluations, the first before training; 0 evaluates after the last step only."""
-    samples: int = Field(0, ge=0)
+    samples: int = Field(0, ge=0, le=LARGEST_COUNT)
     """Held-out contexts to continue greedily before and after training, for the report."""
-    save_every: int = Field(0, ge=0)
+    save_every: int = Field(0, ge=0, le=LARGEST_COUNT)
     """Steps between checkpoints; 0 saves after the last step only."""
-    keep_checkpoints: int = Field(2, ge=1)
+    keep_checkpoints: int = Field(2, ge=1, le=LARGEST_COUNT)
     """The newest ones to keep; with 1 also the one before it, as no step was taken from the newest yet."""
     precision: Literal["fp32", "bf16"] = "fp32"
     recompute: Literal["none", "selective", "full"] = "none"

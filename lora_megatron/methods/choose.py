@@ -9,7 +9,7 @@ from collections.abc import Callable
 from lora_megatron.config import MethodSection
 from lora_megatron.errors import ConfigError
 from lora_megatron.methods.baselines import BitFit, FineTuneTop, Full
-from lora_megatron.methods.lora import Lora, parse_layers
+from lora_megatron.methods.lora import TARGET_OF_PROJECTION, Lora, parse_layers
 from lora_megatron.methods.method import Method
 
 
@@ -19,10 +19,12 @@ def _lora(section: MethodSection, num_layers: int) -> Method:
             if rank < 0 or (rank == 0 and where == "targets"):
                 raise ConfigError(f"method.{where}.{target} = {rank}: a rank must be at least 1")
     layers = parse_layers(section.layers, num_layers)
-    if not section.targets and not any(any(ranks.values()) for ranks in layers.values()):
-        raise ConfigError("method.targets is empty: name at least one of q, k, v, o, fc1, fc2 and its rank")
     targets = {str(target): rank for target, rank in section.targets.items()}
-    return Lora(targets, section.alpha, section.scaling == "rslora", layers)
+    method = Lora(targets, section.alpha, section.scaling == "rslora", layers)
+    if not any(method.rank(layer, projection) for layer in range(num_layers) for projection in TARGET_OF_PROJECTION):
+        how = "is empty" if not targets else "is overruled by rank 0 for every layer in method.layers"
+        raise ConfigError(f"method.targets {how}: name at least one of q, k, v, o, fc1, fc2 and its rank")
+    return method
 
 
 METHODS: dict[str, Callable[[MethodSection, int], Method]] = {

@@ -7,7 +7,7 @@ from lora_megatron.config import Config
 from lora_megatron.errors import ConfigError
 from lora_megatron.methods.method import Method
 from lora_megatron.model.shape import ModelShape
-from lora_megatron.parallel.groups import Layout, check_world_size
+from lora_megatron.parallel.groups import Layout, check_world_size, device_memory_bytes
 
 
 def layout_of(config: Config) -> Layout:
@@ -23,6 +23,7 @@ def check(config: Config, shape: ModelShape, method: Method, world_size: int) ->
     check_world_size(layout, world_size)
     _check_batches(config, layout, world_size)
     _check_lengths(config, layout, shape)
+    _check_memory(config, layout, shape)
     _check_targets(config, shape)
     _check_ranks(shape, method)
     has_bias = shape.linear_bias or shape.qkv_bias or shape.proj_bias or shape.normalization == "LayerNorm"
@@ -92,6 +93,26 @@ def _check_lengths(config: Config, layout: Layout, shape: ModelShape) -> None:
             f"parallel.sequence needs data.sequence_length = {length} to be a multiple of parallel.tensor = "
             f"{layout.tensor}"
         )
+
+
+def _check_memory(config: Config, layout: Layout, shape: ModelShape) -> None:
+    """Refuse what cannot fit: the weights alone of the first stage, or one microbatch's input to one layer."""
+    available = device_memory_bytes()
+    if available is None:
+        return
+    size = 2 if config.train.precision == "bf16" else 4
+    layer = sum(out * features for out, features in map(shape.projection, shape.projections))
+    stage = shape.num_layers // layout.pipeline * layer + shape.vocab_size * shape.hidden_size
+    tokens = config.data.micro_batch_size * config.data.sequence_length
+    for what, needed in (
+        ("the weights of this model", stage * size // layout.tensor),
+        ("a microbatch of data.micro_batch_size x sequence_length", tokens * shape.hidden_size * size // layout.tensor),
+    ):
+        if needed > available:
+            raise ConfigError(
+                f"{what} need {needed / 2**30:,.0f} GiB on each rank, and a device has {available / 2**30:,.0f} GiB: "
+                "make it smaller, or raise parallel.tensor or parallel.pipeline"
+            )
 
 
 def _check_targets(config: Config, shape: ModelShape) -> None:

@@ -24,6 +24,9 @@ if not torch.cuda.is_available():
     cpu_backend.install()
 
 
+_WORLD = ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
 @dataclass(frozen=True)
 class Layout:
     """How one model is cut: sizes of the mesh axes. Data parallelism is world size / (tensor x pipeline x context)."""
@@ -70,7 +73,11 @@ def check_world_size(layout: Layout, world_size: int) -> None:
 
 
 def join_world(*, timeout_minutes: float = 30.0) -> None:
-    """Join the world torchrun announced, or make a world of one; nothing when this process is in a world already."""
+    """Join the world torchrun announced, or make a world of one; nothing when this process is in a world already.
+
+    Raises:
+        ConfigError: the environment announces a world that cannot be joined, or fewer GPUs are there than processes.
+    """
     if dist.is_initialized():
         return
     timeout = timedelta(minutes=timeout_minutes)
@@ -78,15 +85,47 @@ def join_world(*, timeout_minutes: float = 30.0) -> None:
     if use_cuda:
         # Kernels start in the order they are launched, so a collective launched before a GEMM overlaps with it.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(_own_gpu())
     backend = "nccl" if use_cuda else "gloo"
-    if "RANK" in os.environ:
+    if "RANK" not in os.environ:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        return
+    if missing := [name for name in _WORLD if not os.environ.get(name)]:
+        raise ConfigError(f"RANK is set and {missing[0]} is not: start with torchrun, or unset RANK for one process")
+    try:
         store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
         # A restarted attempt must not read the keys of the one that died (stale keys lose 7 restarts of 8).
         store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-    else:
-        store, rank, world_size = dist.HashStore(), 0, 1
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    except (ValueError, dist.DistError) as error:
+        announced = ", ".join(f"{name}={os.environ[name]}" for name in ("RANK", *_WORLD))
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"cannot join the processes of {announced} ({reason}): start with torchrun") from error
+
+
+def _own_gpu() -> int:
+    """LOCAL_RANK, if every process of this machine has a GPU; all of them find out alike."""
+    count = torch.cuda.device_count()
+    try:
+        rank, processes = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    except ValueError:
+        raise ConfigError("LOCAL_RANK and LOCAL_WORLD_SIZE must be numbers: torchrun sets them") from None
+    if max(rank + 1, processes) > count:
+        raise ConfigError(
+            f"{max(rank + 1, processes)} processes on a machine with {count} GPUs: start at most {count} "
+            f'(torchrun --nproc-per-node {count}), or set CUDA_VISIBLE_DEVICES="" to use the CPU'
+        )
+    return rank
+
+
+def device_memory_bytes() -> int | None:
+    """Memory of the device this process trains on, None where the system does not tell."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
 
 
 def build_mesh(layout: Layout, *, seed: int, timeout_minutes: float = 30.0) -> Ranks:

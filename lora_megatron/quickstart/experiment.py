@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from lora_megatron.config import LARGEST_SEED
 from lora_megatron.errors import ConfigError
 from lora_megatron.measure.atomic import write_json, write_text
 from lora_megatron.measure.comparison import write_comparison
@@ -39,13 +40,13 @@ def run_quickstart(out: Path, seed: int, *, settings: Settings | None = None) ->
     """Run the experiment into `out` and print its table; an earlier quickstart there is replaced.
 
     Raises:
-        ConfigError: `out` holds anything that no quickstart wrote, or the seed is negative.
+        ConfigError: `out` holds anything that no quickstart wrote, or the seed is out of range.
         UserError: a stage failed for a reason that the user can mend (no space on disk, for one).
     """
     started = time.monotonic()
     settings = settings if settings is not None else Settings()
-    if seed < 0:
-        raise ConfigError(f"--seed {seed} must be 0 or more")
+    if not 0 <= seed <= LARGEST_SEED:
+        raise ConfigError(f"--seed {seed} must be between 0 and {LARGEST_SEED}")
     claim(out, seed=seed, say=_say)
     trees = configurations(out, seed=seed, settings=settings)
     for stage, tree in trees.items():
