@@ -47,6 +47,8 @@ def resolve_base(config: Config, tokenizer: Tokenizer) -> Base:
     folder = Path(config.base.weights)
     if not folder.is_dir():
         raise CheckpointError(f"base.weights = {folder} is neither {RANDOM} nor a folder")
+    if not (folder / CONFIG).is_file() and (folder / "model" / CONFIG).is_file():
+        raise CheckpointError(f"base.weights = {folder} is the folder of a run: did you mean {folder / 'model'}?")
     base = open_base(folder)
     _check_shape(config, base, tokenizer)
     if base.shape.vocab_size < tokenizer.vocab_size:

@@ -30,7 +30,7 @@ from lora_megatron.training.loop import StepReport, Trainer
 from lora_megatron.training.optimizer import gradient_bytes
 
 WARM_UP_STEPS = 3
-_NEW_TOKENS = 96
+_NEW_TOKENS = 256  # each costs a forward pass over the whole length
 
 
 @dataclass
@@ -71,7 +71,7 @@ def continuations(run: Run) -> list[str]:
         run.trainer.chunks,
         prompts,
         length=length - length % tensor,
-        new_tokens=min(_NEW_TOKENS, length // 2),
+        new_tokens=_NEW_TOKENS,
         eos_id=tokenizer.eos_id,
         pad_id=tokenizer.pad_id,
         vocab_size=tokenizer.vocab_size,

@@ -7,10 +7,10 @@ one number, the count of samples consumed, and data-parallel ranks need only agr
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -53,6 +53,27 @@ class TokenCache:
     def example(self, index: int) -> tuple[np.ndarray, int]:
         """(ids, target_start) of example `index`."""
         return self.ids[self.offsets[index] : self.offsets[index + 1]], int(self.target_starts[index])
+
+
+class Microbatches(Sequence[Microbatch]):
+    """Micro-batches that are made when they are asked for, each time anew: with packing each has a mask of s x s."""
+
+    def __init__(self, numbers: range, make: Callable[[int], Microbatch]) -> None:
+        self._numbers, self._make = numbers, make
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @overload
+    def __getitem__(self, index: int) -> Microbatch: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Microbatches: ...
+
+    def __getitem__(self, index: int | slice) -> Microbatch | Microbatches:
+        if isinstance(index, slice):
+            return Microbatches(self._numbers[index], self._make)
+        return self._make(self._numbers[index])
 
 
 class BatchSource:
@@ -121,18 +142,22 @@ class BatchSource:
         samples = range(first_sample, first_sample + self.micro_batch_size)
         return self._collate([int(self._order(sample // n)[sample % n]) for sample in samples], first_sample)
 
-    def evaluation_microbatches(self, dp_rank: int, dp_size: int) -> Iterator[Microbatch]:
+    def evaluation_microbatches(self, dp_rank: int, dp_size: int, *, multiple_of: int = 1) -> Microbatches:
         """Every row exactly once over all data-parallel ranks, in the file's order.
 
-        Each rank yields the same number of micro-batches, so that collectives match; rows beyond the end are
-        padding with a loss_mask of zero. `first_sample` is the index of the micro-batch's first row.
+        Each rank gets the same number of micro-batches, a multiple of `multiple_of`, so that collectives match; rows
+        beyond the end are padding with a loss_mask of zero. `first_sample` is the index of the micro-batch's first row.
         """
         assert 0 <= dp_rank < dp_size, (dp_rank, dp_size)
-        stride = self.micro_batch_size * dp_size
-        for start in range(0, len(self), stride):
-            first = start + dp_rank * self.micro_batch_size
-            rows = range(first, first + self.micro_batch_size)
-            yield self._collate([row if row < len(self) else _EMPTY_ROW for row in rows], first)
+        b = self.micro_batch_size
+        rounds = -(-len(self) // (b * dp_size * multiple_of))
+
+        def make(number: int) -> Microbatch:
+            first = (number * dp_size + dp_rank) * b
+            rows = range(first, first + b)
+            return self._collate([row if row < len(self) else _EMPTY_ROW for row in rows], first)
+
+        return Microbatches(range(rounds * multiple_of), make)
 
     def _collate(self, rows: list[int], first_sample: int) -> Microbatch:
         shape = (len(rows), self.sequence_length)

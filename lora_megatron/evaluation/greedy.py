@@ -27,24 +27,24 @@ def greedy(
     pad_id: int,
     vocab_size: int,
 ) -> list[list[int]]:
-    """The argmax continuation of each prompt up to `eos_id` (not included); collective.
+    """The argmax continuation of each prompt up to `eos_id` (not included), of at most `new_tokens`; collective.
 
-    `length` positions are run at every step, so prompt + new tokens must fit: longer prompts lose their beginning.
+    `length` positions are run at every step, and a prompt is continued until it fills them. One longer than both
+    `length` - `new_tokens` and half of `length` loses its beginning.
     """
-    room = length - new_tokens
-    assert room > 0
-    prompts = [list(prompt)[-room:] for prompt in prompts]
+    prompts = [list(prompt)[-max(length - new_tokens, length // 2) :] for prompt in prompts]
     tokens = torch.full((len(prompts), length), pad_id, dtype=torch.long, device=torch.cuda.current_device())
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = torch.tensor(prompt)
     ends = torch.tensor([len(prompt) for prompt in prompts], device=tokens.device)
     starts, alive = ends.clone(), torch.ones_like(ends, dtype=torch.bool)
+    limits = (starts + new_tokens).clamp(max=length)
     for chunk in ddp_chunks:
         chunk.eval()
     with torch.no_grad():
         for _ in range(new_tokens):
             chosen = _next_tokens(ddp_chunks, tokens, ends - 1, vocab_size)
-            alive &= chosen != eos_id
+            alive &= (chosen != eos_id) & (ends < limits)
             if not bool(alive.any()):
                 break
             rows = torch.nonzero(alive).squeeze(1)

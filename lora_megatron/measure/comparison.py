@@ -18,7 +18,7 @@ COLUMNS = ("", "LoRA", "full fine-tuning", "ratio")
 _PLAIN_NUMBERS: tuple[tuple[str, str, Callable[[float | None], str]], ...] = (
     ("trainable_parameters", "trainable parameters", show_count),
     ("checkpoint_bytes", "checkpoint of the trained parameters", show_bytes),
-    ("tokens_per_second", "tokens per second", show_count),
+    ("tokens_per_second", "tokens per second, padding included", show_count),
     ("peak_memory_bytes", "peak memory of the largest rank", show_bytes),
     ("wall_seconds", "wall time, start-up and evaluation included", show_seconds),
 )

@@ -17,11 +17,11 @@ _MICROBATCHES_PER_CALL = 16
 
 def held_out_loss(ddp_chunks: Sequence[nn.Module], source: BatchSource) -> StepLoss:
     """Sum of the loss and number of counted tokens over all of `source`, on every rank; collective."""
-    batches = list(source.evaluation_microbatches(mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()))
     stages = mpu.get_pipeline_model_parallel_world_size()
-    # The interleaved schedule takes whole rounds of `stages` microbatches: fill up with batches that count nothing.
-    while len(batches) % stages:
-        batches.append({**batches[-1], "loss_mask": torch.zeros_like(batches[-1]["loss_mask"])})
+    # The interleaved schedule takes whole rounds of `stages` microbatches.
+    batches = source.evaluation_microbatches(
+        mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size(), multiple_of=stages
+    )
     call = _MICROBATCHES_PER_CALL * stages
     for chunk in ddp_chunks:
         chunk.eval()
@@ -35,5 +35,5 @@ def held_out_loss(ddp_chunks: Sequence[nn.Module], source: BatchSource) -> StepL
     return StepLoss(sum(p.total for p in parts), sum(p.tokens for p in parts), tuple(bad_ranks))
 
 
-def _run(ddp_chunks: Sequence[nn.Module], batches: list[Batch]) -> StepLoss:
+def _run(ddp_chunks: Sequence[nn.Module], batches: Sequence[Batch]) -> StepLoss:
     return run_microbatches(ddp_chunks, batches, forward_only=True)

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from megatron.core import parallel_state as mpu
@@ -17,7 +16,7 @@ from megatron.core.distributed import DistributedDataParallel
 
 from lora_megatron.checkpoint.state import known_good, step_of
 from lora_megatron.config import Config
-from lora_megatron.data.batches import BatchSource
+from lora_megatron.data.batches import BatchSource, Microbatches
 from lora_megatron.errors import NumericalError
 from lora_megatron.measure.memory import ActivationMeter
 from lora_megatron.parallel.agree import device_for_collectives, gather_text
@@ -140,14 +139,15 @@ def train_step(trainer: Trainer) -> tuple[StepReport, tuple[int, ...]]:
     return report, bad_ranks
 
 
-def microbatches_of_step(data: BatchSource, consumed: int, global_batch_size: int) -> list[dict[str, Any]]:
+def microbatches_of_step(data: BatchSource, consumed: int, global_batch_size: int) -> Microbatches:
     """This data-parallel rank's microbatches of the global batch that starts at sample `consumed`.
 
     Microbatch m of rank d holds samples consumed + (m * DP + d) * b onwards, so the global batch is the same set of
     samples for every data-parallel size.
     """
     rank, size, b = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size(), data.micro_batch_size
-    return [data.microbatch(consumed + (m * size + rank) * b) for m in range(global_batch_size // (b * size))]
+    numbers = range(global_batch_size // (b * size))
+    return Microbatches(numbers, lambda m: data.microbatch(consumed + (m * size + rank) * b))
 
 
 def evaluate(trainer: Trainer, on_evaluation: Callable[[int, float], None]) -> None:

@@ -81,15 +81,17 @@ def run_microbatches(
 
     Afterwards the gradient buffers hold the gradient of this global batch, reduced and divided; nothing older.
 
-    `microbatches` are this data-parallel rank's share of the global batch, the same list on every pipeline stage.
+    `microbatches` are this data-parallel rank's share of the global batch, the same on every pipeline stage. They are
+    taken one at a time, by each chunk of a stage for itself.
     """
     config = ddp_chunks[0].config
     if not forward_only:
         for chunk in ddp_chunks:
             chunk.zero_grad_buffer()
     config.finalize_model_grads_func = None if forward_only else finalize_model_grads
-    batch_size, sequence_length = microbatches[0]["tokens"].shape
-    iterators = [iter(microbatches) for _ in ddp_chunks]
+    first = microbatches[0]
+    batch_size, sequence_length = first["tokens"].shape
+    iterators = [_one_by_one(first, microbatches) for _ in ddp_chunks]
     reports = get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=iterators if len(ddp_chunks) > 1 else iterators[0],
@@ -101,6 +103,13 @@ def run_microbatches(
         forward_only=forward_only,
     )
     return _reduce(reports)
+
+
+def _one_by_one(first: Batch, microbatches: Sequence[Batch]) -> Iterator[Batch]:
+    """All of `microbatches`, the first of which is made already."""
+    yield first
+    for index in range(1, len(microbatches)):
+        yield microbatches[index]
 
 
 def _reduce(reports: Sequence[Tensor]) -> StepLoss:

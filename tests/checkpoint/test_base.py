@@ -164,3 +164,9 @@ def test_a_base_is_its_content(base: Path, tmp_path: Path) -> None:
     assert one.shape == other.shape
     first, second = (random_base(one.shape, seed=seed) for seed in (1, 2))
     assert first.fingerprint != second.fingerprint
+
+
+def test_the_folder_of_a_run_is_not_its_model(base: Path, corpus: Path, tmp_path: Path) -> None:
+    outcome = refused(corpus, base.parent, tmp_path)
+    assert outcome.status == 4
+    assert f"base.weights = {base.parent} is the folder of a run: did you mean {base}?" in outcome.message

@@ -15,7 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_megatron.data.batches import BatchSource
+from lora_megatron.data.batches import BatchSource, Microbatches
 from lora_megatron.data.examples import encode_example, pack, prompt_ids
 from lora_megatron.data.parquet import ExampleTable, open_examples
 from lora_megatron.data.tokenizer import load_tokenizer
@@ -138,6 +138,34 @@ def test_evaluation_sees_every_row_once_with_equal_counts_per_rank(n: int, b: in
     assert [index for row in rows for index in row] == list(range(n))
     assert all(row == [] for row in rows[len(batches) :])
     assert all(batch["tokens"].shape == (b, 48) for batch in in_order)
+
+
+@given(st.integers(1, 23), st.sampled_from([1, 2]), st.sampled_from([2, 3, 4]), st.booleans())
+def test_evaluation_fills_up_rounds_with_what_counts_nothing(n: int, dp: int, rounds: int, packing: bool) -> None:
+    batches = source(n, packing=packing, sequence_length=48)
+    for rank in range(dp):
+        plain = batches.evaluation_microbatches(rank, dp)
+        filled = batches.evaluation_microbatches(rank, dp, multiple_of=rounds)
+        assert len(filled) % rounds == 0
+        assert 0 <= len(filled) - len(plain) < rounds
+        for one, other in zip(filled, plain, strict=False):
+            assert all(torch.equal(one[key], other[key]) for key in ("tokens", "labels", "loss_mask", "position_ids"))
+        assert all(not batch["loss_mask"].any() for batch in filled[len(plain) :])
+
+
+def test_microbatches_are_made_when_they_are_asked_for() -> None:
+    made: list[int] = []
+
+    def make(number: int) -> dict[str, int]:
+        made.append(number)
+        return {"number": number}
+
+    batches = Microbatches(range(10**9), make)
+    part = batches[10**8 : 10**8 + 3]
+    assert (len(batches), len(part), made) == (10**9, 3, [])
+    assert [batch["number"] for batch in part] == [10**8, 10**8 + 1, 10**8 + 2] == made
+    with pytest.raises(IndexError):
+        part[3]
 
 
 def test_packed_examples_do_not_see_each_other() -> None:

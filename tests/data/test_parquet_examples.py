@@ -94,9 +94,7 @@ def test_truncated_files(keep: int, prepared: Path) -> None:
 
 def test_a_manifest_that_is_missing(prepared: Path) -> None:
     (prepared.parent / "manifest.json").unlink()
-    with pytest.raises(
-        DataError, match=r"manifest\.json does not exist.*prepare the data again with `python -m"
-    ):
+    with pytest.raises(DataError, match=r"manifest\.json does not exist.*prepare the data again with `python -m"):
         open_examples(prepared)
 
 
