@@ -39,7 +39,11 @@ def test_the_training_commands_run_and_agree(tmp_path: Path) -> None:
     block = TEXT.split("## Train")[1].split("```bash\n")[1].split("```")[0].replace("\\\n", " ")
     (tmp_path / "launch").symlink_to(ROOT / "launch")
     (tmp_path / ".venv").symlink_to(sys.prefix)  # what `make install` makes, and what runs this test
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        "OMP_NUM_THREADS": "1",
+    }
     activate, *commands = [line.partition("#")[0].strip() for line in block.splitlines() if line.strip()]
     assert activate == ". .venv/bin/activate"
     assert len(commands) == 3

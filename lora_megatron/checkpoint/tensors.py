@@ -24,7 +24,6 @@ from lora_megatron.layers.sharding import Shard
 from lora_megatron.strict_safetensors import DTYPE_NAMES, SafetensorsFile, SafetensorsWriter, TensorSlice
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_BLOCK = 2**20  # values
 
 
 def is_writer() -> bool:
@@ -146,8 +145,11 @@ class TensorFiles:
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Whether no value is NaN or infinite; block by block, because torch.isfinite makes copies of what it is asked."""
-    return all(bool(torch.isfinite(block).all()) for block in tensor.reshape(-1).split(_BLOCK))
+    """Whether no value is NaN or infinite: one pass over the extremes, which NaN passes through.
+
+    torch.isfinite on all values makes copies, and is slow in bf16 on a CPU: it took half of the time of loading.
+    """
+    return tensor.numel() == 0 or bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
 
 
 def fingerprint(facts: Iterable[str]) -> str:

@@ -25,6 +25,7 @@ from lora_megatron.checkpoint.adapter_reader import AdapterReader
 from lora_megatron.checkpoint.base import base_tensor_names
 from lora_megatron.checkpoint.folder import MANIFEST
 from lora_megatron.checkpoint.new_folder import new_folder, require_new
+from lora_megatron.checkpoint.tensors import all_finite
 from lora_megatron.errors import CheckpointError, ConfigError
 from lora_megatron.huggingface.checkpoint import INDEX, SINGLE, HfCheckpoint
 from lora_megatron.huggingface.layout import Piece, fused_rows, pieces_of, projection_piece
@@ -137,18 +138,39 @@ def _add_pair(piece: Piece, reader: AdapterReader, layer: int, projection: str, 
     """Add scale B A to the piece's rows, a block of them at a time. Raises OverflowError."""
     rows = _rows(piece, tensor)
     groups, height, columns = rows.shape
-    wide = torch.promote_types(tensor.dtype, torch.float32)
-    a, b = (factor.to(wide) for factor in reader.pair(layer, projection))
-    scale, b = reader.scale(layer, projection), b.unflatten(0, (groups, height))
-    step = max(1, _BLOCK_ELEMENTS // columns)
+    scratch = _Scratch(min(height, max(1, _BLOCK_ELEMENTS // columns)), columns, tensor.dtype)
+    a, b = (factor.to(scratch.delta.dtype) for factor in reader.pair(layer, projection))
+    b, scale = b.unflatten(0, (groups, height)), reader.scale(layer, projection)
     change = size = 0.0
     for group in range(groups):
-        for first in range(0, height, step):
-            block = rows[group, first : first + step]
-            delta = scale * (b[group, first : first + step] @ a)
-            change, size = change + _squared(delta), size + _squared(block)
-            _assign(block, torch.where(delta == 0, block, (block + delta).to(block.dtype)))  # keeps the sign of -0
+        for first in range(0, height, scratch.rows):
+            block, own = rows[group, first : first + scratch.rows], b[group, first : first + scratch.rows]
+            more, before = scratch.add(block, own, a, scale)
+            change, size = change + more, size + before
     return _ratio(change, size)
+
+
+class _Scratch:
+    """Buffers for one block of rows, used over and over: fresh pages for each would cost more than the arithmetic."""
+
+    def __init__(self, rows: int, columns: int, dtype: torch.dtype) -> None:
+        self.rows = rows
+        wide = torch.promote_types(dtype, torch.float32)
+        self.delta, self.sum = (torch.empty(rows, columns, dtype=wide) for _ in range(2))
+        self.rounded, self.same = torch.empty(rows, columns, dtype=dtype), torch.empty(rows, columns, dtype=torch.bool)
+
+    def add(self, block: Tensor, b: Tensor, a: Tensor, scale: float) -> tuple[float, float]:
+        """block [n, in] += scale b [n, r] a [r, in], rounded once; both squared norms before. Raises OverflowError."""
+        n = len(block)
+        delta, total, rounded, same = self.delta[:n], self.sum[:n], self.rounded[:n], self.same[:n]
+        torch.matmul(b, a, out=delta).mul_(scale)
+        total.copy_(block)
+        norms = _squared(delta), _squared(total)
+        rounded.copy_(total.add_(delta))
+        torch.eq(delta, 0, out=same)  # what does not change keeps its bits, the sign of -0 too
+        torch.where(same, block, rounded, out=rounded)
+        _assign(block, rounded)
+        return norms
 
 
 def _row_edits(checkpoint: HfCheckpoint, reader: AdapterReader) -> Iterator[tuple[str, Edit]]:
@@ -184,14 +206,14 @@ def _rows(piece: Piece, tensor: Tensor) -> Tensor:
 
 
 def _assign(rows: Tensor, values: Tensor) -> None:
-    if not bool(torch.isfinite(values).all()):
+    if not all_finite(values):
         raise OverflowError
     rows.copy_(values)
 
 
 def _squared(tensor: Tensor) -> float:
     """Sum of the squares."""
-    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))) ** 2
 
 
 def _ratio(change: float, size: float) -> float:

@@ -41,7 +41,12 @@ def make_model(folder: Path) -> None:
 
 def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "PATH": path,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        "OMP_NUM_THREADS": "1",
+    }
     words = command.replace("lora-megatron ", "python -m lora_megatron ", 1)
     return subprocess.run(
         words, shell=True, cwd=folder, env=environment, capture_output=True, text=True, timeout=240, check=False

@@ -30,7 +30,7 @@ from lora_megatron.training.choose_optimizer import choose_optimizer
 from lora_megatron.training.optimizer import wrap_ddp
 from lora_megatron.training.step import run_microbatches
 from tests.huggingface.models import FAMILIES, model_class, tokens
-from tests.huggingface.test_streaming import CONFIG, peak, resident, write_checkpoint
+from tests.huggingface.test_streaming import CONFIG, peak, reset_peak, write_checkpoint
 from tests.pool import Pool
 
 one_gpu = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 1, reason="needs a CUDA device")]
@@ -88,7 +88,7 @@ def train_from(folder: Path, adapter: Path, length: int) -> dict[str, Any]:
     base = describe_hf_base(folder)
     described = time.perf_counter() - started
     method = choose_method(MethodSection(targets={"q": 16, "v": 16}, alpha=32), num_layers=base.shape.num_layers)
-    before = resident()
+    before = reset_peak()
     chunks = build(base.shape, method, Layout(), BuildOptions("bf16"))
     started = time.perf_counter()
     base.load(chunks)
@@ -145,10 +145,10 @@ def from_file_to_file(pool: Pool, folder: Path, config: dict[str, Any], length: 
     size = write_checkpoint(folder / "base", config, dtype=torch.bfloat16, device=device)
     report = pool.run(1, train_from, folder=folder / "base", adapter=folder / "adapter", length=length)[0]
     report["checkpoint bytes"] = size
-    before, started = resident(), time.perf_counter()
+    before, started = reset_peak(), time.perf_counter()
     merge(folder / "base", folder / "adapter", folder / "merged")
     report["seconds to merge"] = round(time.perf_counter() - started, 2)
-    report["host bytes grown by merging"] = max(0, peak() - before)
+    report["host bytes grown by merging"] = peak() - before
     model = transformers.LlamaForCausalLM.from_pretrained(folder / "merged", dtype=torch.bfloat16).to(device)
     ids = row(config["vocab_size"], length).to(device)
     with torch.no_grad():

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import gc
 import json
-import resource
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -65,13 +64,23 @@ def _file_of(name: str) -> int:
 
 def resident() -> int:
     """Bytes of this process in memory now."""
-    fields = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
-    return int(fields["VmRSS"].split()[0]) * 1024
+    return _status("VmRSS")
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) * 1024
+
+
+def reset_peak() -> int:
+    """Let `peak` start anew; bytes of this process in memory now."""
+    Path("/proc/self/clear_refs").write_text("5")  # importing a library can have taken more than what is measured
+    return resident()
 
 
 def peak() -> int:
-    """The most bytes this process ever had in memory."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """The most bytes this process had in memory since `reset_peak`."""
+    return _status("VmHWM")
 
 
 def load(folder: Path, precision: str, *, whole: bool) -> dict[str, Any]:
@@ -84,7 +93,7 @@ def load(folder: Path, precision: str, *, whole: bool) -> dict[str, Any]:
     base = describe_hf_base(folder)
     build(replace(base.shape, num_layers=1, vocab_size=8), method, layout, BuildOptions())  # what it imports counts not
     gc.collect()
-    before = resident()
+    before = reset_peak()
     chunks = build(base.shape, method, layout, BuildOptions(precision))
     base.load(chunks)
     grown = peak() - before

@@ -99,7 +99,7 @@ def steps_beside_reference(kind: str, reference: str, ranks: dict[str, int], ste
     their_parameters = [tensor for _, a, b in references.values() for tensor in (a, b)]
     their_optimizer = torch.optim.AdamW(their_parameters, lr=1e-2)
     generator = torch.Generator().manual_seed(1)
-    close, compared = {"rtol": 1e-5, "atol": 1e-6}, 0
+    close, compared = {"rtol": 1e-5, "atol": 4e-6}, 0
     for _ in range(steps):
         x = torch.randn(5, 2, IN, generator=generator)
         weights = torch.randn(5, 2, out, generator=generator)
