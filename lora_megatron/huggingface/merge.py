@@ -156,7 +156,8 @@ class _Scratch:
     def __init__(self, rows: int, columns: int, dtype: torch.dtype) -> None:
         self.rows = rows
         wide = torch.promote_types(dtype, torch.float32)
-        self.delta, self.sum = (torch.empty(rows, columns, dtype=wide) for _ in range(2))
+        # Zeros: a BLAS may read what its output holds, and a NaN that lay in memory would stay one times zero.
+        self.delta, self.sum = (torch.zeros(rows, columns, dtype=wide) for _ in range(2))
         self.rounded, self.same = torch.empty(rows, columns, dtype=dtype), torch.empty(rows, columns, dtype=torch.bool)
 
     def add(self, block: Tensor, b: Tensor, a: Tensor, scale: float) -> tuple[float, float]:
