@@ -91,7 +91,7 @@ def test_a_base_that_is_missing_or_something_else(corpus: Path, base: Path, tmp_
         f"base.weights = {tmp_path / 'none'} is neither random nor a folder",
     )
     for folder, word in (
-        (base.parent, "manifest.json"),
+        (base.parent, f"did you mean {base}?"),
         (base.parent / "checkpoints" / "step-00000001", "config.json"),
     ):
         outcome = refused(corpus, folder, tmp_path)
