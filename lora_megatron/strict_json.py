@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -54,16 +55,31 @@ class NotStrictJson(Exception):
 
 
 def parse_json(text: str) -> Any:
-    """json.loads without duplicate keys, NaN and Infinity. Raises JSONDecodeError or NotStrictJson."""
-    return json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
+    """json.loads without duplicate keys, NaN, Infinity and huge numbers. Raises JSONDecodeError or NotStrictJson."""
+    try:
+        return json.loads(
+            text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant, parse_float=_finite_float
+        )
+    except json.JSONDecodeError:
+        raise
+    except ValueError:  # Python refuses to read integers of thousands of digits
+        raise NotStrictJson("it contains a number that is too long") from None
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise NotStrictJson(f"key {next(key for key in keys if keys.count(key) > 1)!r} appears twice")
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise NotStrictJson(f"key {twice!r} appears twice")
     return result
+
+
+def _finite_float(digits: str) -> float:
+    value = float(digits)
+    if math.isinf(value):
+        raise NotStrictJson(f"it contains {digits[:20]}, which is too large a number")
+    return value
 
 
 def _refuse_constant(name: str) -> None:

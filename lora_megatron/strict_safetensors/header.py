@@ -84,7 +84,7 @@ def parse_header(header: bytes) -> tuple[dict[str, Entry], dict[str, str]]:
         raise HeaderDefect(f"its header is not strict JSON: {problem!s:.200}") from None
     except RecursionError:
         raise HeaderDefect("its header is not valid JSON: nested too deeply") from None
-    except ValueError as problem:  # JSONDecodeError, or a number with more digits than Python converts
+    except json.JSONDecodeError as problem:
         raise HeaderDefect(f"its header is not valid JSON: {problem!s:.200}") from None
     metadata = tree.pop("__metadata__", {})
     if type(metadata) is not dict or not all(_is_text(key) and _is_text(metadata[key]) for key in metadata):
