@@ -125,6 +125,11 @@ class AdapterReader:
         return value
 
 
+def is_usable_alpha(value: Any) -> bool:
+    """Whether a file's alpha is a number that can scale anything."""
+    return type(value) in (int, float) and 1e-12 <= value <= 1e12
+
+
 def method_of(facts: dict[str, Any], shape: ModelShape, folder: Path) -> Lora:
     """The Lora that `facts` of an adapter describe, rank by rank.
 
@@ -138,8 +143,9 @@ def method_of(facts: dict[str, Any], shape: ModelShape, folder: Path) -> Lora:
         match = _RANK.match(key)
         if match and type(rank) is int and rank > 0:
             layers.setdefault(int(match[1]), {})[match[2]] = rank
-    if not isinstance(alpha, (int, float)) or not isinstance(stabilised, bool) or not layers:
+    if not is_usable_alpha(alpha) or not isinstance(stabilised, bool) or not layers:
         raise CheckpointError(f"{folder}: its manifest does not describe a LoRA adapter")
+    assert alpha is not None
     method = Lora({}, float(alpha), stabilised, layers)
     if describe_method(method, shape)["ranks"] != ranks:
         raise CheckpointError(

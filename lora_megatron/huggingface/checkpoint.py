@@ -106,6 +106,8 @@ class HfCheckpoint:
                 f"{self.folder}: {len(extra)} tensors do not belong to a {family.model_type} as its {CONFIG} describes "
                 f"it, the first is {extra[0]}"
             )
+        if optional & set(tensors):
+            expected[family.head] = expected[family.backbone + family.embedding]
         for name, wanted in expected.items():
             if tensors[name].shape != wanted:
                 raise CheckpointError(
@@ -115,6 +117,18 @@ class HfCheckpoint:
                 raise CheckpointError(
                     f"{self.folder}: {name} is of {tensors[name].dtype}; only floating-point weights are supported"
                 )
+
+        if optional & set(tensors):
+            self._check_tied_head()
+
+    def _check_tied_head(self) -> None:
+        """A stored head that is not the embedding is not tied, whatever the configuration says."""
+        head, embedding = self.tensors[self.family.head], self.tensors[self.family.backbone + self.family.embedding]
+        if head.dtype != embedding.dtype or head.sample() != embedding.sample():
+            raise CheckpointError(
+                f"{self.folder}: {self.family.head} is stored and is not the embedding, although its {CONFIG} ties "
+                "them: set tie_word_embeddings to false there"
+            )
 
     def view(self, piece: Piece) -> PieceView:
         """A piece as a matrix or vector of ours, readable in parts."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from lora_megatron.errors import CheckpointError, ConfigError
 from lora_megatron.huggingface.families import FAMILIES, REQUIRED, Family
+from lora_megatron.layers.rope import SCALING_KEYS
 from lora_megatron.model.shape import ModelShape
 from lora_megatron.strict_json import load_json_object
 
@@ -22,6 +23,8 @@ _ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
 }
+_MOST_LAYERS = 10_000
+_DEFAULT_WINDOW = 4096
 _LARGEST = {"int": 2**31, "float": 1e12}
 _WANTED = {
     "int": "a whole number above 0, at most 2**31",
@@ -71,6 +74,8 @@ def _fields(family: Family, values: Mapping[str, Any], path: Path) -> dict[str, 
         value = _value(values, key, default, kinds[name], path)
         if value is not None:
             fields[name] = value
+    if fields["num_layers"] > _MOST_LAYERS:
+        raise CheckpointError(f"{path}: {fields['num_layers']} layers; no model has more than {_MOST_LAYERS}")
     activation = fields.get("activation")
     if activation not in _ACTIVATIONS:
         known = ", ".join(_ACTIVATIONS)
@@ -109,25 +114,26 @@ def _rotary(family: Family, values: Mapping[str, Any], length: int, path: Path) 
     for name, (key, default) in family.rope_keys.items():
         outside = _value(values, key, default, "float", path)
         fields[name] = _value(stated, inside[name], outside, "float", path)
-    scaling = {k: v for k, v in stated.items() if k not in inside.values() and v is not None}
-    scaling["rope_type"] = scaling.pop("type", scaling.get("rope_type", "default"))  # `type` is the older word
-    if "rope_type" in stated:
-        scaling["rope_type"] = stated["rope_type"]
-    if scaling["rope_type"] == "default":
+    kind = stated.get("rope_type", stated.get("type", "default"))  # `type` is the older word
+    if kind == "default":
         return fields
-    if scaling["rope_type"] in ("yarn", "llama3"):
-        scaling.setdefault("original_max_position_embeddings", length)
-        scaling.setdefault("factor", length / scaling["original_max_position_embeddings"])
+    scaling = {key: stated[key] for key in SCALING_KEYS if stated.get(key) is not None} | {"rope_type": kind}
+    if kind in ("yarn", "llama3"):
+        original = _value(values, "original_max_position_embeddings", length, "int", path)
+        original = _value(stated, "original_max_position_embeddings", original, "int", path)
+        scaling["original_max_position_embeddings"] = original
+        scaling.setdefault("factor", length / original)
     return {**fields, "rope_scaling": scaling}
 
 
 def _window(family: Family, values: Mapping[str, Any], layers: int, path: Path) -> dict[str, int]:
-    window = values.get("sliding_window")
-    if not family.window or window is None or (family.window == "switch" and not values.get("use_sliding_window")):
+    switch = family.window == "switch"
+    if not family.window or (switch and not _value(values, "use_sliding_window", False, "bool", path)):
         return {}
-    if type(window) is not int or window < 1:
-        raise CheckpointError(f"{path}: sliding_window = {window!r} must be a whole number above 0 or null")
-    full = values.get("max_window_layers", 28) if family.window == "switch" else 0
+    if values.get("sliding_window", "absent") is None:  # null is no window; an absent key is the class's default
+        return {}
+    window = _value(values, "sliding_window", _DEFAULT_WINDOW, "int", path)
+    full = values.get("max_window_layers", 28) if switch else 0
     if type(full) is not int or full < 0:
         raise CheckpointError(f"{path}: max_window_layers = {full!r} must be a whole number")
     expected = ["full_attention" if layer < full else "sliding_attention" for layer in range(layers)]

@@ -205,14 +205,18 @@ _FAMILIES = (
     ),
     Family(
         model_type="mistral",
-        sizes=_LLAMA_SIZES,
+        sizes={
+            **_LLAMA_SIZES,
+            "num_query_groups": ("num_key_value_heads", 8),
+            "max_position_embeddings": ("max_position_embeddings", 131072),
+        },
         fixed={**_LLAMA_FIXED, "qkv_bias": False, "proj_bias": False},
         window="always",
         **_LLAMA_NAMES,
     ),
     Family(
         model_type="qwen2",
-        sizes=_LLAMA_SIZES,
+        sizes={**_LLAMA_SIZES, "max_position_embeddings": ("max_position_embeddings", 32768)},
         fixed={**_LLAMA_FIXED, "qkv_bias": True, "proj_bias": False},
         window="switch",
         **_LLAMA_NAMES,
@@ -222,6 +226,7 @@ _FAMILIES = (
         sizes={
             **_LLAMA_SIZES,
             "head_dim": ("head_dim", 128),
+            "max_position_embeddings": ("max_position_embeddings", 32768),
             "qkv_bias": ("attention_bias", False),
             "proj_bias": ("attention_bias", False),
         },

@@ -36,7 +36,21 @@ from lora_megatron.methods.method import Method
 from lora_megatron.strict_safetensors import SafetensorsFile, SafetensorsWriter
 
 _BLOCK_ELEMENTS = 2**18
-_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".onnx", ".gguf", ".npz"}
+_WEIGHTS = {
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".pkl",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".gguf",
+    ".npz",
+    ".ot",
+    ".tflite",
+}
 
 
 @dataclass

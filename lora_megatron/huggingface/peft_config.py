@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lora_megatron.checkpoint.adapter import CONFIG
+from lora_megatron.checkpoint.adapter_reader import is_usable_alpha
 from lora_megatron.errors import CheckpointError
 from lora_megatron.layers.lora import scaling
 from lora_megatron.strict_json import load_json_object
@@ -26,6 +26,8 @@ _HARMLESS: dict[str, tuple[Any, ...]] = {
         (None, False, [], {}),
     ),
 }
+# Other initialisations (pissa, olora, corda, loftq, lora_ga) take something out of the base's weights when PEFT loads.
+_PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")
 _PATTERN = re.compile(r"\^?[\w.]+")
 
 
@@ -44,7 +46,13 @@ class PeftConfig:
         for key, harmless in _HARMLESS.items():
             if self.values.get(key) not in harmless:
                 raise CheckpointError(f"{self.path}: {key} = {self.values[key]!r} is not supported; only plain LoRA is")
-        self.stabilised = self.values.get("use_rslora", False)
+        start = self.values.get("init_lora_weights")
+        if start not in _PLAIN_STARTS:
+            raise CheckpointError(
+                f"{self.path}: init_lora_weights = {start!r} changes the base's weights too: save the adapter with "
+                "PEFT's path_initial_model_for_weight_conversion, which makes plain LoRA of it"
+            )
+        self.stabilised = self.values.get("use_rslora") or False
         if not isinstance(self.stabilised, bool):
             raise CheckpointError(f"{self.path}: use_rslora = {self.stabilised!r} must be true or false")
 
@@ -58,7 +66,7 @@ class PeftConfig:
     def scale(self, module: str) -> float:
         """alpha / r, or alpha / sqrt(r) with use_rslora, of a module."""
         alpha = self._by_pattern("alpha_pattern", "lora_alpha", module)
-        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha) or alpha <= 0:
+        if not is_usable_alpha(alpha):
             raise CheckpointError(f"{self.path}: the alpha of {module} is {alpha!r}; it must be a number above 0")
         return scaling(float(alpha), self.rank(module), rank_stabilised=self.stabilised)
 

@@ -32,6 +32,8 @@ _NEEDED = {
     "yarn": ("factor", "original_max_position_embeddings"),
 }
 _OPTIONAL = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
+SCALING_KEYS = ("rope_type", *_NEEDED["llama3"], *_OPTIONAL, "truncate")
+"""What a `scaling` can say."""
 
 
 def inverse_frequencies(dim: int, *, base: float, scaling: Mapping[str, Any]) -> Tensor:
@@ -72,13 +74,15 @@ def attention_factor(scaling: Mapping[str, Any]) -> float:
 def check_scaling(scaling: Mapping[str, Any]) -> str:
     """The rope_type of `scaling`; raises ConfigError for what `inverse_frequencies` refuses."""
     kind = scaling.get("rope_type", "default")
-    if kind not in _NEEDED:
+    if not isinstance(kind, str) or kind not in _NEEDED:
         raise ConfigError(f"rope_type {kind!r} is not supported: this version knows {', '.join(_NEEDED)}")
     optional = [name for name in _OPTIONAL if scaling.get(name) is not None]
     for name in (*_NEEDED[kind], *optional):
         value = scaling.get(name)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e12:
             raise ConfigError(f"rope_type {kind} needs {name} > 0, not {value!r}: see the model's configuration")
+    if not isinstance(scaling.get("truncate", True), bool):
+        raise ConfigError(f"rope_type {kind} needs truncate true or false, not {scaling['truncate']!r}")
     if kind == "llama3" and not scaling["high_freq_factor"] > scaling["low_freq_factor"]:
         raise ConfigError(
             f"rope_type llama3 needs high_freq_factor > low_freq_factor, not {scaling['high_freq_factor']} and "

@@ -51,11 +51,13 @@ class ModelShape:
 
     def _check_rotary(self) -> None:
         """Fail here, in one line, rather than in the middle of building."""
-        if self.rotary_dim < 2 or self.rotary_dim % 2:
+        if not 2 <= self.rotary_dim <= self.head_dim or self.rotary_dim % 2:
             raise ConfigError(
                 f"model.head_dim = {self.head_dim} with rotary_percent = {self.rotary_percent}: rotary positions turn "
                 f"pairs, so {self.rotary_dim} dimensions must be an even number of at least 2"
             )
+        if self.rotary_base <= 1:
+            raise ConfigError(f"model.rotary_base = {self.rotary_base} must be above 1: frequencies fall with it")
         check_scaling(self.rope_scaling)
         if self.rotary_dim < self.head_dim and attention_factor(self.rope_scaling) != 1.0:
             raise ConfigError(

@@ -204,6 +204,9 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "rank 8 of 4": (change_config(r=8), r"has shape \[4, 32\].* call for \[8, 32\]"),
     "rank 0": (change_config(r=0), "is 0; it must be a whole number above 0"),
     "alpha NaN": (lambda f: (f / "adapter_config.json").write_text('{"peft_type": "LORA", "lora_alpha": NaN}'), "NaN"),
+    "alpha of 400 digits": (change_config(lora_alpha=10**400), "the alpha of"),
+    "alpha of nothing": (change_config(lora_alpha=1e-320), "the alpha of"),
+    "pissa": (change_config(init_lora_weights="pissa"), "'pissa' changes the base's weights too"),
     "alpha text": (change_config(lora_alpha="many"), "'many'"),
     "a regular expression": (change_config(rank_pattern={"(a+)+$": 3}), "only plain module names"),
     "missing v_proj": (
