@@ -36,10 +36,10 @@ lint: install ## ruff, its formatter in check mode, mypy
 	$(BIN)/mypy
 
 test: lint ## lint, then every test this machine can run but the slow ones
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
-test-all: lint ## the same with the slow ones: the whole quickstart, held to its promises
-	$(BIN)/python -m pytest
+test-all: test ## the same and the slow ones: the whole quickstart, held to its promises
+	$(BIN)/python -m pytest -m slow
 
 clean: ## remove .venv, caches, build products and runs/quickstart
 	rm -rf $(VENV) build dist runs/quickstart .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info
