@@ -49,9 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
         "types, tokenizer and configuration beside them. Needs no GPU and holds one tensor at a time.",
         epilog="example: lora-megatron merge --base path/to/model --adapter runs/r8/adapter --out path/to/merged",
     )
-    merge.add_argument("--base", required=True, help="folder of the Hugging Face model the adapter was trained on")
-    merge.add_argument("--adapter", required=True, help="the folder `adapter` of a run")
-    merge.add_argument("--out", required=True, help="folder to write, which must not exist or be empty")
+    _add_folders(merge, adapter="the folder `adapter` of a run")
     merge.add_argument("--any-base", action="store_true", help="take another base than the adapter's if shapes fit")
 
     export = commands.add_parser(
@@ -61,9 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
         "family keeps q, k and v in one matrix they are stacked into one adapter of it, exactly.",
         epilog="example: lora-megatron export --base path/to/model --adapter runs/r8/adapter --out r8-peft",
     )
-    export.add_argument("--base", required=True, help="folder of the Hugging Face model the adapter was trained on")
-    export.add_argument("--adapter", required=True, help="the folder `adapter` of a run")
-    export.add_argument("--out", required=True, help="folder to write, which must not exist or be empty")
+    _add_folders(export, adapter="the folder `adapter` of a run")
     export.add_argument("--any-base", action="store_true", help="take another base than the adapter's if shapes fit")
 
     import_ = commands.add_parser(
@@ -73,9 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
         "(method.start_from), merge, or load into a sharded model.",
         epilog="example: lora-megatron import --base path/to/model --adapter path/to/peft --out adapters/mine",
     )
-    import_.add_argument("--base", required=True, help="folder of the Hugging Face model the adapter belongs to")
-    import_.add_argument("--adapter", required=True, help="PEFT's folder (adapter_config.json and safetensors)")
-    import_.add_argument("--out", required=True, help="folder to write, which must not exist or be empty")
+    _add_folders(import_, adapter="PEFT's folder (adapter_config.json and safetensors)")
 
     inspect = commands.add_parser(
         "inspect",
@@ -97,6 +91,12 @@ def build_parser() -> argparse.ArgumentParser:
     quickstart.add_argument("--out", default="runs/quickstart", help="folder to write (default: %(default)s)")
     quickstart.add_argument("--seed", type=int, default=7, help="seed of everything random (default: %(default)s)")
     return parser
+
+
+def _add_folders(parser: argparse.ArgumentParser, *, adapter: str) -> None:
+    parser.add_argument("--base", required=True, help="folder of the Hugging Face model the adapter was trained on")
+    parser.add_argument("--adapter", required=True, help=adapter)
+    parser.add_argument("--out", required=True, help="folder to write, which must not exist or be empty")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
