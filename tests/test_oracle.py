@@ -108,6 +108,7 @@ def test_layout_equals_unsharded(pool: Pool, layout: str, variant: str) -> None:
 def test_recompute_equals_stored_activations(pool: Pool, variant: str) -> None:
     """The same forward, bit for bit; the backward adds up a layer's gradients in another order."""
     recomputed, stored = records(pool, "one")[variant], twin(pool, variant)
+    # 1.2e-5 of the largest value was seen, with torch 2.11 on another processor.
     assert compare(recomputed, stored, tolerance=3e-5) > 100
     assert recomputed["loss"][0] == stored["loss"][0]
 
