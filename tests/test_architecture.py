@@ -28,8 +28,10 @@ LEVELS = (
     ("model",),
     ("checkpoint", "data", "measure"),
     ("huggingface",),
-    ("training", "evaluation", "analysis"),
+    ("training", "evaluation", "analysis", "planning"),
+    ("bench",),
     ("commands", "quickstart"),
+    ("arguments",),
     ("__main__",),
 )
 LEVEL_OF = {name: level for level, row in enumerate(LEVELS) for name in row}

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from lora_megatron.__main__ import build_parser, main
+from lora_megatron.__main__ import main
+from lora_megatron.arguments import build_parser
 
 ROOT = Path(__file__).resolve().parents[2]
 MOST_SECONDS = 1.5  # of processor time, which a busy machine does not stretch

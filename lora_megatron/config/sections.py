@@ -1,22 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run is made of: one frozen section per concern, defaults < YAML file < `section.key=value`.
+"""What a run is made of: one frozen section per concern, with the default and the bounds of every key.
 
-An unknown key is an error that names the nearest valid one. The resolved configuration is written into the run
-folder, so a run can be repeated from its folder alone.
+The resolved configuration is written into the run folder, so a run can be repeated from its folder alone.
 """
 
 from __future__ import annotations
 
-import difflib
-import reprlib
-from collections.abc import Hashable, Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
-
-from lora_megatron.errors import ConfigError
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 Target = Literal["q", "k", "v", "o", "fc1", "gate", "up", "fc2"]
 # Far beyond any model or run, and small enough that nothing overflows or is looped over for ever.
@@ -85,6 +78,8 @@ class BaseSection(Section):
     """`random`, the folder of a model this project saved, or a Hugging Face folder (config.json and safetensors)."""
     seed: int = 1234
     """What random base weights are a function of."""
+    storage: Literal["bf16", "fp8", "nf4"] | None = None
+    """How frozen weights are kept; not given: in `train.precision`."""
 
 
 class MethodSection(Section):
@@ -152,17 +147,33 @@ class TrainSection(Section):
     """Held-out contexts to continue greedily before and after training, for the report."""
     save_every: int = Field(0, ge=0, le=LARGEST_COUNT)
     """Steps between checkpoints; 0 saves after the last step only."""
+    async_save: bool = True
+    """Write periodic checkpoints in the background, from a copy taken at the step; results do not change."""
     keep_checkpoints: int = Field(2, ge=1, le=LARGEST_COUNT)
     """The newest ones to keep; with 1 also the one before it, as no step was taken from the newest yet."""
     precision: Literal["fp32", "bf16"] = "fp32"
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations rebuilt in the backward pass: none, core attention's, or whole layers'."""
+    on_bad_step: Literal["stop", "skip", "rollback"] = "stop"
+    """When a loss or gradient is not finite, or the loss is a spike: end with status 5, go on without the update, or
+    go back to the newest good checkpoint and leave out the samples since."""
+    max_bad_steps: int = Field(3, ge=1, le=LARGEST_COUNT)
+    """How many bad steps in a row are skipped, or how many times a run goes back, before it ends with status 5."""
+    spike_factor: float = Field(0.0, ge=0, le=1e30)
+    """A loss above this many times the median of the last 20 steps is a spike; 0 looks for none."""
+    straggler_every: int = Field(100, ge=0, le=LARGEST_COUNT)
+    """Steps between lines that name the slowest rank; 0 writes none."""
 
 
 class RunSection(Section):
     dir: str = "runs/run"
     resume: str = "never"
     """`never`, `auto` (the newest good checkpoint of `dir`, or a fresh start), or the path of a checkpoint."""
+    grace_seconds: float = Field(60.0, gt=0, le=1e6)
+    """Time between a termination signal (SIGTERM, SIGINT, SIGUSR1, SIGUSR2) and the kill, in which a checkpoint has to
+    be written; Slurm: --signal."""
+    hang_minutes: float = Field(15.0, gt=0, le=1e6)
+    """Without progress for so long the job ends with status 6, and says which rank hangs and where."""
 
 
 class Config(Section):
@@ -180,104 +191,3 @@ class Config(Section):
     def to_yaml(self) -> str:
         """The resolved configuration, loadable by `load_config`."""
         return yaml.safe_dump(self.model_dump(mode="json", exclude_none=True), sort_keys=False)
-
-
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file and apply `section.key=value` overrides (values are YAML).
-
-    Raises:
-        ConfigError: the file is missing or not YAML, or a key or value is not valid; the message names the nearest
-            valid key.
-    """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read configuration {path}: {getattr(error, 'strerror', None) or error}") from None
-    try:
-        tree = _read_yaml(text)
-    except _YAML_ERRORS as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if tree is None:
-        tree = {}
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path} must hold sections (model:, data:, ...), not a {type(tree).__name__}")
-    for override in overrides:
-        _apply_override(tree, override)
-    return parse_config(tree)
-
-
-_YAML_ERRORS = (yaml.YAMLError, ValueError, RecursionError)  # impossible dates and deep nesting raise the last two
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML without tags that construct objects, and without the same key twice: the first would be lost in silence."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for index, key in enumerate(keys):
-            if key in keys[:index]:
-                raise yaml.constructor.ConstructorError(
-                    problem=f"the key {key!r} stands there twice", problem_mark=node.start_mark
-                )
-        return super().construct_mapping(node, deep)
-
-
-def _read_yaml(text: str) -> Any:
-    loader = _UniqueKeyLoader(text)
-    try:
-        return loader.get_single_data()
-    finally:
-        loader.dispose()
-
-
-def _apply_override(tree: dict[str, Any], override: str) -> None:
-    key, equals, value = override.partition("=")
-    names = key.strip().split(".")
-    if not equals or len(names) < 2 or not all(names):
-        raise ConfigError(f"override {override!r} is not of the form section.key=value, e.g. train.steps=100")
-    node = tree
-    for name in names[:-1]:
-        if node.get(name) is None:
-            node[name] = {}
-        node = node[name]
-        if not isinstance(node, dict):
-            raise ConfigError(f"override {override!r}: {name} is not a section")
-    try:
-        node[names[-1]] = _read_yaml(value)
-    except _YAML_ERRORS:
-        raise ConfigError(f"override {override!r}: the value is not valid YAML") from None
-
-
-def parse_config(tree: dict[str, Any]) -> Config:
-    """Validate a tree of sections; see `load_config`."""
-    try:
-        return Config.model_validate(tree)
-    except ValidationError as error:
-        raise ConfigError(_explain(error.errors()[0])) from None
-
-
-def _explain(problem: Any) -> str:
-    """One line for pydantic's first complaint, in this project's words."""
-    where = [str(part) for part in problem["loc"] if part != "[key]"]
-    name = ".".join(where)
-    if problem["type"] == "extra_forbidden":
-        valid = _valid_keys(where[:-1])
-        nearest = difflib.get_close_matches(where[-1], valid, n=1, cutoff=0.0)
-        prefix = ".".join([*where[:-1], ""])
-        return f"unknown key {name}: did you mean {prefix}{nearest[0]}? (valid: {', '.join(valid)})"
-    if problem["type"] == "model_type":
-        return f"{name} = {_short.repr(problem['input'])} is not a section: it needs {', '.join(_valid_keys(where))}"
-    reason = problem["msg"].removeprefix("Value error, ")
-    return f"{name} = {_short.repr(problem['input'])} is not valid: {reason[0].lower()}{reason[1:]}"
-
-
-_short = reprlib.Repr()
-_short.maxstring = _short.maxother = 80
-_short.maxlevel = 2
-
-
-def _valid_keys(section: Sequence[str]) -> list[str]:
-    model: type[BaseModel] = Config
-    for name in section:
-        model = model.model_fields[name].annotation  # type: ignore[assignment]  # a section's annotation is its class
-    return list(model.model_fields)
