@@ -27,18 +27,12 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousConnectionError, RendezvousError, RendezvousTimeoutError
 
 from lora_megatron.config import Config, load_config
-from lora_megatron.errors import EXIT_DONE, EXIT_PREEMPTED, ConfigError, UserError
+from lora_megatron.errors import EXIT_DONE, EXIT_PREEMPTED, ConfigError, LostRankError, UserError
 from lora_megatron.parallel.agent import EXIT_LOST_RANK, FINAL, FORWARDED, Agent, status_of_workers
 
 COMMANDS = ("train", "bench")
 LOOPBACK = "127.0.0.1"
 _MOST_THREADS = 16
-
-
-class NodeError(UserError):
-    """A node did not come, or is gone."""
-
-    exit_status = EXIT_LOST_RANK
 
 
 @dataclass(frozen=True)
@@ -194,7 +188,7 @@ def _await_node_0(node: Node) -> None:
             return
         except OSError as error:
             if time.monotonic() > deadline:
-                raise NodeError(
+                raise LostRankError(
                     f"no connection to node 0 at {node.endpoint} within RDZV_TIMEOUT = {node.timeout_seconds} s "
                     f"({error.strerror or error}): it must run, and its MASTER_PORT be reachable"
                 ) from None

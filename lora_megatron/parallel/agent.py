@@ -22,7 +22,7 @@ from torch.distributed.elastic.agent.server import WorkerGroup, WorkerState
 from torch.distributed.elastic.agent.server.api import RunResult
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 
-from lora_megatron.errors import EXIT_PREEMPTED, EXIT_STATUS_BY_NAME
+from lora_megatron.errors import EXIT_PREEMPTED, EXIT_STATUS_BY_NAME, LostRankError
 
 # What a signal to the agent becomes for its workers; a closed terminal (SIGHUP) shall not lose a run either.
 FORWARDED = {
@@ -32,7 +32,8 @@ FORWARDED = {
     signal.SIGUSR1: signal.SIGUSR1,
     signal.SIGUSR2: signal.SIGUSR2,
 }
-EXIT_LOST_RANK = 6
+EXIT_LOST_RANK = LostRankError.exit_status
+# Of what a new start would only repeat, or must not undo.
 FINAL = {EXIT_PREEMPTED, *EXIT_STATUS_BY_NAME.values()} - {EXIT_LOST_RANK}
 _COUNT = "restarts"
 
