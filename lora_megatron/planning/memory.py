@@ -131,7 +131,6 @@ def plan_rank(config: Config, shape: ModelShape, method: Method, weights: Sequen
         communication=round(_communication(batch, worst)),
         workspace=round(max(in_backward, stepping - worst.bytes)),
         context=CUDA_CONTEXT + COMMUNICATOR * sum(n > 1 for n in (layout.tensor, layout.pipeline, place.data_size)),
-        + COMMUNICATOR * sum(size > 1 for size in (layout.tensor, layout.pipeline, place.data_size)),
     )
 
 
