@@ -158,13 +158,24 @@ def histogram(
         line(left, foot, _RIGHT, foot, "zero"),
         label((left + _RIGHT) / 2, height - 6, f"{x_label} ({unit_name})", kind="strong"),
     ]
-    for value in levels.values():
-        if across.low <= value / divisor <= across.high:
-            body += [line(across.at(value / divisor), top, across.at(value / divisor), foot, "level")]
-    symbol = '<line class="level" x1="11" y1="0" x2="11" y2="10"/>'
+    body += _levels({name: across.at(value / divisor) for name, value in levels.items()}, left, top, foot)
+    symbol = '<line class="level" x1="1" y1="5" x2="21" y2="5"/>'
     keys = [key(f"{name} {value_text(value, unit)}", symbol) for name, value in levels.items()]
     described = f"{len(values):,} values from {value_text(min(values), unit)} to {value_text(max(values), unit)}"
     return figure(title, keys, body, height=height, description=described)
+
+
+def _levels(places: Mapping[str, float], left: float, top: float, foot: float) -> list[str]:
+    """Dashed lines at the pixels `places`, named above where there is room."""
+    body, free = [], 0.0
+    for name, x in sorted(places.items(), key=lambda pair: pair[1]):
+        if not left <= x <= _RIGHT:
+            continue
+        body.append(line(x, top, x, foot, "level"))
+        if x - 4 * len(name) >= free:
+            body.append(label(x, top - 5, name))
+            free = x + 4 * len(name) + 6
+    return body
 
 
 def _column(left: float, right: float, up: Scale, count: int, said: str, kind: str) -> list[str]:
