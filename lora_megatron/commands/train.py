@@ -16,9 +16,10 @@ import torch.distributed as dist
 from lora_megatron.checkpoint.adapter import describe_method, load_adapter, save_adapter
 from lora_megatron.checkpoint.base import Base, save_model
 from lora_megatron.checkpoint.folder import MANIFEST
-from lora_megatron.checkpoint.state import Progress, checkpoints, load_checkpoint
+from lora_megatron.checkpoint.state import checkpoints
 from lora_megatron.commands import run_folder
 from lora_megatron.commands.base import resolve_base, tokenizer_of
+from lora_megatron.commands.history import restore, resume
 from lora_megatron.commands.recording import on_main_disk, train_and_record
 from lora_megatron.commands.run_lock import RunLock
 from lora_megatron.commands.summary import Run, continuations, summarise
@@ -33,7 +34,6 @@ from lora_megatron.methods.choose import choose_method
 from lora_megatron.methods.method import Method
 from lora_megatron.model.build import BuildOptions, build
 from lora_megatron.model.checks import check, layout_of
-from lora_megatron.model.names import named_parameters
 from lora_megatron.parallel import groups, stopping
 from lora_megatron.parallel.agree import gather_text, is_main, require_equal, together
 from lora_megatron.parallel.groups import Ranks
@@ -158,7 +158,8 @@ def _train(plan: _Plan, ranks: Ranks, launchers: list[str], started: float) -> N
     stop_if_asked()
     resumed = together(lambda: run_folder.find_checkpoint(config, identity, say))
     if resumed:
-        _resume(trainer, *resumed)
+        resume(trainer, *resumed)
+        restore(trainer, Path(config.run.dir))
         say(f"resumed from {resumed[0]} at step {resumed[1].step}")
     run = Run(config, base, method, trainer, tokenizer, held_out_table, ranks)
     on_main_disk(run, lambda: run_folder.begin(config, trainer.step, launchers, say))
@@ -234,21 +235,6 @@ def _identity(config: Config, base: Base, method: Method, table: ExampleTable, t
         "seed": config.train.seed,
         "precision": config.train.precision,
     }
-
-
-def _resume(trainer: Trainer, folder: Path, progress: Progress) -> None:
-    steps = trainer.config.train.steps
-    if progress.step > steps:
-        raise ConfigError(f"train.steps = {steps}, and {folder} is at step {progress.step} already: raise train.steps")
-    named = list(named_parameters([chunk.module for chunk in trainer.chunks]))
-    optimizer = trainer.optimizer
-    together(
-        lambda: load_checkpoint(
-            folder, named, lambda names, read: optimizer.load_named_state(names, read, progress.step)
-        )
-    )
-    trainer.step = trainer.saved_step = progress.step
-    trainer.consumed_samples = progress.consumed_samples
 
 
 def _say_what_is_cut(trainer: Trainer, say: Callable[[str], None]) -> None:

@@ -94,15 +94,7 @@ class Callbacks:
     """Load the newest checkpoint known to be good; the position in the data stays."""
 
 
-def train(
-    trainer: Trainer,
-    *,
-    on_step: Callable[[StepReport], None],
-    on_evaluation: Callable[[int, float], None],
-    save: Callable[[], None],
-    on_bad_step: Callable[[StepReport, BadStep], None] | None = None,
-    go_back: Callable[[], None] = lambda: None,
-) -> None:
+def train(trainer: Trainer, callbacks: Callbacks) -> None:
     """Run to `train.steps`, calling back after each step, evaluation and due checkpoint.
 
     Raises:
@@ -110,7 +102,6 @@ def train(
             It names the newest checkpoint from which a finite step was taken.
         Preempted: a termination signal came to some rank; the step that the run stands at is saved.
     """
-    callbacks = Callbacks(on_step, on_evaluation, on_bad_step or (lambda report, bad: on_step(report)), save, go_back)
     try:
         if _evaluation_is_due(trainer):
             evaluate(trainer, callbacks.on_evaluation)
