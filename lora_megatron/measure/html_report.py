@@ -152,7 +152,7 @@ def _speed(record: RunRecord) -> list[Html]:
 def _memory(record: RunRecord) -> list[Html]:
     by_rank = record.summary.get("memory_by_rank") or []
     if not by_rank:
-        peak = show_bytes(record.summary.get("peak_memory_bytes"))
+        peak = show_bytes(max(record.values("peak_memory_bytes"), default=None))
         return [
             html_page.paragraph(
                 f"Memory by kind is gathered from the ranks when a run ends. Peak of rank 0 so far: {peak}."

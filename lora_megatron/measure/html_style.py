@@ -70,6 +70,7 @@ thead th { color: var(--soft); font-size: .88rem; font-weight: 500; }
 tbody th { font-weight: 400; }
 .numbers td, .numbers thead th:not(:first-child) { text-align: right; white-space: nowrap; }
 .numbers :is(th, td):last-child { padding-right: 4px; }
+.numbers th { white-space: nowrap; }
 .words td { overflow-wrap: anywhere; }
 summary { cursor: pointer; color: var(--link); }
 
@@ -104,8 +105,9 @@ svg .strong { fill: var(--ink); }
 }
 @media print {
   body { max-width: none; padding: 0; font-size: 10.5pt; } nav, summary { display: none; } a { color: inherit; }
-  section, .card, tr, .tiles > div { break-inside: avoid; } h2, h3 { break-after: avoid; }
-  .grid { grid-template-columns: 1fr 1fr; } .scroll { overflow: visible; }
+  .card, tr, .tiles > div { break-inside: avoid; } h2, h3 { break-after: avoid; } h2 { margin-top: 26px; }
+  .grid { grid-template-columns: repeat(2, minmax(0, 1fr)); } .grid:has(.numbers) { grid-template-columns: 1fr; }
+  .scroll { overflow: visible; }
   details::details-content { content-visibility: visible; height: auto; }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
 }

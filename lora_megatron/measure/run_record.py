@@ -106,7 +106,6 @@ def _what_is_known(config: Line, environment: Line, steps: list[Line], evaluatio
         "tokens_per_second": rate,
         "tokens_per_second_per_rank": rate / ranks if rate and isinstance(ranks, int) else None,
         "step_seconds": seconds,
-        "peak_memory_bytes": max((line.get("peak_memory_bytes") or 0 for line in steps), default=0) or None,
     }
 
 

@@ -130,7 +130,7 @@ def histogram(
     title: str, values: Sequence[float], *, x_label: str, y_label: str, unit: str = "", levels: Mapping[str, float]
 ) -> Html:
     """How often values fell into each class; levels: name -> a value that a dashed line marks, such as the median."""
-    height, top, foot, left = 292, 30, 244, 62
+    height, top, foot, left = 292, 36, 244, 62
     if not values:
         text = label(WIDTH / 2, height / 2, "nothing was recorded")
         return figure(title, [], [text], height=height, description="nothing was recorded")
@@ -167,14 +167,15 @@ def histogram(
 
 def _levels(places: Mapping[str, float], left: float, top: float, foot: float) -> list[str]:
     """Dashed lines at the pixels `places`, named above where there is room."""
-    body, free = [], 0.0
-    for name, x in sorted(places.items(), key=lambda pair: pair[1]):
-        if not left <= x <= _RIGHT:
-            continue
-        body.append(line(x, top, x, foot, "level"))
-        if x - 4 * len(name) >= free:
-            body.append(label(x, top - 5, name))
-            free = x + 4 * len(name) + 6
+    body: list[str] = []
+    taken: list[tuple[float, float]] = []
+    for name, x in sorted(places.items(), key=lambda pair: pair[0] != "median"):  # which is named if not all can be
+        half = 4.6 * len(name) + 2
+        if left <= x <= _RIGHT:
+            body.append(line(x, top, x, foot, "level"))
+            if all(abs(x - place) >= half + other for place, other in taken):
+                body.append(label(x, top - 5, name))
+                taken.append((x, half))
     return body
 
 

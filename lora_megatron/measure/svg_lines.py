@@ -27,7 +27,7 @@ from lora_megatron.measure.svg_axes import (
 )
 
 HEIGHT, TALL = 292, 640
-_LEFT, _RIGHT, _TOP = 62, WIDTH - 14, 30
+_LEFT, _RIGHT, _TOP = 62, WIDTH - 14, 36
 _FOOT = 48  # below the axis: its numbers and its name
 _SLICES = 90  # of the plot's width: each tells its values to the pointer
 _GAP_PIXELS = 3.0  # gaps nearer to one another are marked as one
