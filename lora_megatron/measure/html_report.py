@@ -52,14 +52,16 @@ def _subtitle(record: RunRecord) -> str:
     layout = markdown.layout_text(summary.get("layout") or {})
     ranks = f"{summary.get('world_size', MISSING)} ranks ({layout})" if layout != "one process" else layout
     words = [f"{name} ({targets})" if name == "lora" and targets else name, ranks]
-    return " · ".join(str(word) for word in [*words, summary.get("device"), summary.get("precision")] if word)
+    return " · ".join(
+        str(word) for word in [*words, summary.get("device"), summary.get("precision")] if word not in (None, MISSING)
+    )
 
 
 def _state(record: RunRecord) -> list[Html]:
     """A framed sentence about a run that did not end as it should; nothing about one that did."""
     state, last = record.status.get("state"), show_count(record.summary.get("steps"))
-    planned = show_count((record.config.get("train") or {}).get("steps"))
-    log = f"Its log has {last} of {planned} steps."
+    planned = (record.config.get("train") or {}).get("steps")
+    log = f"Its log has {last}{'' if planned is None else f' of {show_count(planned)}'} steps."
     if state == "failed":
         status, error = record.status.get("exit_status", MISSING), redact(str(record.status.get("error", "")))
         return [html_page.paragraph(f"This run failed with exit status {status}: {error}\n{log}", kind="failure")]
@@ -99,7 +101,7 @@ def _training(record: RunRecord) -> list[Html]:
     if skipped:
         named = ", ".join(map(str, skipped[:20])) + (", …" if len(skipped) > 20 else "")
         blocks.append(html_page.paragraph(f"Steps without an update ({len(skipped):,}): {named}.", kind="warning"))
-    if any(y is None for _, y in [*record.loss_curve(), *norm]):
+    if any(y is None for _, y in [*record.loss_curve, *norm]):
         note = "A red band under a cross: no finite value was recorded there, or no line of the log is left."
         blocks.append(html_page.paragraph(note, kind="note"))
     return blocks
@@ -108,11 +110,11 @@ def _training(record: RunRecord) -> list[Html]:
 def loss_series(record: RunRecord) -> list[Series]:
     """Training loss (thin, and smoothed where there are steps enough); held-out loss and skipped steps as marks."""
     skipped = {line["step"] for line in record.steps if line.get("skipped") is True}
-    taken = [(x, y) for x, y in record.loss_curve() if y is None or x not in skipped]
-    left_out = [(x, y) for x, y in record.loss_curve() if y is not None and x in skipped]
+    taken = [(x, y) for x, y in record.loss_curve if y is None or x not in skipped]
+    left_out = [(x, y) for x, y in record.loss_curve if y is not None and x in skipped]
     return [
         *_noisy("training", taken),
-        Series("held-out", record.held_out_curve(), style="marks", colour=1),
+        Series("held-out", record.held_out_curve, style="marks", colour=1),
         Series("update skipped", left_out, style="marks", colour=3),
     ]
 

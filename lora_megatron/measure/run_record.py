@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +40,14 @@ class RunRecord:
         """(step, value) of each line; None for a value that is missing or not finite, and for a hole in the steps."""
         return _points(self.steps, key, every_step=True)
 
+    @cached_property
     def loss_curve(self) -> list[XY]:
         """(step, training loss); without a log, that of the summary."""
         if self.steps:
             return self.curve("loss")
         return [(step, finite(loss)) for step, loss in self.summary.get("train_curve") or ()]
 
+    @cached_property
     def held_out_curve(self) -> list[XY]:
         """(step, held-out loss); without a log, that of the summary."""
         if self.evaluations:

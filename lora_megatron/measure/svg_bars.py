@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from lora_megatron.measure.html_page import Html, escape
 from lora_megatron.measure.svg_axes import (
@@ -97,11 +98,11 @@ def _bar(
 
 @dataclass(frozen=True)
 class Class:
-    """`count` values from `low` up to `high`, or all above `low` where `high` is infinite."""
+    """`count` values from `low` to below `high`; the last class has its end too, and an infinite `high` all above."""
 
     low: float
     high: float
-    count: int = field(default=0)
+    count: int
 
 
 def classes_of(values: Sequence[float]) -> list[Class]:
@@ -118,12 +119,11 @@ def classes_of(values: Sequence[float]) -> list[Class]:
     first = math.floor(low / width + 1e-9)
     count = max(1, math.ceil((top - first * width) / width - 1e-9))
     edges = [(first + number) * width for number in range(count + 1)]
-    counts = [0] * (count + 1)  # the last one is the open class
-    for value in ordered:
-        place = math.floor((value - edges[0]) / width)
-        counts[min(max(place, 0), count - 1) if value <= max(edges[-1], top) else count] += 1
-    closed = [Class(edges[i], edges[i + 1], counts[i]) for i in range(count)]
-    return [*closed, Class(edges[-1], math.inf, counts[count])] if counts[count] else closed
+    inner = [bisect.bisect_left(ordered, edge) for edge in edges[1:-1]]
+    cuts = [0, *inner, bisect.bisect_right(ordered, max(edges[-1], top))]
+    classes = [Class(edges[i], edges[i + 1], cuts[i + 1] - cuts[i]) for i in range(count)]
+    beyond = len(ordered) - cuts[-1]
+    return [*classes, Class(edges[-1], math.inf, beyond)] if beyond else classes
 
 
 def histogram(

@@ -171,7 +171,7 @@ def _gaps(series: Sequence[Series], across: Scale, foot: float, x_label: str) ->
             bands.append((first, last, False))
     body = []
     for first, last, mixed in bands:
-        left, right = across.at(first) - 2, across.at(last) + 2
+        left, right = across.at(first) - 1.5, across.at(last) + 1.5
         where = f"{x_label} {first:g}" if first == last else f"{x_label}s {first:g} to {last:g}"
         cross = label((left + right) / 2, _TOP - 3, "×", kind="gone")
         body.append(
