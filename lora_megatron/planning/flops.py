@@ -29,7 +29,7 @@ from lora_megatron.model.build import padded_vocabulary
 from lora_megatron.model.checks import layout_of
 from lora_megatron.model.names import EMBEDDING, OUTPUT
 from lora_megatron.model.shape import ModelShape
-from lora_megatron.planning.gradients import LayerFlow, LinearFlow, first_input_needs, layer_flows
+from lora_megatron.planning.gradients import LayerFlow, LinearFlow, first_input_needs, layer_flow, layer_flows
 
 _BACKWARD_NEEDS, _BACKWARD_EXECUTES = 2.0, 2.5  # of attention, in units of its forward pass
 
@@ -90,8 +90,10 @@ def stage_flops(config: Config, shape: ModelShape, method: Method, stage: int) -
 
 def _lowest_trained_layer(shape: ModelShape, method: Method) -> int:
     """The first layer with something to train; the number of layers if none has."""
-    flows = layer_flows(shape, method, range(shape.num_layers), input_needs=False)
-    return next((layer for layer, flow in enumerate(flows) if flow.output_needs), shape.num_layers)
+    for layer in range(shape.num_layers):
+        if layer_flow(shape, method, layer, input_needs=False).output_needs:
+            return layer
+    return shape.num_layers
 
 
 def _needed(flow: LayerFlow, config: Config, shape: ModelShape, layer: int) -> float:

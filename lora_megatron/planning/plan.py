@@ -40,6 +40,11 @@ class RankPlan:
     """Global layer indices, a range for each model chunk."""
     count: int
     """How many ranks of the job these are: tensor x data parallel."""
+    parameters: int
+    """Elements this rank holds, vocabulary padding and the copy of a tied embedding included."""
+    trainable_parameters: int
+    saved_bytes: int
+    """What this rank holds of the tensors one has to keep."""
     memory: MemoryPlan
 
 
@@ -164,18 +169,30 @@ def plan_method(
         plans = [plan_rank(config, shape, method, weights, Place(stage, rank, data_size)) for rank in data_ranks]
         starts = [(index * layout.pipeline + stage) * chunk for index in range(layout.virtual_pipeline)]
         layers = tuple(range(start, start + chunk) for start in starts)
-        ranks.append(RankPlan(stage, layers, layout.tensor * data_size, max(plans, key=lambda plan: plan.total)))
+        held = [weight for weight in weights if weight.full_shape is not None]
+        trained = sum(weight.size for weight in held if weight.trained)
+        ranks.append(
+            RankPlan(
+                stage,
+                layers,
+                layout.tensor * data_size,
+                sum(weight.size for weight in held),
+                trained,
+                sum(w.size * w.itemsize for w in held if w.trained or method.trains_base),
+                max(plans, key=lambda plan: plan.total),
+            )
+        )
     true = [w for weights in stages for w in weights if w.full_shape is not None and not w.is_copy]
-    trained = sum(weight.full_size for weight in true if weight.trained)
+    trained_size = sum(weight.full_size for weight in true if weight.trained)
     kept = [weight for weight in true if weight.trained or method.trains_base]
     payload = sum(weight.full_size * weight.itemsize for weight in kept)
     return MethodPlan(
         method.name,
         sum(weight.full_size for weight in true),
-        trained,
+        trained_size,
         payload,
         payload + _header_bytes(config, shape, method, kept),
-        _STATE_BYTES * trained + (0 if method.trains_base else payload),
+        _STATE_BYTES * trained_size + (0 if method.trains_base else payload),
         tuple(ranks),
         token_flops(config, shape, method),
     )
