@@ -133,7 +133,7 @@ def _measure(
         losses.append(report.loss)
         if not warming:
             seconds.append(taken)
-        on_step(report)
+            on_step(report)
     memory = trainer.meter.memory(gradients=gradient_bytes(trainer.chunks), optimizer=trainer.optimizer.state_bytes())
     trainable, total = _count_parameters([chunk.module for chunk in trainer.chunks])
     return Measured(

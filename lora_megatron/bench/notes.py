@@ -39,6 +39,20 @@ def _about_rows(result: Result) -> Iterator[str]:
         )
     for row in result["rows"]:
         yield from _about_row(row)
+    uneven = [row for row in result["rows"] if _disagreement(row) > _UNEVEN]
+    if uneven:
+        worst = max(uneven, key=_disagreement)
+        yield (
+            f"Two visits to a case disagree by more than {100 * _UNEVEN:.0f}% in {len(uneven)} cases, most in "
+            f"{worst['method']}, {worst['layers']} layers (medians of "
+            f"{' and '.join(map(show_seconds, worst['median_of_each_visit']))}): the machine was not quiet."
+        )
+
+
+def _disagreement(row: Row) -> float:
+    """How much slower one visit to a case was than the other, as a share."""
+    medians = row.get("median_of_each_visit") or [1.0]
+    return float(max(medians) / min(medians) - 1)
 
 
 def _about_row(row: Row) -> Iterator[str]:
@@ -52,9 +66,6 @@ def _about_row(row: Row) -> Iterator[str]:
             f"({100 * (seconds / measured - 1):+.1f}%) and a peak of {show_bytes(said['peak_bytes'])} "
             f"({100 * (said['peak_bytes'] / row['peak_bytes'] - 1):+.1f}%)."
         )
-    medians = row.get("median_of_each_visit") or [1.0]
-    if max(medians) > (1 + _UNEVEN) * min(medians):
-        yield f"{name}: its two visits disagree, with medians of {' and '.join(map(show_seconds, medians))} a step."
     if row.get("left_bytes", 0) > _MUCH_LEFT:
         yield f"{name}: {show_bytes(row['left_bytes'])} were still allocated after it was freed."
 
@@ -74,7 +85,7 @@ def _about_products(result: Result) -> Iterator[str]:
 
 def _general(result: Result) -> Iterator[str]:
     yield (
-        "A step is the one that `train` runs: data, forward, backward, reductions, the check for values that are not "
+        "A step is the one that train runs: data, forward, backward, reductions, the check for values that are not "
         "finite, clipping, update. Of each step the slowest rank's time counts. Every case is built anew for each of "
         "its two visits, the second in reverse order, and freed after."
     )
@@ -84,7 +95,7 @@ def _general(result: Result) -> Iterator[str]:
         "position counts in the loss."
     )
     yield (
-        "Model FLOPs are those that the method needs (`planning.flops`): a linear layer forward, its dgrad where "
+        "Model FLOPs are those that the method needs (planning.flops): a linear layer forward, its dgrad where "
         "something below trains, its wgrad where it trains itself, and attention. Hardware FLOPs are those executed, "
         "with what is recomputed."
     )
@@ -100,7 +111,7 @@ def memory_note(result: Result) -> str:
     if result["device"] != "cpu":
         return (
             "Peak and reserved are the CUDA allocator's; activations are what it held beyond weights, gradients and "
-            "optimizer, temporary tensors included. The plan is `lora-megatron plan`'s, without the CUDA context."
+            "optimizer, temporary tensors included. The plan is lora-megatron plan's, without the CUDA context."
         )
     return (
         "Tracked bytes: activations are the most that autograd held at one time for the backward pass, peak and "

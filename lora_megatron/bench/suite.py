@@ -125,7 +125,7 @@ class Suite:
     def run(
         self, *, on_visit: Callable[[Case], None], on_step: Callable[[StepReport], None], on_result: Callable[[], None]
     ) -> None:
-        """Measure everything, calling back before each visit, after each step, and whenever there is more to report.
+        """Measure everything, calling back before a visit, after a measured step, and when there is more to report.
 
         Raises:
             ConfigError: out of memory on several ranks, or nothing at all fitted.

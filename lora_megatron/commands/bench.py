@@ -139,7 +139,7 @@ def _measure(question: Question, folder: Path) -> None:
         with disk_errors(folder):
             write_text(folder / "config.yaml", config.to_yaml())
             write_json(folder / "environment.json", environment)
-    total = sum(effort.steps + effort.warm_up for _, effort in suite.order)
+    total = sum(effort.steps for _, effort in suite.order)
     progress = TrainingProgress(total, enabled=ranks.is_main, description="bench")
     done = 0
 
@@ -151,7 +151,7 @@ def _measure(question: Question, folder: Path) -> None:
         nonlocal done
         done += 1
         rate = report.tokens_per_second_per_rank * ranks.world_size
-        progress.update(min(done, total), loss=report.loss, lr=report.lr, tokens_per_second=rate)
+        progress.update(done, loss=report.loss, lr=report.lr, tokens_per_second=rate)
 
     def on_result() -> None:
         together(lambda: _write(suite, folder, environment) if ranks.is_main else None)
