@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from lora_megatron.bench import gemm
+from lora_megatron.bench import gemm, report
 from lora_megatron.commands.bench import run_bench
 from lora_megatron.config import parse_config
 from lora_megatron.errors import UserError
@@ -47,12 +47,15 @@ def bench(
     steps: int = 2,
     warm_up: int = 0,
     layers: int | None = None,
+    picture: bool = False,
     under: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
 ) -> Outcome:
-    """Run a bench in the world this process is in, or alone, inside `under()`; the products are timed only briefly."""
+    """Run a bench in the world this process is in, or alone, inside `under()`; the products are timed only briefly, and
+    the picture, which costs more than the rest, is drawn only if asked for."""
     quick = patch.object(gemm, "CPU_SECONDS", 0.002)
+    drawing = contextlib.nullcontext() if picture else patch.object(report, "draw_bench")
     try:
-        with quick, under():
+        with quick, drawing, under():
             run_bench(parse_config(tree), methods=methods, steps=steps, warm_up=warm_up, layers=layers, out=out)
     except UserError as error:
         return Outcome(error.exit_status, str(error))
@@ -64,7 +67,7 @@ def report_of(out: Path) -> Tree:
     return json.loads((out / "report.json").read_text(encoding="utf-8"))
 
 
-def row_of(report: Tree, method: str, layers: int) -> Tree:
+def row_of(results: Tree, method: str, layers: int) -> Tree:
     """The only row of a case."""
-    (row,) = [row for row in report["rows"] if (row["method"], row["layers"]) == (method, layers)]
+    (row,) = [row for row in results["rows"] if (row["method"], row["layers"]) == (method, layers)]
     return row
