@@ -40,6 +40,7 @@ from lora_megatron.parallel.groups import Ranks
 from lora_megatron.parallel.launcher import launcher_identity, restart_count
 from lora_megatron.parallel.peers import loss_as_error
 from lora_megatron.parallel.stopping import stop_if_asked
+from lora_megatron.parallel.watchdog import Watchdog
 from lora_megatron.training.choose_optimizer import choose_optimizer
 from lora_megatron.training.loop import Trainer
 from lora_megatron.training.optimizer import wrap_ddp
@@ -78,7 +79,22 @@ def _prepare_and_train(config: Config, started: float) -> None:
         _warn_without_lock(lock, config)
         timeout = config.parallel.timeout_minutes
         ranks = groups.build_mesh(layout_of(config), seed=config.train.seed, timeout_minutes=timeout)
-        _train(plan, ranks, launchers, started)
+        with _watchdog(config, ranks), loss_as_error():
+            _train(plan, ranks, launchers, started)
+
+
+def _watchdog(config: Config, ranks: Ranks) -> Watchdog:
+    def record(message: str) -> None:
+        run_folder.set_status(config, "failed", exit_status=LostRankError.exit_status, error=message)
+
+    return Watchdog(
+        Path(config.run.dir),
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        hang_seconds=60 * config.run.hang_minutes,
+        in_order=ranks.pipeline_size == 1,
+        record=record,
+    )
 
 
 def _resume_if_restarted(config: Config, launchers: list[str]) -> tuple[Config, bool]:

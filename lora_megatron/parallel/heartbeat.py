@@ -15,9 +15,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Beat:
-    """The last sign of progress: which in a row it is, when it came (monotonic seconds), and in what."""
+    """The last sign of progress: which it is in its step, when it came (monotonic seconds), and in what."""
 
-    count: int
+    count_in_step: int
     seconds: float
     phase: str
     step: int
@@ -30,9 +30,10 @@ _data_seconds = 0.0
 def beat(phase: str = "", *, step: int | None = None) -> None:
     """Say that there is progress: in the same phase and step unless another is named."""
     global _last
-    _last = Beat(
-        _last.count + 1, time.monotonic(), phase or _last.phase, _last.step if step is None else step
-    )  # one assignment: another thread reads it
+    old = _last
+    count = old.count_in_step + 1 if step is None else 0
+    # One assignment: another thread reads it.
+    _last = Beat(count, time.monotonic(), phase or old.phase, old.step if step is None else step)
 
 
 def last_beat() -> Beat:
