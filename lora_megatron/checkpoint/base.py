@@ -25,6 +25,7 @@ from lora_megatron.layers.sharding import shard_of
 from lora_megatron.model.initialise import initialise_base
 from lora_megatron.model.names import named_parameters
 from lora_megatron.model.shape import ModelShape
+from lora_megatron.parallel.heartbeat import beat
 from lora_megatron.strict_json import load_json_object
 
 CONFIG = "config.json"
@@ -97,6 +98,7 @@ def load_base(folder: Path, chunks: Sequence[nn.Module]) -> None:
             shard = shard_of(named.parameter)
             full = shard.full_shape(named.parameter.shape, size)
             named.parameter.copy_(tensors.part(named.name, shard, shape=full))
+            beat()
 
 
 def save_model(folder: Path, chunks: Sequence[nn.Module], shape: ModelShape, facts: dict[str, Any]) -> None:

@@ -37,6 +37,7 @@ from lora_megatron.model.checks import check, layout_of
 from lora_megatron.parallel import groups, stopping
 from lora_megatron.parallel.agree import gather_text, is_main, require_equal, together
 from lora_megatron.parallel.groups import Ranks
+from lora_megatron.parallel.heartbeat import beat
 from lora_megatron.parallel.launcher import launcher_identity, restart_count
 from lora_megatron.parallel.peers import loss_as_error
 from lora_megatron.parallel.stopping import stop_if_asked
@@ -163,6 +164,7 @@ def _source(table: ExampleTable, tokenizer: Tokenizer, config: Config, *, shuffl
 
 def _train(plan: _Plan, ranks: Ranks, launchers: list[str], started: float) -> None:
     config, tokenizer, base, method = plan.config, plan.tokenizer, plan.base, plan.method
+    beat("load")
     table = together(lambda: _open(config.data.train, "data.train"))
     held_out_table = together(lambda: open_examples(config.data.validation) if config.data.validation else None)
     require_equal("the training data", table.content_hash)
@@ -192,6 +194,7 @@ def _run(run: Run, identity: dict[str, Any], started: float) -> None:
         **describe_method(method, base.shape),
     }
     train_and_record(run, identity, facts)
+    beat("finish")
     folder = Path(config.run.dir)
     if method.trains_base:
         tokenizer = {"tokenizer": config.data.tokenizer, "tokenizer_fingerprint": run.tokenizer.fingerprint}

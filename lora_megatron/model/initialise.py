@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lora_megatron.layers.lora import seed_from
 from lora_megatron.layers.sharding import shard_of
 from lora_megatron.model.names import named_parameters
+from lora_megatron.parallel.heartbeat import beat
 
 _RESIDUAL_WRITERS = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight")
 
@@ -33,6 +34,7 @@ def initialise_base(chunks: Sequence[nn.Module], *, seed: int, num_layers: int) 
             shape = shard.full_shape(named.parameter.shape, size)
             full = _draw(named.name, shape, seed, num_layers, named.parameter)
             named.parameter.copy_(shard.part(full, shape, rank, size))
+            beat()
 
 
 def _draw(name: str, shape: tuple[int, ...], seed: int, num_layers: int, like: Tensor) -> Tensor:
