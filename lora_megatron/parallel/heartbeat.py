@@ -8,9 +8,10 @@ a microsecond and says nothing to anybody.
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -24,12 +25,18 @@ class Beat:
 
 
 _last = Beat(0, time.monotonic(), "start", 0)
-_data_seconds = 0.0
+_background_seconds = _data_seconds = 0.0
 
 
 def beat(phase: str = "", *, step: int | None = None) -> None:
-    """Say that there is progress: in the same phase and step unless another is named."""
-    global _last
+    """Say that there is progress: in the same phase and step unless another is named.
+
+    From any thread but the main one, such as a writer in the background, it only says that the process gets on.
+    """
+    global _last, _background_seconds
+    if threading.current_thread() is not threading.main_thread():
+        _background_seconds = time.monotonic()
+        return
     old = _last
     count = old.count_in_step + 1 if step is None else 0
     # One assignment: another thread reads it.
@@ -38,7 +45,7 @@ def beat(phase: str = "", *, step: int | None = None) -> None:
 
 def last_beat() -> Beat:
     """The newest."""
-    return _last
+    return _last if _last.seconds >= _background_seconds else replace(_last, seconds=_background_seconds)
 
 
 @contextlib.contextmanager
