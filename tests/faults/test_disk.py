@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import resource
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -26,6 +25,7 @@ from lora_megatron.commands import train as command
 from lora_megatron.measure.metrics import MetricsWriter
 from lora_megatron.strict_safetensors import SafetensorsWriter
 from tests.commands.runs import Outcome, Tree, attempt, checkpoint_of, losses_of, make_tree, names_in, status_of
+from tests.faults.file_limit import largest_file
 from tests.faults.ranks import Ranks, train_ranks
 from tests.faults.recovery import LAYOUTS, Undisturbed, check_recovery, named_checkpoints, tree_of
 
@@ -68,12 +68,8 @@ def limit_files(size: int) -> None:
     write = state.save_tensors
 
     def save_tensors(*arguments: Any, **named: Any) -> Any:
-        old = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, old[1]))
-        try:
+        with largest_file(size):
             return write(*arguments, **named)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, old)
 
     state.save_tensors = save_tensors
 
