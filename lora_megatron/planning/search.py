@@ -8,6 +8,7 @@ within a node. What `model.checks` refuses is left out, and every size is that o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -20,7 +21,7 @@ from lora_megatron.model.checks import check_plan, layout_of
 from lora_megatron.model.shape import ModelShape
 from lora_megatron.planning.gpus import NODE, Gpu
 from lora_megatron.planning.memory import MemoryPlan, Place, plan_rank
-from lora_megatron.planning.plan import stage_weights
+from lora_megatron.planning.plan import rank_weights
 from lora_megatron.planning.speed import Speed, estimate_speed
 from lora_megatron.planning.weights import Weight
 
@@ -94,10 +95,20 @@ def fewest_gpus(config: Config, shape: ModelShape, method: Method, *, gpu: Gpu, 
         key=lambda grid: (grid[0] * grid[1], grid[1]),
     )
     for tensor, pipeline in grids:
+        if _weights_exceed(shape, tensor * pipeline, memory, config):
+            continue
         found = list(_of_grid(config, shape, method, tensor, pipeline, tensor * pipeline, gpu, memory, _RECOMPUTE))
         if found:
             return max(found, key=lambda candidate: candidate.speed.tokens_per_second)
     return None
+
+
+def _weights_exceed(shape: ModelShape, model_size: int, memory: float, config: Config) -> bool:
+    """Whether the layers' matrices alone, stored as small as they may be, are too much for so many ranks: then nothing
+    has to be built to know."""
+    layer = sum(math.prod(shape.projection(name)) for name in shape.projections)
+    each = {"fp8": 1.0, "nf4": 0.5}.get(config.base.storage or "", 2 if config.train.precision == "bf16" else 4)
+    return shape.num_layers * layer * each / model_size > memory
 
 
 def _sizes(most: int) -> Iterator[int]:
@@ -135,7 +146,7 @@ def _of_grid(
     recompute: Sequence[str],
 ) -> Iterator[Candidate]:
     """The layouts with these tensor and pipeline sizes that fit."""
-    stages: list[list[Weight]] = []
+    built: dict[int, list[Weight]] = {}
     data_size = world_size // (tensor * pipeline)
     most, own = config.data.global_batch_size // data_size, config.data.micro_batch_size
     for sequence in (False, True) if tensor > 1 else (False,):
@@ -146,13 +157,11 @@ def _of_grid(
                 possible = possible or _is_possible(changed, shape, method, world_size)
                 if not possible:
                     break
-                stages = stages or stage_weights(changed, shape, method)
-                plans = plan_stages(changed, shape, method, stages, data_size=data_size)
-                needed = max(plan.total for plan in plans)
-                if needed <= memory:
+                plans = _plan_stages(changed, shape, method, built, data_size, memory)
+                if plans:
                     fitted = True
                     speed = estimate_speed(changed, shape, method, plans, gpu=gpu, world_size=world_size)
-                    yield Candidate(changed, world_size, needed, speed)
+                    yield Candidate(changed, world_size, max(plan.total for plan in plans), speed)
                     break
             if possible and not fitted:
                 break  # a larger microbatch needs more
@@ -177,10 +186,18 @@ def _is_possible(config: Config, shape: ModelShape, method: Method, world_size: 
     return True
 
 
-def plan_stages(
-    config: Config, shape: ModelShape, method: Method, stages: Sequence[Sequence[Weight]], *, data_size: int
+def _plan_stages(
+    config: Config, shape: ModelShape, method: Method, built: dict[int, list[Weight]], data_size: int, memory: float
 ) -> list[MemoryPlan]:
-    """The memory of the first data-parallel rank of each stage."""
-    return [
-        plan_rank(config, shape, method, weights, Place(stage, 0, data_size)) for stage, weights in enumerate(stages)
-    ]
+    """The memory of the first data-parallel rank of each stage; nothing as soon as one does not fit.
+
+    `built` keeps what the stages hold, which recomputation and microbatches do not change.
+    """
+    plans = []
+    for stage in range(config.parallel.pipeline):
+        if stage not in built:
+            built[stage] = rank_weights(config, shape, method, stage)
+        plans.append(plan_rank(config, shape, method, built[stage], Place(stage, 0, data_size)))
+        if plans[-1].total > memory:
+            return []
+    return plans
