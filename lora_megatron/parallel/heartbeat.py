@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How far this process has come: what the watchdog of every rank looks at, and where data takes its time.
 
-`beat` is called wherever work goes on: a microbatch, an evaluation batch, a tensor read or written. It costs less than
+`beat` is called wherever work goes on: a microbatch, an evaluation batch, a tensor read or written. It costs about
 a microsecond and says nothing to anybody.
 """
 
