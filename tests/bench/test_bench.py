@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from lora_megatron.bench import measurement, plans
+from lora_megatron.bench.measurement import Case
 from lora_megatron.bench.timing import StepSeconds, timed_step
 from lora_megatron.config import parse_config
 from lora_megatron.measure.memory import weight_bytes
@@ -172,6 +173,14 @@ def _slower(report: dict[str, Any], method: str) -> bool:
     return bool(second > first)
 
 
+def test_a_slice_must_fill_the_pipeline(pool: Pool, tmp_path: Path) -> None:
+    tree = make_tree(parallel={"pipeline": 2})
+    outcomes = pool.run(2, bench, tree=tree, out=str(tmp_path / "out"), layers=3)
+    assert len(set(outcomes)) == 1
+    assert outcomes[0].status == 2
+    assert "multiple of parallel.pipeline x virtual_pipeline = 2" in outcomes[0].message
+
+
 @contextlib.contextmanager
 def planted_law() -> Iterator[None]:
     """Every step is taken, and said to have lasted 10 ms and 5 ms a layer; a tenth of it in the optimizer."""
@@ -213,12 +222,21 @@ def bench_with_room(memory: int, tree: dict[str, Any], out: str, methods: tuple[
     return bench(tree, out, methods=methods, under=lambda: room_for(memory))
 
 
-def test_as_many_layers_as_fit_are_measured(pool: Pool, tmp_path: Path, whole: Path) -> None:
+def planned_bytes(tree: dict[str, Any], cases: list[tuple[str, int]]) -> list[int]:
+    """What the plan says that a device needs for each case."""
+    config = parse_config(tree)
+    build_mesh(layout_of(config), seed=1)
+    shape = resolve_shape(config.model, tokenizer_vocab_size=VOCABULARY)
+    return [plans.plan_case(Case(*case), config, shape).allocated for case in cases]
+
+
+def test_as_many_layers_as_fit_are_measured(pool: Pool, tmp_path: Path) -> None:
     """Room for LoRA's whole model and not for full fine-tuning's: both are sliced, and LoRA is measured whole too."""
-    peaks = [row_of(report_of(whole), method, LAYERS)["planned_peak_bytes"] for method in ("lora", "full")]
-    # The plan for a device counts what an operation needs for a moment too, some 65 MiB of it for cuBLAS.
-    workspace = 2 * 32 * 2**20
-    memory = int((sum(peaks) / 2 + workspace + 100_000) / 0.92)
+    tree = make_tree()
+    needed = pool.run(1, planned_bytes, tree=tree, cases=[("lora", LAYERS), ("full", LAYERS), ("full", 2)])[0]
+    room = (needed[0] + needed[1]) // 2
+    assert max(needed[0], needed[2]) < room < needed[1]
+    memory = int(room / 0.92)
     outcome = pool.run(1, bench_with_room, memory=memory, tree=make_tree(), out=str(tmp_path), methods=("lora", "full"))
     assert outcome == [Outcome()]
     report = report_of(tmp_path)
@@ -231,6 +249,24 @@ def test_as_many_layers_as_fit_are_measured(pool: Pool, tmp_path: Path, whole: P
     assert row_of(report, "full", LAYERS)["extrapolated_from"] == [largest // 2, largest]
     (said,) = [ratio for ratio in report["ratios"] if ratio["layers"] == LAYERS]
     assert said["extrapolated"]
+
+
+def test_a_method_of_which_not_one_layer_fits_is_tried_and_the_others_get_two_slices(
+    pool: Pool, tmp_path: Path
+) -> None:
+    """On a CPU nothing stops what does not fit by the plan, so its row is there."""
+    tree = make_tree()
+    needed = pool.run(1, planned_bytes, tree=tree, cases=[("lora", 2), ("full", 1), ("lora", LAYERS)])[0]
+    room = (needed[0] + needed[2]) // 2
+    assert needed[0] < room < min(needed[1:])
+    memory = int(room / 0.92)
+    outcome = pool.run(1, bench_with_room, memory=memory, tree=tree, out=str(tmp_path), methods=("lora", "full"))
+    assert outcome == [Outcome()]
+    report = report_of(tmp_path)
+    measured = {(row["method"], row["layers"]) for row in report["rows"] if not row["extrapolated_from"]}
+    assert ("full", 1) in measured
+    assert len([layers for method, layers in measured if method == "lora"]) == 2
+    assert row_of(report, "lora", LAYERS)["extrapolated_from"]
 
 
 def test_nothing_that_fits_is_one_clear_line(pool: Pool, tmp_path: Path) -> None:
