@@ -47,7 +47,7 @@ footer { margin-top: 48px; padding-top: 12px; border-top: 1px solid var(--line);
   font-variant-numeric: tabular-nums; }
 .tiles small { display: block; color: var(--soft); font-size: .82rem; font-weight: 400; line-height: 1.4; }
 
-.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); gap: 26px 32px;
+.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 440px), 1fr)); gap: 26px 32px;
   margin-top: 16px; }
 .cards { columns: 3 300px; column-gap: 16px; }
 .card { break-inside: avoid; margin: 0 0 16px; padding: 12px 14px; border: 1px solid var(--line); border-radius: 8px;
