@@ -24,7 +24,7 @@ from lora_megatron.bench.gemm import (
 from lora_megatron.bench.measurement import Case, Effort, Measured, OutOfMemory, outcome_text, visit
 from lora_megatron.bench.plans import fits, known_of
 from lora_megatron.bench.results import Known, Row, Scale, extrapolate, headline, ratios, row_of, row_without_memory
-from lora_megatron.bench.slices import check_layers, most_that_fit, require_equal_layers, two_sizes, unit_of
+from lora_megatron.bench.slices import most_that_fit, require_equal_layers, two_sizes, unit_of
 from lora_megatron.bench.workload import Load, bench_config, method_of, tokens_per_step
 from lora_megatron.config import Config
 from lora_megatron.errors import ConfigError
@@ -47,7 +47,7 @@ class Question:
     effort: Effort
     """Measured steps over both visits, and steps before each visit's."""
     layers: int | None
-    """Of the slice asked for; None: as many as fit."""
+    """Of the slice asked for, one that can be cut (`slices.check_layers`); None: as many as fit."""
     load: Load | None
     """Fills the whole model from a stored base; None draws random weights, as for every slice."""
 
@@ -61,7 +61,7 @@ def choose_cases(question: Question) -> list[Case]:
     """What is measured, slices first; collective.
 
     Raises:
-        ConfigError: a slice that cannot be cut or cannot stand for the whole, or nothing fits.
+        ConfigError: a slice cannot stand for the whole, or nothing fits.
     """
     config, shape, methods = question.config, question.shape, question.methods
     every, unit = shape.num_layers, unit_of(config)
@@ -69,7 +69,6 @@ def choose_cases(question: Question) -> list[Case]:
         whole = [method for method in methods if fits(Case(method, every), config, shape)]
         sizes = {} if len(whole) == len(methods) else _sizes_that_fit(question)
     else:
-        check_layers(question.layers, all_layers=every, unit=unit)
         whole = list(methods) if question.layers == every else []
         sizes = dict.fromkeys(methods, [] if whole else two_sizes(question.layers, question.layers, unit=unit))
     for method, chosen in sizes.items():

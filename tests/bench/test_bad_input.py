@@ -31,7 +31,7 @@ def test_arguments(tmp_path: Path, options: dict[str, Any], said: str) -> None:
     assert outcome.status == 2
     assert said in outcome.message
     assert "\n" not in outcome.message
-    assert not (tmp_path / "out" / "report.json").exists()
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
