@@ -101,6 +101,7 @@ svg .strong { fill: var(--ink); }
 @media (max-width: 620px) {
   body { padding: 18px 14px 32px; } h1 { font-size: 1.4rem; }
   .tiles { grid-template-columns: repeat(2, minmax(0, 1fr)); } .tiles dd { font-size: 1.15rem; }
+  .numbers tbody th { min-width: 9ch; white-space: normal; } th, td { padding-right: 12px; }
   svg text { font-size: 17px; } .sample dl { grid-template-columns: minmax(0, 1fr); } .sample dd { margin-bottom: 6px; }
 }
 @media print {

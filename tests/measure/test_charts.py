@@ -203,3 +203,11 @@ def test_bars_are_as_long_as_they_say() -> None:
     assert {"rank 0", "rank 1", "4.00 MiB", "1.00 MiB", "memory (MiB)"} <= set(texts(chart))
     assert [line.get("class") for line in picture(chart).iter("line")].count("limit") == 1
     assert "reserved" in chart
+
+
+def test_a_long_name_leaves_room_for_its_bar() -> None:
+    chart = stacked_bars("Memory", [Bar("a very long name " * 9, {"weights": 7.0})], x_label="memory")
+    bar = next(picture(chart).iter("rect"))
+    assert float(bar.get("width", "nan")) > 200
+    assert (bar.findtext("title") or "").startswith("a very long name " * 9)
+    assert "a very long name a very long …" in texts(chart)
