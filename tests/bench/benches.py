@@ -19,6 +19,7 @@ from tests.commands.runs import Outcome
 Tree = dict[str, Any]
 HIDDEN, LAYERS, VOCABULARY, LENGTH, BATCH = 32, 4, 100, 16, 4
 PADDED = 128  # the vocabulary's rows in memory
+LINEAR = 12 * HIDDEN**2  # weights of the linear layers of one layer
 
 
 def make_tree(**sections: Tree) -> Tree:
@@ -71,3 +72,8 @@ def row_of(results: Tree, method: str, layers: int) -> Tree:
     """The only row of a case."""
     (row,) = [row for row in results["rows"] if (row["method"], row["layers"]) == (method, layers)]
     return row
+
+
+def base_parameters(layers: int, *, vocabulary: int) -> int:
+    """Of the base: per layer the linear weights, their 9 h biases and two norms; embeddings and the last norm."""
+    return layers * (LINEAR + 9 * HIDDEN + 4 * HIDDEN) + (vocabulary + LENGTH) * HIDDEN + 2 * HIDDEN
