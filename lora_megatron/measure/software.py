@@ -125,7 +125,7 @@ def _megatron() -> Found:
         return Found("wrong", version, "needs Python 3.12; 0.16.1 is the newest for this one")
     importlib.import_module("megatron.core.optimizer")  # imports apex and Transformer Engine, where they are
     importlib.import_module("megatron.core.models.gpt")
-    return Found("ok", version, "the newest for Python 3.11" if _numbers(version) < (0, 17) else "")
+    return Found("ok", version)
 
 
 def _apex() -> Found:
