@@ -14,10 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from lora_megatron.checkpoint import state
-from lora_megatron.checkpoint.background import Background
 from tests.commands.runs import checkpoint_of, losses_of, names_in
 from tests.faults.ranks import PATIENCE_S, train_ranks
 from tests.faults.recovery import LAYOUTS, Undisturbed, named_checkpoints, result_of, tree_of
@@ -128,13 +126,3 @@ def spoil_and_hold_back(gate: Path) -> None:
         return type(loss)(float("nan"), loss.tokens, (0,)) if len(steps) == 5 else loss
 
     loop.run_microbatches = run_microbatches
-
-
-def test_a_thread_that_fails_says_so_to_whoever_asks() -> None:
-    good, bad = Background(lambda: 7, name="good"), Background(lambda: torch.zeros(2)[3].item(), name="bad")
-    assert good.result() == 7
-    good.join()
-    bad.join()
-    assert (good.state, bad.state) == ("whole", "failed")
-    with pytest.raises(IndexError):
-        bad.result()
