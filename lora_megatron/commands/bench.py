@@ -50,7 +50,7 @@ def run_bench(
     Raises:
         ConfigError: an argument or the configuration cannot work, or nothing fits.
         CheckpointError: the stored base or the folder cannot be used.
-        LostRankError: another rank does not answer any more.
+        LostRankError: another rank does not answer any more, or this one ran out of memory.
         NumericalError: a step made no update.
     """
     methods = _checked(methods, steps, warm_up)
