@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,9 +28,11 @@ from lora_megatron.measure.atomic import write_json, write_json_even_if_full, wr
 from lora_megatron.measure.environment import describe_environment
 from lora_megatron.parallel.agree import gather_text, is_main
 from lora_megatron.parallel.launcher import restart_count
+from lora_megatron.parallel.watchdog import BEATS_NAME
 
 _STATUS = "status.json"
 _STATES = ("running", "done", "failed", "preempted")
+_TRACE = re.compile(rf"{re.escape(LOCK_NAME)}$|{re.escape(BEATS_NAME)}$|\.{re.escape(_STATUS)}\..*\.tmp$")
 
 
 def claim(config: Config, *, restarted: bool = False) -> RunLock:
@@ -62,7 +65,8 @@ def _require_free(folder: Path, resume: str) -> None:
         raise ConfigError(f"run.dir = {folder} is a file; choose a folder")
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     has_status = _STATUS in names and _is_ours(folder)
-    names = [name for name in names if name != LOCK_NAME and not (name == _STATUS and has_status)]
+    # What a run leaves that was killed before its first status is nobody's work.
+    names = [name for name in names if not (_TRACE.match(name) or (name == _STATUS and has_status))]
     if resume not in ("never", "auto"):
         _require_checkpoint_of(folder if names else None, resume)
     elif names and resume == "never":
