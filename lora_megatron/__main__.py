@@ -28,10 +28,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         _run(build_parser().parse_args(argv))
         sys.stdout.flush()  # while a reader that has gone can still be met here
     except LostRankError as error:
-        _say(f"error: {error}", every_rank=True)  # rank 0 may be the one that is lost
+        _say(f"error: {error}", error.told_by)
         os._exit(error.exit_status)  # nothing that waits for the others may run, such as NCCL's destructors
     except UserError as error:
-        _say(f"error: {error}")
+        _say(f"error: {error}", error.told_by)
         return error.exit_status
     except Preempted as preempted:
         _say(f"preempted: {preempted}")
@@ -47,10 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return EXIT_DONE
 
 
-def _say(text: str, *, every_rank: bool = False) -> None:
-    rank = os.environ.get("RANK", "0")
-    if every_rank or rank == "0":
-        print(f"rank {rank}: {text}" if every_rank and rank != "0" else text, file=sys.stderr, flush=True)
+def _say(text: str, told_by: str = "main") -> None:
+    rank, of_node = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0")
+    if rank == "0" or told_by == "rank" or (told_by == "node" and of_node == "0"):
+        print(text if rank == "0" else f"rank {rank}: {text}", file=sys.stderr, flush=True)
 
 
 def _run(arguments: argparse.Namespace) -> None:
