@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -34,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say(f"error: {error}", error.told_by)
         return error.exit_status
     except Preempted as preempted:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(number, signal.SIG_IGN)  # an impatient second one must not change the status that is due
         _say(f"preempted: {preempted}")
         return preempted.exit_status
     except KeyboardInterrupt:
