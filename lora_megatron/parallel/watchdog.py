@@ -74,7 +74,7 @@ class Watchdog:
         for thread in self._threads:
             thread.join(timeout=self._period)
         with contextlib.suppress(OSError):
-            self._file(self._rank).unlink()
+            self._file(self._rank).unlink(missing_ok=True)  # not written yet in a run that ends at once
             (self._folder / BEATS_NAME).rmdir()  # by the last
 
     def _file(self, rank: int) -> Path:
