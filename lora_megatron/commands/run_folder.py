@@ -23,9 +23,11 @@ from lora_megatron.checkpoint.state import (
 )
 from lora_megatron.commands.run_lock import LOCK_NAME, RunLock
 from lora_megatron.config import Config
-from lora_megatron.errors import CheckpointError, ConfigError, LostRankError, Preempted
+from lora_megatron.errors import CheckpointError, ConfigError, LostRankError, Preempted, UserError
 from lora_megatron.measure.atomic import write_json, write_json_even_if_full, write_text
 from lora_megatron.measure.environment import describe_environment
+from lora_megatron.measure.html_report import write_html_report
+from lora_megatron.measure.metrics import METRICS_NAME
 from lora_megatron.parallel.agree import gather_text, is_main
 from lora_megatron.parallel.launcher import restart_count
 from lora_megatron.parallel.watchdog import BEATS_NAME
@@ -177,10 +179,19 @@ def ending_recorded(config: Config, *, enabled: bool) -> Iterator[None]:
         if enabled:
             with contextlib.suppress(OSError):
                 set_status(config, "preempted", exit_status=preempted.exit_status, **facts)
+                _show(folder)
         raise
     except Exception as error:  # whatever it is, it is recorded and goes on
         is_lost = isinstance(error, LostRankError) and _old_status(folder).get("state") == "running"
         if enabled or is_lost:
             with contextlib.suppress(OSError):  # the folder itself may be gone
                 set_status(config, "failed", exit_status=getattr(error, "exit_status", 1), error=str(error))
+                _show(folder)
         raise
+
+
+def _show(folder: Path) -> None:
+    """report.html of what there is, once there is anything; a folder with no more than a status stays free."""
+    if (folder / METRICS_NAME).is_file():
+        with contextlib.suppress(UserError):  # a damaged log is no reason to hide why the run ended
+            write_html_report(folder)
