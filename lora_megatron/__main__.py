@@ -9,7 +9,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from lora_megatron.arguments import build_parser
+from lora_megatron.arguments import parse_arguments
 from lora_megatron.errors import (
     EXIT_BROKEN_PIPE,
     EXIT_DONE,
@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if is_rank():
         die_with_parent()
     try:
-        _run(build_parser().parse_args(argv))
+        _run(parse_arguments(argv))
         sys.stdout.flush()  # while a reader that has gone can still be met here
     except LostRankError as error:
         _say(f"error: {error}", error.told_by)
