@@ -177,21 +177,22 @@ def ending_recorded(config: Config, *, enabled: bool) -> Iterator[None]:
         preempted.saved = str(saved) if saved.is_dir() else None
         facts = {"step": preempted.step, "signal": preempted.signal, "message": str(preempted)}
         if enabled:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError), _shown(folder):
                 set_status(config, "preempted", exit_status=preempted.exit_status, **facts)
-                _show(folder)
         raise
     except Exception as error:  # whatever it is, it is recorded and goes on
         is_lost = isinstance(error, LostRankError) and _old_status(folder).get("state") == "running"
         if enabled or is_lost:
-            with contextlib.suppress(OSError):  # the folder itself may be gone
+            with contextlib.suppress(OSError), _shown(folder):  # the folder itself may be gone
                 set_status(config, "failed", exit_status=getattr(error, "exit_status", 1), error=str(error))
-                _show(folder)
         raise
 
 
-def _show(folder: Path) -> None:
-    """report.html of what there is, once there is anything; a folder with no more than a status stays free."""
-    if (folder / METRICS_NAME).is_file():
+@contextlib.contextmanager
+def _shown(folder: Path) -> Iterator[None]:
+    """report.html of what there is, if the run had begun: a start that is refused leaves what it finds."""
+    had_begun = _old_status(folder).get("state") == "running" and (folder / METRICS_NAME).is_file()
+    yield
+    if had_begun:
         with contextlib.suppress(UserError):  # a damaged log is no reason to hide why the run ended
             write_html_report(folder)

@@ -107,7 +107,7 @@ def victim(made: Path, out: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("how", "status"), [("full disk", 4), ("SIGTERM", 143), ("SIGHUP", 129), ("Ctrl-C", 1), ("SIGKILL", -9)]
+    ("how", "status"), [("full disk", 4), ("SIGTERM", 143), ("SIGHUP", 129), ("Ctrl-C", 130), ("SIGKILL", -9)]
 )
 def test_an_end_in_the_middle_leaves_nothing(
     merge: Merge, made: Path, forks: ForkServerContext, how: str, status: int
