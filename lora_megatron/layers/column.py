@@ -26,6 +26,8 @@ from lora_megatron.layers.frozen import frozen_linear
 from lora_megatron.layers.lora import AdapterSet, LoraFactors, dropout, seed_from
 from lora_megatron.layers.qkv import Part, add_parts
 from lora_megatron.layers.sharding import REPLICATED, Shard, declare
+from lora_megatron.layers.storage.choose import StorageFormat
+from lora_megatron.layers.storage.stored import device_of, hand_over, handle_put_aside
 
 
 class LoraColumnParallelLinear(ColumnParallelLinear):
@@ -36,6 +38,7 @@ class LoraColumnParallelLinear(ColumnParallelLinear):
         adapters: which of them are adapted.
         has_bias: whether there is a bias; megatron-core's one switch for all linear layers is not asked.
         blocks: 2 for a gated fc1, whose gate and up halves are cut separately.
+        storage: the format of a frozen weight; None keeps it as a parameter.
         The rest is megatron-core's.
     """
 
@@ -48,6 +51,7 @@ class LoraColumnParallelLinear(ColumnParallelLinear):
         adapters: AdapterSet,
         has_bias: bool,
         blocks: int = 1,
+        storage: StorageFormat | None = None,
         **megatron: Any,
     ) -> None:
         super().__init__(input_size, output_size, **{**megatron, "bias": has_bias})
@@ -58,6 +62,10 @@ class LoraColumnParallelLinear(ColumnParallelLinear):
         self.dropout_seed = seed_from(adapters.seed, "dropout", adapters.name)
         self.parts = {part.name: part for part in parts(self.output_size_per_partition)}
         self.adapters = self.make_adapters(adapters)
+        if storage is not None:
+            rows, columns = self.weight.shape
+            device = self.weight.device
+            hand_over(self, storage.make(rows, columns, device=device, axis=0, group=self.tp_group))
 
     def make_adapters(self, adapters: AdapterSet) -> nn.ModuleDict:
         """New factors for this layer's projections; assigned to `self.adapters` they are what it computes with."""
@@ -76,11 +84,16 @@ class LoraColumnParallelLinear(ColumnParallelLinear):
                     seed=adapters.seed,
                     name=f"{adapters.name}.{adapter.target}",
                     dtype=self.weight.dtype,
-                    device=self.weight.device,
+                    device=device_of(self.weight),
                 )
                 for adapter in adapters.adapters
             }
         )
+
+    def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
+        with handle_put_aside(self):
+            moved: nn.Module = super()._apply(*args, **kwargs)
+        return moved
 
     def _forward_impl(self, input: Tensor, weight: Tensor, bias: Tensor | None, **kwargs: Any) -> Tensor:
         """The seam megatron-core leaves for the GEMM: dgrad-only when the weight is frozen."""

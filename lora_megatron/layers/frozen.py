@@ -5,7 +5,8 @@
     dL/dx = dL/dy W      summed over the tensor-parallel group where the input is replicated (Megatron's "f")
 
 Only the weight is kept for the backward pass, and it is a parameter anyway: a frozen layer stores no activation. That
-is where LoRA's 4N executed FLOPs per token come from, against 6N of full fine-tuning (N: linear weights).
+is where LoRA's 4N executed FLOPs per token come from, against 6N of full fine-tuning (N: linear weights). A weight in
+another format (`layers.storage`) is unpacked, or multiplied as it is, in each of the two products anew.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from lora_megatron.layers.storage.stored import Stored, stored_of
 
 
 class _FrozenLinear(torch.autograd.Function):
@@ -35,6 +38,26 @@ class _FrozenLinear(torch.autograd.Function):
         return grad_x, None, None
 
 
+class _StoredLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, stored: Stored, sum_input_gradient_over: dist.ProcessGroup | None) -> Tensor:
+        ctx.stored = stored
+        ctx.group = sum_input_gradient_over
+        output = stored.linear(x.reshape(-1, x.shape[-1]))
+        # A view for us alone, as in torch's own matmul: adapters add to the output in place.
+        result: Tensor = torch.ops.aten._unsafe_view(output, [*x.shape[:-1], stored.shape[0]])
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        grad = grads[0]
+        grad_x = ctx.stored.input_gradient(grad.reshape(-1, grad.shape[-1]))
+        grad_x = grad_x.view(*grad.shape[:-1], ctx.stored.shape[1])
+        if ctx.group is not None:
+            dist.all_reduce(grad_x, group=ctx.group)
+        return grad_x, None, None
+
+
 def frozen_linear(x: Tensor, weight: Tensor, *, sum_input_gradient_over: dist.ProcessGroup | None = None) -> Tensor:
     """y = x W^T with W frozen: x [..., in], weight [out, in] -> [..., out].
 
@@ -42,5 +65,10 @@ def frozen_linear(x: Tensor, weight: Tensor, *, sum_input_gradient_over: dist.Pr
     rows, so that each rank computes only a partial dL/dx.
     """
     assert not weight.requires_grad
-    result: Tensor = _FrozenLinear.apply(x, weight, sum_input_gradient_over)
+    stored = stored_of(weight)
+    result: Tensor = (
+        _FrozenLinear.apply(x, weight, sum_input_gradient_over)
+        if stored is None
+        else _StoredLinear.apply(x, stored, sum_input_gradient_over)
+    )
     return result

@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from lora_megatron.layers.frozen import frozen_linear
 from lora_megatron.layers.lora import AdapterSet, LoraFactors, dropout, seed_from
 from lora_megatron.layers.sharding import REPLICATED, Shard, declare
+from lora_megatron.layers.storage.choose import StorageFormat
+from lora_megatron.layers.storage.stored import device_of, hand_over, handle_put_aside
 
 
 class LoraRowParallelLinear(RowParallelLinear):
@@ -32,11 +34,19 @@ class LoraRowParallelLinear(RowParallelLinear):
     Args:
         adapters: the adapter, if any.
         has_bias: whether there is a bias; megatron-core's one switch for all linear layers is not asked.
+        storage: the format of a frozen weight; None keeps it as a parameter.
         The rest is megatron-core's.
     """
 
     def __init__(
-        self, input_size: int, output_size: int, *, adapters: AdapterSet, has_bias: bool, **megatron: Any
+        self,
+        input_size: int,
+        output_size: int,
+        *,
+        adapters: AdapterSet,
+        has_bias: bool,
+        storage: StorageFormat | None = None,
+        **megatron: Any,
     ) -> None:
         super().__init__(input_size, output_size, **{**megatron, "bias": has_bias})
         declare(self.weight, Shard(1))
@@ -45,6 +55,10 @@ class LoraRowParallelLinear(RowParallelLinear):
         self.dropout = adapters.dropout
         self.dropout_seed = seed_from(adapters.seed, "dropout", adapters.name)
         self.adapters = self.make_adapters(adapters)
+        if storage is not None:
+            rows, columns = self.weight.shape
+            device = self.weight.device
+            hand_over(self, storage.make(rows, columns, device=device, axis=1, group=self.tp_group))
 
     def make_adapters(self, adapters: AdapterSet) -> nn.ModuleDict:
         """New factors for this layer; assigned to `self.adapters` they are what it computes with."""
@@ -64,11 +78,16 @@ class LoraRowParallelLinear(RowParallelLinear):
                     seed=adapters.seed,
                     name=f"{adapters.name}.{adapter.target}",
                     dtype=self.weight.dtype,
-                    device=self.weight.device,
+                    device=device_of(self.weight),
                 )
                 for adapter in adapters.adapters
             }
         )
+
+    def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
+        with handle_put_aside(self):
+            moved: nn.Module = super()._apply(*args, **kwargs)
+        return moved
 
     def _forward_impl(self, input: Tensor, weight: Tensor, bias: Tensor | None = None, **kwargs: Any) -> Tensor:
         """The seam megatron-core leaves for the GEMM: dgrad-only when the weight is frozen."""

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Frozen weights in FP8 (e4m3), and products of FP8 matrices.
+
+    W [out, in] ~ diag(s) Q      axis 0: one scale per row, s = max |row| / 448
+    W [out, in] ~ Q diag(s)      axis 1: one scale per column
+
+Activations and gradients are quantised on the fly, one scale per token. A scale of W that lies on the inner dimension
+of a product is multiplied into the other factor before that is quantised, so both products need one scale per row and
+one per column of the result only, which is what the hardware's GEMM applies for nothing:
+
+              axis 0                          axis 1
+    x W^T     q(x) Q^T  diag(s) after         q(x diag(s)) Q^T
+    g W       q(g diag(s)) Q                  q(g) Q  diag(s) after
+
+A token's scale is the largest value over the whole inner dimension. Where that dimension is cut over the tensor ranks
+the largest is taken over all of them (one number per token), so that a result does not depend on the cut.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lora_megatron.layers.storage.stored import Stored
+
+FP8 = torch.float8_e4m3fn
+LARGEST = 448.0  # of e4m3
+
+
+def scale_of(largest: Tensor) -> Tensor:
+    """Scale that maps `largest` (>= 0) onto the largest FP8 number; 1 for a vector of zeros."""
+    return torch.where(largest > 0, largest.float() / LARGEST, 1.0)
+
+
+def to_fp8(values: Tensor, scale: Tensor) -> Tensor:
+    """Round values / scale to FP8; magnitudes past the largest number, which rounding of the scale allows, clip."""
+    return (values.float() / scale).clamp(-LARGEST, LARGEST).to(FP8)
+
+
+def quantise_tokens(x: Tensor, *, factor: Tensor | None, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
+    """q(x diag(factor)) and the scale of every token: [m, k] -> [m, k] FP8, [m, 1] fp32.
+
+    `group`: the ranks over which the k inner values of a token are spread.
+    """
+    values = x.float() if factor is None else x.float() * factor
+    largest = values.abs().amax(1, keepdim=True)
+    if group is not None:
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
+    scale = scale_of(largest)
+    return to_fp8(values, scale), scale
+
+
+def multiply(a: Tensor, scale_a: Tensor, b: Tensor, scale_b: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """diag(scale_a) a b^T diag(scale_b): a [m, k], b [n, k] FP8, scales fp32 [m, 1] and [n] -> [m, n].
+
+    Where the GEMM cannot be done in FP8 (a CPU, sizes that are no multiples of 16) the same numbers are multiplied in
+    fp32.
+    """
+    if a.is_cuda and dtype == torch.bfloat16 and a.shape[1] % 16 == 0 and b.shape[0] % 16 == 0:
+        columns = torch.ones(b.shape[0], device=b.device) if scale_b is None else scale_b
+        return torch._scaled_mm(a, b.t(), scale_a=scale_a, scale_b=columns.view(1, -1), out_dtype=dtype)
+    product = a.float() @ b.float().t()
+    product *= scale_a
+    if scale_b is not None:
+        product *= scale_b
+    return product.to(dtype)
+
+
+def fp8_linear(x: Tensor, codes: Tensor, scale: Tensor, *, axis: int, group: dist.ProcessGroup | None) -> Tensor:
+    """x W^T with W [n, k] = codes and `scale` along `axis`: [m, k] -> [m, n]."""
+    if axis == 0:
+        quantised, tokens = quantise_tokens(x, factor=None, group=None)
+        return multiply(quantised, tokens, codes, scale, x.dtype)
+    quantised, tokens = quantise_tokens(x, factor=scale, group=group)
+    return multiply(quantised, tokens, codes, None, x.dtype)
+
+
+def fp8_input_gradient(
+    grad: Tensor, transposed: Tensor, scale: Tensor, *, axis: int, group: dist.ProcessGroup | None
+) -> Tensor:
+    """grad W with W^T [k, n] = transposed codes: [m, n] -> [m, k]."""
+    if axis == 0:
+        quantised, tokens = quantise_tokens(grad, factor=scale, group=group)
+        return multiply(quantised, tokens, transposed, None, grad.dtype)
+    quantised, tokens = quantise_tokens(grad, factor=None, group=None)
+    return multiply(quantised, tokens, transposed, scale, grad.dtype)
+
+
+class StoredFp8(Stored):
+    """A byte per weight and an fp32 scale per row (axis 0) or column (axis 1)."""
+
+    codes: Tensor
+    scale: Tensor
+
+    def __init__(self, out_features: int, in_features: int, *, device: torch.device, **cut: Any) -> None:
+        super().__init__(out_features, in_features, **cut)
+        self.register_buffer("codes", torch.zeros(self.shape, dtype=torch.float32, device=device).to(FP8), False)
+        self.register_buffer("scale", torch.ones(self.shape[self.axis], device=device), False)
+
+    def store(self, weight: Tensor) -> None:
+        inner = 1 - self.axis
+        scale = scale_of(weight.float().abs().amax(inner, keepdim=True))
+        self.codes.copy_(to_fp8(weight, scale))
+        self.scale.copy_(scale.flatten())
+
+    def unpacked(self, dtype: torch.dtype) -> Tensor:
+        scale = self.scale[:, None] if self.axis == 0 else self.scale
+        return (self.codes.float() * scale).to(dtype)
+
+    def linear(self, x: Tensor) -> Tensor:
+        return fp8_linear(x, self.codes, self.scale, axis=self.axis, group=self.group)
+
+    def input_gradient(self, grad: Tensor) -> Tensor:
+        return fp8_input_gradient(grad, self.codes.t().contiguous(), self.scale, axis=self.axis, group=self.group)
