@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lora_megatron.layers.storage.fused import fused
 from lora_megatron.layers.storage.stored import Stored
 
 FP8 = torch.float8_e4m3fn
@@ -40,17 +41,49 @@ def to_fp8(values: Tensor, scale: Tensor) -> Tensor:
     return (values.float() / scale).clamp(-LARGEST, LARGEST).to(FP8)
 
 
+@fused
+def largest_of(x: Tensor, factor: Tensor | None) -> Tensor:
+    """Largest magnitude of each token of x diag(factor): [m, k] -> [m, 1] fp32."""
+    values = x.float() if factor is None else x.float() * factor
+    return values.abs().amax(1, keepdim=True)
+
+
+@fused
+def cast_tokens(x: Tensor, factor: Tensor | None, scale: Tensor) -> Tensor:
+    """x diag(factor) / scale in FP8: [m, k], [m, 1] -> [m, k]."""
+    return to_fp8(x.float() if factor is None else x.float() * factor, scale)
+
+
+@fused
+def quantise_whole_tokens(x: Tensor, factor: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`quantise_tokens` where every rank has whole tokens: one pass."""
+    values = x.float() if factor is None else x.float() * factor
+    scale = scale_of(values.abs().amax(1, keepdim=True))
+    return to_fp8(values, scale), scale
+
+
 def quantise_tokens(x: Tensor, *, factor: Tensor | None, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
     """q(x diag(factor)) and the scale of every token: [m, k] -> [m, k] FP8, [m, 1] fp32.
 
     `group`: the ranks over which the k inner values of a token are spread.
     """
-    values = x.float() if factor is None else x.float() * factor
-    largest = values.abs().amax(1, keepdim=True)
-    if group is not None:
-        dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
+    if group is None:
+        return quantise_whole_tokens(x, factor)
+    largest = largest_of(x, factor)
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
     scale = scale_of(largest)
-    return to_fp8(values, scale), scale
+    return cast_tokens(x, factor, scale), scale
+
+
+@fused
+def transposed(codes: Tensor) -> Tensor:
+    """[n, k] bytes -> [k, n], contiguous: what a GEMM over n wants to read."""
+    return codes.t().contiguous()
+
+
+def transposed_fp8(codes: Tensor) -> Tensor:
+    """[n, k] FP8 -> [k, n] FP8."""
+    return transposed(codes.view(torch.uint8)).view(FP8)
 
 
 def multiply(a: Tensor, scale_a: Tensor, b: Tensor, scale_b: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -79,14 +112,14 @@ def fp8_linear(x: Tensor, codes: Tensor, scale: Tensor, *, axis: int, group: dis
 
 
 def fp8_input_gradient(
-    grad: Tensor, transposed: Tensor, scale: Tensor, *, axis: int, group: dist.ProcessGroup | None
+    grad: Tensor, codes: Tensor, scale: Tensor, *, axis: int, group: dist.ProcessGroup | None
 ) -> Tensor:
-    """grad W with W^T [k, n] = transposed codes: [m, n] -> [m, k]."""
+    """grad W with W^T [k, n] = codes: [m, n] -> [m, k]."""
     if axis == 0:
         quantised, tokens = quantise_tokens(grad, factor=scale, group=group)
-        return multiply(quantised, tokens, transposed, None, grad.dtype)
+        return multiply(quantised, tokens, codes, None, grad.dtype)
     quantised, tokens = quantise_tokens(grad, factor=None, group=None)
-    return multiply(quantised, tokens, transposed, scale, grad.dtype)
+    return multiply(quantised, tokens, codes, scale, grad.dtype)
 
 
 class StoredFp8(Stored):
@@ -114,4 +147,4 @@ class StoredFp8(Stored):
         return fp8_linear(x, self.codes, self.scale, axis=self.axis, group=self.group)
 
     def input_gradient(self, grad: Tensor) -> Tensor:
-        return fp8_input_gradient(grad, self.codes.t().contiguous(), self.scale, axis=self.axis, group=self.group)
+        return fp8_input_gradient(grad, transposed_fp8(self.codes), self.scale, axis=self.axis, group=self.group)

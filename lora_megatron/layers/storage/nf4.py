@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lora_megatron.layers.storage.fp8 import fp8_input_gradient, fp8_linear, scale_of, to_fp8
+from lora_megatron.layers.storage.fused import fused
 from lora_megatron.layers.storage.stored import Stored
 
 BLOCK = 64
@@ -80,35 +81,63 @@ class StoredNf4(Stored):
         self.block_codes.copy_(torch.where(step > 0, (scales - low) / step, 0.0).round())
 
     def _spread(self, per_group: Tensor) -> Tensor:
-        """[groups] values along the inner axis, repeated to [out, in / 64]."""
-        inner = 1 - self.axis
-        return per_group.repeat_interleave(GROUP, inner).narrow(inner, 0, self.block_codes.shape[inner])
+        return _spread(per_group, self.axis, self.block_codes.shape[1 - self.axis])
 
     def block_scales(self) -> Tensor:
         """The largest magnitude of each block, as remembered: [out, in / 64] fp32."""
-        return self._spread(self.lowest) + self._spread(self.step) * self.block_codes
-
-    def _levels(self) -> Tensor:
-        """Each weight's level: [out, in / 64, 64] fp32."""
-        codes = torch.stack([self.packed >> 4, self.packed & 15], 2).flatten(1)
-        return torch.tensor(LEVELS, device=codes.device)[codes.int()].unflatten(1, (-1, BLOCK))
+        return _block_scales(self.block_codes, self.lowest, self.step, self.axis)
 
     def unpacked(self, dtype: torch.dtype) -> Tensor:
-        return (self._levels() * self.block_scales().unsqueeze(2)).flatten(1).to(dtype)
+        return _unpack(self.packed, self.block_scales(), dtype)
 
-    def as_fp8(self) -> tuple[Tensor, Tensor]:
-        """Codes [out, in] and scales along `axis`: W once more quantised, for a product in FP8."""
+    def fp8_scale(self) -> Tensor:
+        """Scale of W as FP8 along `axis`: [out] or [in] fp32."""
         largest = self.block_scales().amax(1 - self.axis)  # per row, or per block column
-        scale = scale_of(largest if self.axis == 0 else largest.repeat_interleave(BLOCK))
-        return to_fp8(self.unpacked(torch.float32), scale[:, None] if self.axis == 0 else scale), scale
+        return scale_of(largest if self.axis == 0 else largest.repeat_interleave(BLOCK))
 
     def linear(self, x: Tensor) -> Tensor:
         if self.multiply_in == "fp8":
-            return fp8_linear(x, *self.as_fp8(), axis=self.axis, group=self.group)
+            scale = self.fp8_scale()
+            codes = _unpack_fp8(self.packed, self.block_scales(), scale, self.axis)
+            return fp8_linear(x, codes, scale, axis=self.axis, group=self.group)
         return x @ self.unpacked(x.dtype).t()
 
     def input_gradient(self, grad: Tensor) -> Tensor:
         if self.multiply_in == "fp8":
-            codes, scale = self.as_fp8()
-            return fp8_input_gradient(grad, codes.t().contiguous(), scale, axis=self.axis, group=self.group)
+            scale = self.fp8_scale()
+            codes = _unpack_fp8_transposed(self.packed, self.block_scales(), scale, self.axis)
+            return fp8_input_gradient(grad, codes, scale, axis=self.axis, group=self.group)
         return grad @ self.unpacked(grad.dtype)
+
+
+def _spread(per_group: Tensor, axis: int, length: int) -> Tensor:
+    """[groups] values along the inner axis, repeated to `length` blocks or rows."""
+    return per_group.repeat_interleave(GROUP, 1 - axis).narrow(1 - axis, 0, length)
+
+
+@fused
+def _block_scales(codes: Tensor, lowest: Tensor, step: Tensor, axis: int) -> Tensor:
+    length = codes.shape[1 - axis]
+    return _spread(lowest, axis, length) + _spread(step, axis, length) * codes
+
+
+def _weights(packed: Tensor, block_scales: Tensor) -> Tensor:
+    """[out, in / 2] bytes, [out, in / 64] scales -> [out, in] fp32."""
+    codes = torch.stack([packed >> 4, packed & 15], 2).flatten(1)
+    levels = torch.tensor(LEVELS, device=packed.device)[codes.int()]
+    return (levels.unflatten(1, (-1, BLOCK)) * block_scales.unsqueeze(2)).flatten(1)
+
+
+@fused
+def _unpack(packed: Tensor, block_scales: Tensor, dtype: torch.dtype) -> Tensor:
+    return _weights(packed, block_scales).to(dtype)
+
+
+@fused
+def _unpack_fp8(packed: Tensor, block_scales: Tensor, scale: Tensor, axis: int) -> Tensor:
+    return to_fp8(_weights(packed, block_scales), scale[:, None] if axis == 0 else scale)
+
+
+@fused
+def _unpack_fp8_transposed(packed: Tensor, block_scales: Tensor, scale: Tensor, axis: int) -> Tensor:
+    return to_fp8(_weights(packed, block_scales), scale[:, None] if axis == 0 else scale).t().contiguous()
