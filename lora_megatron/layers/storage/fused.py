@@ -14,6 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+_SHAPES = 64  # a model has four linear layers and a run a few batch sizes; each is compiled once
 F = TypeVar("F", bound=Callable[..., object])
 
 
@@ -23,6 +24,9 @@ def fused(function: F) -> F:
 
     @functools.wraps(function)
     def call(first: Tensor, *args: object, **kwargs: object) -> object:
-        return (compiled() if first.is_cuda else function)(first, *args, **kwargs)
+        if not first.is_cuda:
+            return function(first, *args, **kwargs)
+        with torch._dynamo.config.patch(recompile_limit=_SHAPES):
+            return compiled()(first, *args, **kwargs)
 
     return call  # type: ignore[return-value]  # the signature of `function`
