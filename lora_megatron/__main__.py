@@ -9,19 +9,48 @@ import sys
 from collections.abc import Sequence
 
 from lora_megatron.arguments import build_parser
-from lora_megatron.errors import EXIT_DONE, UserError
+from lora_megatron.errors import (
+    EXIT_BROKEN_PIPE,
+    EXIT_DONE,
+    EXIT_INTERRUPTED,
+    LostRankError,
+    Preempted,
+    UserError,
+)
+from lora_megatron.parallel.launcher import die_with_parent, is_rank
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; a user's error is one line on stderr and its exit status."""
-    arguments = build_parser().parse_args(argv)
+    """Run a command; a user's error is one line on stderr and its exit status, and so is whatever else ends it."""
+    if is_rank():
+        die_with_parent()
     try:
-        _run(arguments)
+        _run(build_parser().parse_args(argv))
+        sys.stdout.flush()  # while a reader that has gone can still be met here
+    except LostRankError as error:
+        _say(f"error: {error}", every_rank=True)  # rank 0 may be the one that is lost
+        os._exit(error.exit_status)  # nothing that waits for the others may run, such as NCCL's destructors
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        _say(f"error: {error}")
         return error.exit_status
+    except Preempted as preempted:
+        _say(f"preempted: {preempted}")
+        return preempted.exit_status
+    except KeyboardInterrupt:
+        _say("interrupted")
+        return EXIT_INTERRUPTED
+    except (BrokenPipeError, SystemExit) as error:
+        if isinstance(error, SystemExit) and not isinstance(error.__context__, BrokenPipeError):  # rich exits with 1
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at exit
+        return EXIT_BROKEN_PIPE
     return EXIT_DONE
+
+
+def _say(text: str, *, every_rank: bool = False) -> None:
+    rank = os.environ.get("RANK", "0")
+    if every_rank or rank == "0":
+        print(f"rank {rank}: {text}" if every_rank and rank != "0" else text, file=sys.stderr, flush=True)
 
 
 def _run(arguments: argparse.Namespace) -> None:

@@ -16,7 +16,8 @@ _EXAMPLES = """examples:
   lora-megatron bench config.yaml --methods lora,full
   lora-megatron merge --base path/to/model --adapter runs/r8/adapter --out path/to/merged
 
-exit status: 0 done, 2 configuration, 3 data, 4 checkpoint or disk, 5 numerical, 6 hang, 75 preempted (start again)
+exit status: 0 done, 2 configuration, 3 data, 4 checkpoint or disk, 5 numerical, 6 a hang or a lost rank,
+75 preempted by a signal (start again with run.resume=auto), 130 interrupted (Ctrl-C in any command but train)
 (torchrun itself reports 1 for any of them; once a run has claimed its folder, status.json there keeps ours)"""
 
 

@@ -11,14 +11,18 @@ status below. Anything else that escapes is a bug and keeps its traceback.
 | 3      | data                                             |
 | 4      | checkpoint, adapter or base weights; disk        |
 | 5      | numerical (a loss or gradient is not finite)     |
-| 6      | hang (kept free; nothing reports it yet)         |
-| 75     | preempted (kept free; nothing reports it yet)    |
+| 6      | a rank hangs, or contact with one is lost        |
+| 75     | preempted: a termination signal; start it again  |
+| 130    | interrupted: Ctrl-C in any command but `train`   |
+| 141    | what reads the output has gone (`... | head`)    |
 """
 
 from __future__ import annotations
 
 EXIT_DONE = 0
 EXIT_PREEMPTED = 75
+EXIT_INTERRUPTED = 128 + 2  # as a shell reports a process that SIGINT ended
+EXIT_BROKEN_PIPE = 128 + 13  # and one that SIGPIPE ended
 
 
 class UserError(ValueError):
@@ -51,6 +55,33 @@ class NumericalError(UserError):
     exit_status = 5
 
 
+class LostRankError(UserError):
+    """A rank hangs, was killed, or its machine is gone: what it has to say can no longer be agreed on."""
+
+    exit_status = 6
+
+
+class Preempted(Exception):
+    """A termination signal (its name) stopped the run on all ranks together: no error, and there is more to do."""
+
+    exit_status = EXIT_PREEMPTED
+
+    def __init__(self, signal: str) -> None:
+        super().__init__(signal)
+        self.signal = signal
+        self.step: int | None = None
+        """Where the run stands; None before that is known."""
+        self.saved: str | None = None
+        """The checkpoint of that step."""
+
+    def __str__(self) -> str:
+        if self.step is None:
+            return f"{self.signal} came before anything began: start the same command again"
+        where = f"saved in {self.saved}" if self.saved else "nothing to save"
+        return f"{self.signal} stopped the run at step {self.step} ({where}): go on with run.resume=auto"
+
+
 EXIT_STATUS_BY_NAME = {
-    error.__name__: error.exit_status for error in (ConfigError, DataError, CheckpointError, NumericalError)
+    error.__name__: error.exit_status
+    for error in (ConfigError, DataError, CheckpointError, NumericalError, LostRankError)
 }

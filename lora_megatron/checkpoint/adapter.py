@@ -11,19 +11,19 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import parallel_state as mpu
-from torch import nn
+from torch import Tensor, nn
 
-from lora_megatron.checkpoint.folder import read_manifest, write_folder, write_json
+from lora_megatron.checkpoint.folder import Receipt, read_manifest, write_folder, write_json
 from lora_megatron.checkpoint.tensors import TensorFiles, save_tensors, write_stage_file
 from lora_megatron.errors import CheckpointError
-from lora_megatron.layers.sharding import shard_of
+from lora_megatron.layers.sharding import Shard, shard_of
 from lora_megatron.methods.lora import Lora
 from lora_megatron.methods.method import Method
 from lora_megatron.model.names import Named, adapter_key, named_parameters, peft_module
@@ -80,28 +80,32 @@ def _target_modules(ranks: Collection[tuple[int, str]], shape: ModelShape) -> li
     return sorted(targets)
 
 
-def write_adapter_part(temporary: Path, chunks: Sequence[nn.Module], shape: ModelShape) -> None:
-    """This pipeline stage's trained parameters into the folder under way; collective over the stage's tensor ranks."""
-    stage = mpu.get_pipeline_model_parallel_rank()
-    mine = trained_parameters(chunks)
-    write_stage_file(
-        temporary / f"part-{stage:05d}.safetensors",
-        ((adapter_key(n.name, gated=shape.gated_mlp), n.parameter, shard_of(n.parameter)) for n in mine),
-        {"format": "pt"},
-    )
+def adapter_part_name() -> str:
+    """What this pipeline stage's part of an adapter is called until the parts are joined."""
+    return f"part-{mpu.get_pipeline_model_parallel_rank():05d}.safetensors"
 
 
-def join_adapter_parts(temporary: Path, method: Method, shape: ModelShape, facts: dict[str, Any]) -> None:
-    """Rank 0, when every stage has written: one tensor file and its configuration in place of the parts."""
+def adapter_tensors(chunks: Sequence[nn.Module], shape: ModelShape) -> Iterator[tuple[str, Tensor, Shard]]:
+    """(PEFT's name, this tensor rank's part, shard) of this stage's trained parameters."""
+    for named in trained_parameters(chunks):
+        yield adapter_key(named.name, gated=shape.gated_mlp), named.parameter, shard_of(named.parameter)
+
+
+def join_adapter_parts(temporary: Path, method: Method, shape: ModelShape, facts: dict[str, Any]) -> Receipt:
+    """Rank 0, when every stage has written: one tensor file and its configuration in place of the parts.
+
+    Answers the receipt of the tensor file.
+    """
     parts = sorted(temporary.glob("part-*.safetensors"))
     metadata = {"format": "pt", "lora_megatron": json.dumps(facts, sort_keys=True)}
     with ExitStack() as opened:
         files = [opened.enter_context(SafetensorsFile(part)) for part in parts]
         tensors = {name: file.tensor(name) for file in files for name in file.entries}
-        save_tensors(temporary / TENSORS, tensors, metadata)
+        receipt = save_tensors(temporary / TENSORS, tensors, metadata)
     write_json(temporary / CONFIG, _config(method, shape, facts["base"]))
     for part in parts:
         part.unlink()
+    return receipt
 
 
 def save_adapter(
@@ -116,7 +120,7 @@ def save_adapter(
     """
 
     def write(temporary: Path) -> dict[str, Any]:
-        write_adapter_part(temporary, chunks, shape)
+        write_stage_file(temporary / adapter_part_name(), adapter_tensors(chunks, shape), {"format": "pt"})
         return {"kind": "adapter", "adapter": facts}
 
     def finish(temporary: Path) -> None:

@@ -16,7 +16,8 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,14 @@ from lora_megatron.strict_json import file_sha256, load_json_object
 MANIFEST = "manifest.json"
 _PREFIX = ".tmp-"
 _OURS = (".safetensors", ".json")  # what a reader would take for content; a README beside them is nobody's business
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What a file was when it was written: its entry in the manifest."""
+
+    sha256: str
+    bytes: int
 
 
 def write_folder(
@@ -49,12 +58,7 @@ def write_folder(
         CheckpointError: on all ranks alike, when any rank failed (a full disk, a vanished directory) or the folder
             exists. The temporary is removed and what was there before is untouched.
     """
-    name = gather_text(uuid.uuid4().hex[:8] if dist.get_rank() == 0 else "")[0]
-    temporary = final.parent / f"{_PREFIX}{final.name}-{name}"
-
-    def prepare() -> None:
-        with disk_errors(final):
-            _prepare(final, temporary, replace)
+    temporary = temporary_of(final)
 
     def fill() -> dict[str, Any]:
         with disk_errors(final):
@@ -62,10 +66,12 @@ def write_folder(
 
     def publish() -> None:
         with disk_errors(final):
-            _publish(temporary, final, facts, finish)
+            if finish is not None:
+                finish(temporary)
+            publish_folder(temporary, final, facts)
 
     try:
-        together(prepare)
+        together(lambda: prepare_folder(final, temporary, replace=replace))
         facts = together(fill)
         together(lambda: publish() if dist.get_rank() == 0 else None)
     except BaseException:
@@ -74,26 +80,41 @@ def write_folder(
         raise
 
 
-def _prepare(final: Path, temporary: Path, replace: bool) -> None:
+def temporary_of(final: Path) -> Path:
+    """A hidden name beside `final` to write under, the same on all ranks; collective."""
+    name = gather_text(uuid.uuid4().hex[:8] if dist.get_rank() == 0 else "")[0]
+    return final.parent / f"{_PREFIX}{final.name}-{name}"
+
+
+def prepare_folder(final: Path, temporary: Path, *, replace: bool = False) -> None:
+    """On rank 0, make `temporary`, after whatever killed processes left beside it is gone.
+
+    Raises:
+        CheckpointError: `final` exists and shall not be replaced, or the place cannot be written.
+    """
     if dist.get_rank() != 0:
         return
-    if final.exists() and not replace:
-        raise CheckpointError(f"{final} exists already; nothing is overwritten: move it away or choose another run.dir")
-    final.parent.mkdir(parents=True, exist_ok=True)
-    for stale in final.parent.glob(f"{_PREFIX}*"):
-        shutil.rmtree(stale, ignore_errors=True)
-    temporary.mkdir()
+    with disk_errors(final):
+        if final.exists() and not replace:
+            raise CheckpointError(
+                f"{final} exists already; nothing is overwritten: move it away or choose another run.dir"
+            )
+        final.parent.mkdir(parents=True, exist_ok=True)
+        for stale in final.parent.glob(f"{_PREFIX}*"):
+            shutil.rmtree(stale, ignore_errors=True)
+        temporary.mkdir()
 
 
-def _publish(temporary: Path, final: Path, facts: dict[str, Any], finish: Callable[[Path], None] | None) -> None:
-    if finish is not None:
-        finish(temporary)
-    write_manifest(temporary, facts)
+def publish_folder(
+    temporary: Path, final: Path, facts: dict[str, Any], *, receipts: Mapping[str, Receipt] | None = None
+) -> None:
+    """Seal `temporary`, whose files are all there and flushed, and give it its name in one step. OSError passes."""
+    write_manifest(temporary, facts, receipts=receipts)
     fsync(temporary)
     if final.exists() and _exchange(temporary, final):
         shutil.rmtree(temporary, ignore_errors=True)  # what was there before
     elif final.exists():
-        retired = final.parent / f"{_PREFIX}{final.name}-retired-{uuid.uuid4().hex[:8]}"
+        retired = _retired_name(final)
         os.rename(final, retired)
         os.rename(temporary, final)
         shutil.rmtree(retired, ignore_errors=True)
@@ -102,12 +123,34 @@ def _publish(temporary: Path, final: Path, facts: dict[str, Any], finish: Callab
     fsync(final.parent)
 
 
-def write_manifest(folder: Path, facts: dict[str, Any]) -> None:
-    """Seal a folder whose files are all there: `facts`, and size and SHA-256 of every file."""
-    files = {
-        path.name: {"sha256": file_sha256(path, CheckpointError), "bytes": path.stat().st_size}
-        for path in sorted(folder.iterdir())
-    }
+def remove_folder(folder: Path) -> None:
+    """Delete a folder that is whole so that a kill in between leaves no part of it under its name."""
+    retired = _retired_name(folder)
+    with contextlib.suppress(OSError):  # what cannot be deleted stays, and is whole
+        os.rename(folder, retired)
+        shutil.rmtree(retired, ignore_errors=True)
+
+
+def _retired_name(final: Path) -> Path:
+    return final.parent / f"{_PREFIX}{final.name}-retired-{uuid.uuid4().hex[:8]}"
+
+
+def write_manifest(folder: Path, facts: dict[str, Any], *, receipts: Mapping[str, Receipt] | None = None) -> None:
+    """Seal a folder whose files are all there: `facts`, and size and SHA-256 of every file.
+
+    A file with a receipt is not read again.
+
+    Raises:
+        CheckpointError: a file with a receipt is missing or of another size.
+    """
+    known, files = receipts or {}, {}
+    for path in sorted(folder.iterdir()):
+        receipt = known.get(path.name) or Receipt(file_sha256(path, CheckpointError), path.stat().st_size)
+        if path.stat().st_size != receipt.bytes:
+            raise CheckpointError(f"{path} has {path.stat().st_size} bytes and {receipt.bytes} were written")
+        files[path.name] = asdict(receipt)
+    if lost := sorted(set(known) - set(files)):
+        raise CheckpointError(f"cannot write {folder}: {lost[0]} was written and is gone; choose another run.dir")
     manifest = {"format": 1, **facts, "files": files}
     write_json(folder / MANIFEST, {**manifest, "sha256": _manifest_sha256(manifest)})
 

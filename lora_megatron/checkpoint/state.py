@@ -11,21 +11,20 @@ from __future__ import annotations
 
 import re
 import reprlib
-import shutil
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from torch import Tensor, nn
 
-from lora_megatron.checkpoint.adapter import join_adapter_parts, write_adapter_part
-from lora_megatron.checkpoint.folder import read_manifest, write_folder
-from lora_megatron.checkpoint.tensors import Read, TensorFiles, write_stage_file
+from lora_megatron.checkpoint.adapter import TENSORS, adapter_part_name, adapter_tensors, join_adapter_parts
+from lora_megatron.checkpoint.background import BackgroundFolder, Receipts
+from lora_megatron.checkpoint.folder import publish_folder, read_manifest, remove_folder
+from lora_megatron.checkpoint.tensors import Read, TensorFiles, gather_stage, save_tensors
 from lora_megatron.errors import CheckpointError
 from lora_megatron.layers.sharding import Shard, shard_of
 from lora_megatron.methods.method import Method
@@ -69,11 +68,6 @@ def known_good(run: Path, step: int) -> Path | None:
     return next((folder for folder in checkpoints(run) if step_of(folder) < step), None)
 
 
-def _prune(run: Path, *, keep: int) -> None:
-    for old in checkpoints(run)[keep:]:
-        shutil.rmtree(old, ignore_errors=True)
-
-
 def save_checkpoint(
     run: Path,
     chunks: Sequence[nn.Module],
@@ -86,24 +80,24 @@ def save_checkpoint(
     shape: ModelShape,
     adapter_facts: dict[str, Any],
     keep: int,
-) -> Path:
-    """Write a checkpoint with all ranks and delete all but the newest `keep`; collective.
+) -> BackgroundFolder:
+    """Copy everything that a checkpoint holds, and begin to write it; collective.
 
-    The newest before it stays also with `keep` 1, until the next save: no step was taken from the new one yet.
+    When this returns, training may go on. The checkpoint exists once the answer's `advance` or `wait` has said so; then
+    all but the newest `keep` are deleted, never one of the newest two: no step was taken from the last one yet.
 
+    The copy takes as much memory of the CPU, on the one rank of each pipeline stage that writes, as the stage's file.
     `state` iterates over the optimizer's (`<name>.<kind>`, this tensor rank's part). `identity` is what a run must
     share to be resumed from here. The second copy of a tied embedding is left to the stage with the first.
 
     Raises:
-        CheckpointError: on all ranks; the newest `keep` of the earlier checkpoints are untouched.
+        CheckpointError: on all ranks; the earlier checkpoints are untouched.
         NumericalError: the same, for a tensor that is not finite.
     """
-    if dist.get_rank() == 0:
-        _prune(run, keep=keep)  # steps were taken from all of these
-    final = checkpoint_path(run, progress.step)
     stage, stages = mpu.get_pipeline_model_parallel_rank(), mpu.get_pipeline_model_parallel_world_size()
     copies = {n.name for n in named_parameters(chunks) if n.is_copy}
     shards = {name: shard_of(parameter) for parameter, name in parameters.items()}
+    facts = {"kind": "checkpoint", **asdict(progress), "identity": identity, "adapter": adapter_facts}
 
     def parts() -> Iterator[tuple[str, Tensor, Shard]]:
         for key, tensor in state():
@@ -111,27 +105,24 @@ def save_checkpoint(
             if name not in copies:
                 yield key, tensor, shards[name]
 
-    def write(temporary: Path) -> dict[str, Any]:
-        path = temporary / f"state-{stage + 1:05d}-of-{stages:05d}.safetensors"
-        together(lambda: write_stage_file(path, parts(), {"format": "pt"}))
-        if not method.trains_base:
-            together(lambda: write_adapter_part(temporary, chunks, shape))
-        return {
-            "kind": "checkpoint",
-            "step": progress.step,
-            "consumed_samples": progress.consumed_samples,
-            "identity": identity,
-            "adapter": adapter_facts,
-        }
+    optimizer = together(lambda: gather_stage(parts()))
+    adapter = {} if method.trains_base else together(lambda: gather_stage(adapter_tensors(chunks, shape)))
 
-    def finish(temporary: Path) -> None:
-        if not method.trains_base:
-            join_adapter_parts(temporary, method, shape, adapter_facts)
+    def write(temporary: Path) -> Receipts:
+        files = {f"state-{stage + 1:05d}-of-{stages:05d}.safetensors": optimizer, part: adapter}
+        return {name: save_tensors(temporary / name, whole, {"format": "pt"}) for name, whole in files.items() if whole}
 
-    write_folder(final, write, finish=finish)
-    if dist.get_rank() == 0:
-        _prune(run, keep=max(keep, 2))
-    return final
+    def publish(temporary: Path, receipts: Receipts) -> None:
+        if not method.trains_base:
+            joined = join_adapter_parts(temporary, method, shape, adapter_facts)
+            receipts = {name: receipt for name, receipt in receipts.items() if not name.startswith("part-")}
+            receipts[TENSORS] = joined
+        publish_folder(temporary, final, facts, receipts=receipts)
+        for old in checkpoints(run)[max(keep, 2) :]:
+            remove_folder(old)
+
+    final, part = checkpoint_path(run, progress.step), adapter_part_name()
+    return BackgroundFolder(final, write, publish, one_writer=stages == 1)
 
 
 def read_progress(folder: Path, identity: dict[str, Any]) -> Progress:

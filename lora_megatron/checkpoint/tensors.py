@@ -17,29 +17,75 @@ from types import TracebackType
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
-from torch import Tensor
+from torch import Tensor, nn
 
+from lora_megatron.checkpoint.folder import Receipt
 from lora_megatron.errors import CheckpointError, NumericalError
 from lora_megatron.layers.sharding import Shard
+from lora_megatron.strict_json import file_sha256
 from lora_megatron.strict_safetensors import DTYPE_NAMES, SafetensorsFile, SafetensorsWriter, TensorSlice
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_MOST_PAGE_LOCKED = 2**30
+"""Bytes of a snapshot that go through page-locked memory, which a GPU fills faster and no other program can use."""
 
 
 def is_writer() -> bool:
     """Whether this rank writes its pipeline stage's tensors."""
-    return mpu.get_tensor_model_parallel_rank() == 0 and mpu.get_data_parallel_rank(with_context_parallel=True) == 0
+    return mpu.get_tensor_model_parallel_rank() == 0 and _is_first_replica()
+
+
+def _is_first_replica() -> bool:
+    return mpu.get_data_parallel_rank(with_context_parallel=True) == 0
 
 
 def join_over_tensor_group(part: Tensor, shard: Shard) -> Tensor:
-    """The true tensor on the CPU, from every tensor rank's part; collective over the tensor-parallel group."""
+    """The true tensor on this device, from every tensor rank's part; collective over the tensor-parallel group."""
     group = mpu.get_tensor_model_parallel_group()
     part = part.detach().contiguous()
     if shard.axis is None or group.size() == 1:
-        return shard.join([part]).cpu()
+        return shard.join([part])
     parts = [torch.empty_like(part) for _ in range(group.size())]
     dist.all_gather(parts, part, group=group)
-    return shard.join(parts).cpu()
+    return shard.join(parts)
+
+
+def gather_stage(tensors: Iterable[tuple[str, Tensor, Shard]]) -> dict[str, Tensor]:
+    """The true tensors of this stage from (name, part, shard), on the CPU of its writer; elsewhere nothing is kept.
+
+    Every rank of the stage must call it, and run through all of `tensors`, whose making may be collective. What it
+    answers shares no memory with a parameter, so training may go on while it is written; other tensors in `tensors`
+    must be new, as those of `Optimizer.named_state` are.
+
+    Raises:
+        NumericalError: on the writer, at the end: a tensor is not finite, so that no loader would take the file.
+    """
+    whole: dict[str, Tensor] = {}
+    extremes: list[Tensor] = []
+    page_locked = 0
+    for name, part, shard in tensors:
+        if not _is_first_replica():
+            continue  # the others' parts are the same
+        joined = join_over_tensor_group(part, shard)
+        if not is_writer():
+            continue
+        extremes.append(_extremes(joined))  # where the tensor is: a GPU needs no time for it
+        lock_pages = joined.is_cuda and page_locked < _MOST_PAGE_LOCKED
+        page_locked += joined.nbytes if lock_pages else 0
+        copy = joined.contiguous().to("cpu", non_blocking=lock_pages)
+        whole[name] = copy.clone() if isinstance(part, nn.Parameter) and _share_memory(copy, part) else copy
+    bounds = torch.stack(extremes).cpu() if extremes else torch.zeros(0, 2)  # also waits for the copies of a GPU
+    for name, finite in zip(whole, torch.isfinite(bounds).all(1).tolist(), strict=True):
+        if not finite:
+            raise NumericalError(
+                f"{name} holds values that are not finite, so nothing was written; lower optimizer.lr or "
+                "optimizer.weight_decay, or set optimizer.clip_grad"
+            )
+    return whole
+
+
+def _share_memory(one: Tensor, other: Tensor) -> bool:
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 
 def write_stage_file(path: Path, tensors: Iterable[tuple[str, Tensor, Shard]], metadata: dict[str, str]) -> None:
@@ -49,34 +95,31 @@ def write_stage_file(path: Path, tensors: Iterable[tuple[str, Tensor, Shard]], m
         NumericalError: on the writer, when every rank has gone through all tensors: one is not finite, so that no
             loader would take the file.
     """
-    whole: dict[str, Tensor] = {}
-    for name, part, shard in tensors:
-        joined = join_over_tensor_group(part, shard)
-        if is_writer():
-            whole[name] = joined.contiguous().clone()
-    if bad := [name for name, tensor in whole.items() if not all_finite(tensor)]:
-        raise NumericalError(
-            f"{bad[0]} holds values that are not finite, so nothing was written; lower optimizer.lr or "
-            "optimizer.weight_decay, or set optimizer.clip_grad"
-        )
-    if is_writer() and whole:
+    if whole := gather_stage(tensors):
         save_tensors(path, whole, metadata)
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor | TensorSlice], metadata: dict[str, str]) -> None:
-    """Write and fsync one safetensors file; raises CheckpointError when the disk is full or gone.
+def save_tensors(path: Path, tensors: Mapping[str, Tensor | TensorSlice], metadata: dict[str, str]) -> Receipt:
+    """Write and fsync one safetensors file, and read it back.
 
-    A slice of another file is copied as it stands, without being in memory as a whole.
+    A slice of another file is copied as it stands, without being in memory as a whole. The receipt's hash is that of
+    the bytes in memory, and the file has been found to have it.
+
+    Raises:
+        CheckpointError: the disk is full or gone, or holds something else than what was written.
     """
     names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))  # so that each starts aligned
     entries = [(name, tensors[name].dtype, tensors[name].shape) for name in names]
-    with SafetensorsWriter(path, entries, metadata) as writer:
+    with SafetensorsWriter(path, entries, metadata, hashed=True) as writer:
         for name in names:
             tensor = tensors[name]
             if isinstance(tensor, TensorSlice):
                 writer.write_raw(name, tensor)
             else:
                 writer.write(name, tensor)
+    if file_sha256(path, CheckpointError) != writer.sha256:
+        raise CheckpointError(f"{path} does not read back as it was written: check the disk, or choose another run.dir")
+    return Receipt(writer.sha256, path.stat().st_size)
 
 
 class TensorFiles:
@@ -149,7 +192,12 @@ def all_finite(tensor: Tensor) -> bool:
 
     torch.isfinite on all values makes copies, and is slow in bf16 on a CPU: it took half of the time of loading.
     """
-    return tensor.numel() == 0 or bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
+    return bool(torch.isfinite(_extremes(tensor)).all())
+
+
+def _extremes(tensor: Tensor) -> Tensor:
+    """Smallest and largest value, fp32 [2]; NaN when there is one, zeros of an empty tensor."""
+    return torch.stack(torch.aminmax(tensor)).float() if tensor.numel() else torch.zeros(2, device=tensor.device)
 
 
 def fingerprint(facts: Iterable[str]) -> str:

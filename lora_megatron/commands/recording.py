@@ -7,20 +7,19 @@ Only rank 0 writes; what it meets on the disk all ranks raise, so that none wait
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
 from lora_megatron.checkpoint.folder import disk_errors
-from lora_megatron.checkpoint.state import Progress, save_checkpoint
+from lora_megatron.commands.saving import Saver
 from lora_megatron.commands.summary import Run, continuations
 from lora_megatron.measure.console import TrainingProgress
 from lora_megatron.measure.metrics import MetricsWriter
-from lora_megatron.model.names import named_parameters
 from lora_megatron.parallel.agree import together
 from lora_megatron.training.loop import StepReport, train
-from lora_megatron.training.optimizer import trained
 
 T = TypeVar("T")
 
@@ -53,12 +52,17 @@ def train_and_record(run: Run, identity: dict[str, Any], adapter_facts: dict[str
     progress = TrainingProgress(
         config.train.steps, first_step=trainer.step, enabled=ranks.is_main, description=run.method.name
     )
-    with _metrics(run) as metrics, progress:
+    with _metrics(run) as metrics, progress, Saver(run, identity, adapter_facts) as saver:
+
+        def look_after_save(*values: float) -> None:
+            # A run that is about to end must know, and name, the newest checkpoint that there is.
+            saver.look() if all(map(math.isfinite, values)) else saver.wait()
 
         def on_step(report: StepReport) -> None:
             run.reports.append(report)
             values = asdict(report)
             on_main_disk(run, lambda: metrics.write(values.pop("step"), values))
+            look_after_save(report.loss, report.grad_norm)
             progress.update(
                 report.step,
                 loss=report.loss,
@@ -69,8 +73,9 @@ def train_and_record(run: Run, identity: dict[str, Any], adapter_facts: dict[str
         def on_evaluation(step: int, loss: float) -> None:
             on_main_disk(run, lambda: metrics.write_evaluation(step, loss))
             progress.note(f"held-out loss {loss:.4f} after step {step}")
+            look_after_save(loss)
 
-        train(trainer, on_step=on_step, on_evaluation=on_evaluation, save=lambda: _save(run, identity, adapter_facts))
+        train(trainer, on_step=on_step, on_evaluation=on_evaluation, save=saver.save)
 
 
 @contextlib.contextmanager
@@ -84,20 +89,3 @@ def _metrics(run: Run) -> Iterator[MetricsWriter]:
             metrics.close()
         raise
     on_disk(run, metrics.close)
-
-
-def _save(run: Run, identity: dict[str, Any], adapter_facts: dict[str, Any]) -> None:
-    trainer = run.trainer
-    parameters = trained(list(named_parameters(run.bare_chunks)))
-    save_checkpoint(
-        Path(run.config.run.dir),
-        run.bare_chunks,
-        lambda: trainer.optimizer.named_state(parameters),
-        parameters,
-        progress=Progress(trainer.step, trainer.consumed_samples),
-        identity=identity,
-        method=run.method,
-        shape=run.base.shape,
-        adapter_facts=adapter_facts,
-        keep=run.config.train.keep_checkpoints,
-    )

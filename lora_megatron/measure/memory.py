@@ -34,6 +34,10 @@ class MemoryByKind:
     """The most that was held for a backward pass at one time; on a GPU with temporary tensors on top."""
     peak: int
     """GPU: the allocator's high-water mark. CPU: the sum of the four kinds."""
+    trained: int
+    """Of `weights`, what training changes; the rest is frozen."""
+    reserved: int
+    """GPU: the most that the allocator held of the device, in use or not. CPU: as `peak`."""
 
 
 def _tensors(chunks: Sequence[nn.Module]) -> Iterator[Tensor]:
@@ -51,6 +55,11 @@ def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
 def weight_bytes(chunks: Sequence[nn.Module]) -> int:
     """Bytes of all parameters and buffers of this rank's chunks, each storage once."""
     return sum(_storages(_tensors(chunks)).values())
+
+
+def trained_bytes(chunks: Sequence[nn.Module]) -> int:
+    """Bytes of the parameters that get gradients, each storage once."""
+    return sum(_storages(tensor for tensor in _tensors(chunks) if tensor.requires_grad).values())
 
 
 class _Saved:
@@ -88,6 +97,7 @@ class ActivationMeter:
         """CPU: peak bytes held for the backward pass in the last step. GPU: the allocator's peak in it."""
         self.peak_bytes = 0
         """The largest `last_bytes`."""
+        self._reserved_bytes = 0
 
     @property
     def live_bytes(self) -> int:
@@ -107,6 +117,7 @@ class ActivationMeter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if self._use_cuda:
             self.last_bytes = torch.cuda.max_memory_allocated()
+            self._reserved_bytes = max(self._reserved_bytes, torch.cuda.max_memory_reserved())
         elif self._hooks is not None:
             self._hooks.__exit__(kind, error, _)
             self._hooks = None
@@ -141,12 +152,19 @@ class ActivationMeter:
 
     def memory(self, *, gradients: int, optimizer: int) -> MemoryByKind:
         """Memory by kind over the steps measured; `gradients` and `optimizer` in bytes, as the optimizer tells."""
-        weights = weight_bytes(self._chunks)
+        weights, trained = weight_bytes(self._chunks), trained_bytes(self._chunks)
         persistent = weights + gradients + optimizer
-        if self._use_cuda:
-            activations = max(0, self.peak_bytes - persistent)
-            return MemoryByKind(weights, gradients, optimizer, activations, self.peak_bytes)
-        return MemoryByKind(weights, gradients, optimizer, self.peak_bytes, persistent + self.peak_bytes)
+        activations = max(0, self.peak_bytes - persistent) if self._use_cuda else self.peak_bytes
+        peak = self.peak_bytes if self._use_cuda else persistent + activations
+        return MemoryByKind(
+            weights=weights,
+            gradients=gradients,
+            optimizer=optimizer,
+            activations=activations,
+            peak=peak,
+            trained=trained,
+            reserved=self._reserved_bytes if self._use_cuda else peak,
+        )
 
 
 def gather_memory(mine: MemoryByKind) -> list[MemoryByKind]:

@@ -17,13 +17,19 @@ def layout_of(config: Config) -> Layout:
 
 
 def check(config: Config, shape: ModelShape, method: Method, world_size: int) -> None:
-    """Raise ConfigError for the first thing that cannot work."""
+    """Raise ConfigError for the first thing that cannot work, this machine's memory included."""
+    check_plan(config, shape, method, world_size)
+    _check_storage(config)
+    _check_memory(config, layout_of(config), shape)
+
+
+def check_plan(config: Config, shape: ModelShape, method: Method, world_size: int) -> None:
+    """Raise ConfigError for the first thing that could not work on any machine, however large."""
     layout = layout_of(config)
     _check_layout(layout, shape)
     check_world_size(layout, world_size)
     _check_batches(config, layout, world_size)
     _check_lengths(config, layout, shape)
-    _check_memory(config, layout, shape)
     _check_targets(config, shape)
     _check_ranks(shape, method)
     has_bias = shape.linear_bias or shape.qkv_bias or shape.proj_bias or shape.normalization == "LayerNorm"
@@ -92,6 +98,19 @@ def _check_lengths(config: Config, layout: Layout, shape: ModelShape) -> None:
         raise ConfigError(
             f"parallel.sequence needs data.sequence_length = {length} to be a multiple of parallel.tensor = "
             f"{layout.tensor}"
+        )
+
+
+def _check_storage(config: Config) -> None:
+    storage, precision = config.base.storage, config.train.precision
+    if storage in ("fp8", "nf4"):
+        raise ConfigError(
+            f"base.storage = {storage} is planned only, training keeps frozen weights in train.precision: leave it out"
+        )
+    if storage not in (None, precision):
+        raise ConfigError(
+            f"base.storage = {storage} is not train.precision = {precision}, in which training keeps frozen weights: "
+            "leave it out"
         )
 
 

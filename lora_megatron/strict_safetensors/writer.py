@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +22,7 @@ class SafetensorsWriter:
     """Writes the tensors `entries` (name, dtype, shape) in that order; the same content gives the same bytes.
 
     `header` instead of `entries` and `metadata`: that of another file, verbatim, to write a file of the same layout.
+    With `hashed`, `sha256` is that of the bytes as they were handed over, in hex, once the file is closed.
     Left through an error it leaves an unfinished file, which every reader refuses.
     """
 
@@ -30,15 +33,19 @@ class SafetensorsWriter:
         metadata: Mapping[str, str] | None = None,
         *,
         header: bytes | None = None,
+        hashed: bool = False,
     ) -> None:
         self.path = path
+        self._digest = hashlib.sha256() if hashed else None
         try:
             self.header = make_header(entries, metadata or {}) if header is None else header
             self._waiting = list(reversed(parse_header(self.header)[0].values()))
         except HeaderDefect as defect:
             raise CheckpointError(f"cannot write {path}: {defect}") from None
         with self._writing():
-            self._stream = open(path, "wb", buffering=0)  # noqa: SIM115 - closed by close() or __exit__
+            self._stream: Any = open(path, "wb", buffering=0)  # noqa: SIM115 - closed by close() or __exit__
+            if self._digest is not None:
+                self._stream = _Hashing(self._stream, self._digest)
         try:
             with self._writing():
                 write_all(self._stream, memoryview(self.header))
@@ -74,6 +81,12 @@ class SafetensorsWriter:
             assert not self._waiting, f"{self.path}: {self._waiting[-1].name} was not written"
             os.fsync(self._stream.fileno())
 
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of what was written, in hex; only with `hashed`."""
+        assert self._digest is not None, "the writer was not asked to hash"
+        return self._digest.hexdigest()
+
     def _next(self, name: str, given: Tensor | TensorSlice) -> Entry:
         assert self._waiting, f"{self.path}: {name} is one tensor too many"
         entry = self._waiting.pop()
@@ -89,3 +102,23 @@ class SafetensorsWriter:
             raise CheckpointError(
                 f"cannot write {self.path}: {problem.strerror}; free some space or choose another folder"
             ) from problem
+
+
+class _Hashing:
+    """An unbuffered file that hashes what it takes."""
+
+    def __init__(self, stream: Any, digest: Any) -> None:
+        self._stream, self._digest = stream, digest
+        self.close, self.fileno = stream.close, stream.fileno
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def write(self, view: memoryview) -> int:
+        """Bytes taken, which may be fewer than given."""
+        count: int = self._stream.write(view)
+        self._digest.update(view[:count])
+        return count

@@ -102,22 +102,24 @@ class _Stopped(Exception):
 
 
 def _stopped_after(tree: Tree, step: int) -> Outcome:
-    from lora_megatron.commands import recording
+    from lora_megatron.commands import saving
 
-    original = recording.save_checkpoint
+    original = saving.save_checkpoint
 
-    def save(*arguments: Any, **named: Any) -> None:
-        original(*arguments, **named)
+    def save(*arguments: Any, **named: Any) -> Any:
+        under_way = original(*arguments, **named)
         if named["progress"].step == step < tree["train"]["steps"]:
+            under_way.wait()
             raise _Stopped
+        return under_way
 
-    recording.save_checkpoint = save  # type: ignore[assignment]
+    saving.save_checkpoint = save
     try:
         return attempt(tree)
     except _Stopped:
         return Outcome()
     finally:
-        recording.save_checkpoint = original
+        saving.save_checkpoint = original
 
 
 def test_resume_never_silently_starts_or_continues(corpus: Path, tmp_path: Path) -> None:

@@ -110,7 +110,10 @@ def test_memory_adds_up() -> None:
     meter = ActivationMeter([model])
     with meter:
         model(torch.randn(8, 5)).sum().backward()
-    assert meter.memory(gradients=100, optimizer=200) == MemoryByKind(100, 100, 200, 160, 560)
+    expected = MemoryByKind(100, 100, 200, 160, peak=560, trained=100, reserved=560)
+    assert meter.memory(gradients=100, optimizer=200) == expected
+    model.bias = nn.Parameter(torch.zeros(5), requires_grad=False)
+    assert meter.memory(gradients=100, optimizer=200) == replace(expected, weights=120, peak=580, reserved=580)
 
 
 @dataclass(frozen=True)

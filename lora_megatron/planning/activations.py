@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The stated model of activation memory: what this code's layers keep for the backward pass of one microbatch.
+
+After Korthikanti et al. (arXiv 2205.05198, section 4), who count 34 s b h bytes a layer in 16 bits without the s^2
+terms of attention. Flash attention keeps no s^2 term, there is no hidden or attention dropout, and a frozen linear
+layer keeps nothing. With s tokens in a sequence, b in a microbatch, width h, MLP width f, tensor size t, e bytes per
+element, q = heads x head_dim, k = groups x head_dim, a layer keeps, in bytes per token of the microbatch:
+
+| kept                                       | bytes               | when                                              |
+|--------------------------------------------|---------------------|---------------------------------------------------|
+| input of each of the two norms             | e h, RMSNorm 4 h (*)| a gradient must pass the norm, or it trains       |
+| the norms' statistics                      | 8, RMSNorm 4 (*)    | the same                                          |
+| RMSNorm's output before its weight         | e h (*)             | its weight trains                                 |
+| q, k, v as projected                       | e (q + 2 k) / t     | q, k or v needs a gradient; so for the next four  |
+| q anew, where heads share k and v          | e q / t             | learned positions                                 |
+| q and k anew                               | e (q + k) / t       | rotary positions or norms over heads              |
+| cos and sin, for q and for k               | 4 e rotary_dim / b  | rotary positions                                  |
+| attention's output and log-sum-exp         | (e q + 4 heads) / t | unless recompute is selective                     |
+| input of the activation                    | e f / t             | fc1's output needs a gradient                     |
+| gated: [gate; up], act(gate), up           | 4 e f / t instead   | the same                                          |
+| input of a linear layer                    | e in (*)            | its weight trains, or it has adapters             |
+| the same after dropout, and the mask       | (e + 1) in (*)      | instead for adapters with dropout                 |
+| u = x A^T, scaled                          | e r (**)            | adapters of summed rank r                         |
+| the concatenated A's of a column layer     | e r h / (s b)       | the same, and its input needs a gradient          |
+| the mask of core attention                 | e s                 | packing, or a window shorter than the sequence    |
+
+(*) divided by t under sequence parallelism for column layers and norms, and always for row layers, whose `in` is cut.
+(**) a row layer's is divided by t under sequence parallelism. An input that is kept already, such as attention's
+output or a ReLU's, costs nothing more.
+
+Full recomputation keeps only a layer's input, e h (*), and during backward the tensors above of one layer at a time.
+Behind the last layer come the final norm, the output layer's input if it trains, and the loss: fp32 probabilities
+4 vocabulary / t, and 13 for targets and masks.
+
+For GPT-3 (f = 4 h) with LoRA on q and v that is 2 + 2 + 2 + 6 + 2 + 8 = 22 s b h bytes without tensor parallelism.
+`tests/planning` compares all of it with what autograd holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lora_megatron.methods.method import Method
+from lora_megatron.model.build import padded_vocabulary
+from lora_megatron.model.names import EMBEDDING, OUTPUT, POSITIONS
+from lora_megatron.model.shape import ModelShape
+from lora_megatron.parallel.groups import Layout
+from lora_megatron.planning.gradients import LayerFlow, LinearFlow, NormFlow
+
+_LOG_SUM_EXP = 4  # bytes per head and token, fp32
+_TARGETS_AND_MASKS = 13  # bytes per token: targets int64, whether they are on this rank, the loss mask in fp32
+_EMBEDDING_INDEX = 8  # bytes per token and trained embedding table, int64
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """What flows through a rank: sizes of one microbatch and how it is cut and computed."""
+
+    shape: ModelShape
+    layout: Layout
+    samples: int
+    sequence_length: int
+    itemsize: int
+    """Bytes per element in train.precision."""
+    recompute: str = "none"
+    dropout: float = 0.0
+    packing: bool = False
+
+    @property
+    def tokens(self) -> int:
+        return self.samples * self.sequence_length
+
+    @property
+    def tensor(self) -> int:
+        return self.layout.tensor
+
+    @property
+    def sharded(self) -> int:
+        """What norms and column inputs are divided by: the tensor size under sequence parallelism."""
+        return self.tensor if self.layout.sequence else 1
+
+    @property
+    def hidden_bytes(self) -> float:
+        """Bytes of one [s or s/t, b, h]."""
+        return self.tokens * self.shape.hidden_size * self.itemsize / self.sharded
+
+    @property
+    def vocabulary(self) -> int:
+        """Columns of the logits on this rank."""
+        return padded_vocabulary(self.shape.vocab_size, self.tensor) // self.tensor
+
+
+def layer_bytes(flow: LayerFlow, batch: Microbatch, *, layer: int) -> float:
+    """Bytes that global layer `layer` keeps of one microbatch when it is not recomputed."""
+    kept = _norm(flow.norm1, batch, batch.shape.hidden_size)
+    kept += _column_input(flow.qkv, batch) + _attention(flow, batch, layer)
+    kept += _norm(flow.norm2, batch, batch.shape.hidden_size)
+    if batch.shape.parallel_residual and _norms_share_input(flow, batch):
+        kept -= batch.hidden_bytes
+    return kept + _column_input(flow.fc1, batch) + _mlp(flow, batch)
+
+
+def _norms_share_input(flow: LayerFlow, batch: Microbatch) -> bool:
+    """Whether two norms that read the same tensor also keep it as one: RMSNorm in bf16 makes an fp32 copy each."""
+    if batch.shape.normalization == "LayerNorm":
+        return flow.norm1.output_needs and flow.norm2.output_needs
+    return flow.input_needs and batch.itemsize == 4
+
+
+def _norm(norm: NormFlow, batch: Microbatch, width: int) -> float:
+    """What a norm over the hidden width keeps."""
+    tokens = batch.tokens / batch.sharded
+    if batch.shape.normalization == "LayerNorm":
+        return (batch.itemsize * width + 8) * tokens if norm.output_needs else 0.0
+    kept = (4 * width + 4) * tokens if norm.input_needs else 0.0  # in fp32 whatever the precision
+    return kept + (batch.itemsize * width * tokens if norm.weight else 0.0)
+
+
+def _column_input(linear: LinearFlow, batch: Microbatch) -> float:
+    """The input of qkv or fc1 and what their adapters keep."""
+    width = batch.shape.hidden_size
+    kept = _kept_input(linear, batch, width / batch.sharded, is_kept=False)
+    kept += batch.itemsize * linear.rank * batch.tokens
+    if linear.input_needs:
+        kept += batch.itemsize * linear.rank * width  # torch.cat of the A's, kept for du A
+    return kept
+
+
+def _row_input(linear: LinearFlow, batch: Microbatch, width: float, *, is_kept: bool) -> float:
+    """The input of proj or fc2, `width` per token on this rank, and what their adapters keep."""
+    kept = _kept_input(linear, batch, width, is_kept=is_kept)
+    return kept + batch.itemsize * linear.rank * batch.tokens / batch.sharded
+
+
+def _kept_input(linear: LinearFlow, batch: Microbatch, width: float, *, is_kept: bool) -> float:
+    kept = 0.0
+    plain = linear.weight or (linear.rank > 0 and not batch.dropout)
+    if plain and not is_kept:
+        kept += batch.itemsize * width * batch.tokens
+    if linear.rank and batch.dropout:
+        kept += batch.itemsize * width * batch.tokens  # what is left of the input
+        kept += width * batch.tokens if linear.input_needs else 0.0  # the mask, one byte an element
+    return kept
+
+
+def _attention(flow: LayerFlow, batch: Microbatch, layer: int) -> float:
+    """Core attention with what comes before and after it; the projection's input is its output."""
+    shape, e = batch.shape, batch.itemsize
+    queries, keys = shape.projection("q")[0] / batch.tensor, shape.projection("k")[0] / batch.tensor
+    selective = batch.recompute == "selective"
+    if not flow.attention_needs:
+        return _row_input(flow.proj, batch, queries, is_kept=False)
+    heads, groups = shape.num_attention_heads / batch.tensor, shape.num_query_groups / batch.tensor
+    rotary = shape.position == "rope"
+    grouped = shape.num_query_groups < shape.num_attention_heads
+    kept = e * (queries + 2 * keys) * batch.tokens
+    if shape.qk_norm:
+        if flow.qkv.output_needs:
+            own = queries + keys if e < 4 else queries if grouped else 0  # in fp32 q and k as projected serve
+            kept += (4 * own + 4 * (heads + groups)) * batch.tokens
+        kept += e * (queries + keys) * batch.tokens if flow.qk_norm else 0.0
+    if rotary or shape.qk_norm:
+        kept += e * (queries + keys) * batch.tokens
+    elif grouped:
+        kept += e * queries * batch.tokens
+    if rotary:
+        kept += 4 * e * shape.rotary_dim * batch.sequence_length
+    if batch.packing or 0 < shape.window(layer) < batch.sequence_length:
+        rows = batch.samples if batch.packing else 1
+        kept += e * rows * batch.sequence_length**2
+    if not selective:
+        kept += (e * queries + _LOG_SUM_EXP * heads) * batch.tokens
+    return kept + _row_input(flow.proj, batch, queries, is_kept=not selective)
+
+
+def _mlp(flow: LayerFlow, batch: Microbatch) -> float:
+    """From fc1's output to fc2's input."""
+    shape, width = batch.shape, batch.shape.ffn_hidden_size / batch.tensor
+    one = batch.itemsize * width * batch.tokens
+    relu = shape.activation == "relu"  # keeps its output, the others their input
+    if not flow.fc1.output_needs:
+        kept = 0.0
+    elif shape.gated_mlp:
+        kept = (2 if relu else 4) * one
+    else:
+        kept = one
+    output_kept = relu and not shape.gated_mlp and flow.fc1.output_needs
+    return kept + _row_input(flow.fc2, batch, width, is_kept=output_kept)
+
+
+def head_bytes(method: Method, batch: Microbatch, *, input_needs: bool) -> tuple[float, float]:
+    """(final norm and output layer's input, the loss) of one microbatch on the last stage."""
+    shape = batch.shape
+    name = "decoder.final_layernorm"
+    has_bias = shape.normalization == "LayerNorm"
+    norm = NormFlow(
+        input_needs, method.is_trainable(f"{name}.weight"), has_bias and method.is_trainable(f"{name}.bias")
+    )
+    kept = _norm(norm, batch, shape.hidden_size)
+    if method.is_trainable(EMBEDDING if shape.tied_embeddings else OUTPUT):
+        kept += batch.hidden_bytes
+    return kept, (4 * batch.vocabulary + _TARGETS_AND_MASKS) * batch.tokens
+
+
+def embedding_bytes(method: Method, batch: Microbatch) -> float:
+    """What the embedding keeps of one microbatch: indices, where it trains."""
+    tables = [EMBEDDING, *([POSITIONS] if batch.shape.position == "learned" else [])]
+    return float(_EMBEDDING_INDEX * batch.tokens * sum(method.is_trainable(table) for table in tables))
+
+
+@dataclass(frozen=True)
+class ChunkBytes:
+    """What one model chunk keeps of one microbatch."""
+
+    held: float
+    """From its forward to its backward pass, without the loss."""
+    loss: float
+    """Logits as probabilities, targets and masks; 0 but on the last chunk."""
+    recomputed: float
+    """The most that recomputation adds while its backward pass runs, over what the chunk holds then."""
+
+
+def chunk_bytes(flows: Sequence[LayerFlow], layers: range, batch: Microbatch) -> ChunkBytes:
+    """The layers `layers` of one chunk; embedding and head come on top."""
+    stored = [layer_bytes(flow, batch, layer=layer) for flow, layer in zip(flows, layers, strict=True)]
+    if batch.recompute != "full":
+        return ChunkBytes(sum(stored), 0.0, 0.0)
+    inputs = batch.hidden_bytes
+    # While layer i is rebuilt, the inputs of layers 0 .. i are held still, and its own input is one of them.
+    own = inputs if batch.shape.normalization == "LayerNorm" or batch.itemsize == 4 else 0.0
+    most = max(((i + 1) * inputs + kept - own for i, kept in enumerate(stored)), default=0.0)
+    rotary = 4 * batch.shape.rotary_dim * batch.sequence_length if batch.shape.position == "rope" else 0
+    return ChunkBytes(len(stored) * inputs + rotary, 0.0, most)

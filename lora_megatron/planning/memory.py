@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The memory of one rank by kind: exact for what exists all the time, a stated model for what comes and goes.
+
+Weights, gradients and optimizer state are read off the rank's real model, built on the meta device (`weights`).
+Activations and the loss are those of `activations` at the worst moment of the pipeline schedule (`schedule`). On top
+come, on a GPU, tensors that live for the time of one operation; `_workspace` says which. Outside torch's allocator are
+CUDA's context and the communicators' own buffers, which only constants can stand for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron.core import parallel_state as mpu
+
+from lora_megatron.config import Config
+from lora_megatron.methods.method import Method
+from lora_megatron.model.build import BuildOptions, build
+from lora_megatron.model.checks import layout_of
+from lora_megatron.model.shape import ModelShape
+from lora_megatron.planning.activations import ChunkBytes, Microbatch, chunk_bytes, embedding_bytes, head_bytes
+from lora_megatron.planning.gradients import first_input_needs, layer_flows
+from lora_megatron.planning.schedule import Peak, peak
+from lora_megatron.planning.weights import Weight, frozen_bytes, largest_unpacked_bytes, trained_bytes, weights_of
+
+MIB = 2**20
+CUDA_CONTEXT = 512 * MIB
+"""Of one process on a recent data-centre GPU: driver context, kernels of torch and cuBLAS."""
+COMMUNICATOR = 64 * MIB
+"""NCCL's own buffers for one process group of more than one rank."""
+CUBLAS_WORKSPACE = 32 * MIB
+"""What torch lends cuBLAS on Hopper, for each thread that multiplies: forward and autograd."""
+ADAMW_TEMPORARY = 4
+"""Bytes per element this rank steps: torch's AdamW takes one square root for all of them at once."""
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes on one rank, by kind."""
+
+    frozen_weights: int
+    trained_weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    """Kept for backward passes at the worst moment, without the loss."""
+    logits: int
+    """Kept for the loss: fp32 probabilities, targets, masks."""
+    communication: int
+    """Tensors of pipeline neighbours in flight, and sequence shards gathered."""
+    workspace: int
+    """Tensors that live for one operation: products and their gradients, logits before fp32, an unpacked weight."""
+    context: int
+    """Outside torch's allocator: CUDA's context and NCCL's buffers."""
+
+    @property
+    def weights(self) -> int:
+        """What `measure.memory` calls weights: frozen and trained."""
+        return self.frozen_weights + self.trained_weights
+
+    @property
+    def persistent(self) -> int:
+        """Held from the first step to the last."""
+        return self.weights + self.gradients + self.optimizer
+
+    @property
+    def allocated(self) -> int:
+        """What torch's allocator should report as its peak."""
+        return self.persistent + self.activations + self.logits + self.communication + self.workspace
+
+    @property
+    def total(self) -> int:
+        """What the GPU must have."""
+        return self.allocated + self.context
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which rank of a job: everything of its position that changes bytes."""
+
+    stage: int
+    data_rank: int
+    data_size: int
+
+
+def plan_this_rank(config: Config, shape: ModelShape, method: Method) -> MemoryPlan:
+    """The plan of the rank this process is, in the world it is in: a real one or `parallel.fake_world`'s.
+
+    megatron-core's groups must stand (`groups.build_mesh`). The model is built on the meta device: no memory, no
+    collective. `config` must have passed `model.checks`.
+    """
+    place = Place(
+        mpu.get_pipeline_model_parallel_rank(), mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
+    )
+    return plan_rank(config, shape, method, build_rank(config, shape, method), place)
+
+
+def build_rank(config: Config, shape: ModelShape, method: Method) -> list[Weight]:
+    """The parameters of this process's rank, from its real model on the meta device."""
+    layout = layout_of(config)
+    options = BuildOptions(
+        config.train.precision, config.train.recompute, config.method.dropout, config.train.seed, meta=True
+    )
+    return weights_of(build(shape, method, layout, options), tensor_size=layout.tensor)
+
+
+def plan_rank(config: Config, shape: ModelShape, method: Method, weights: Sequence[Weight], place: Place) -> MemoryPlan:
+    """The plan of a rank that holds `weights` and stands at `place`."""
+    batch = microbatch_of(config, shape)
+    chunks = chunks_of(shape, method, batch, place.stage)
+    data, layout = config.data, batch.layout
+    count = data.global_batch_size // (data.micro_batch_size * place.data_size)
+    trained = trained_bytes(
+        weights,
+        sharding=config.optimizer.sharding,
+        precision=config.train.precision,
+        data_size=place.data_size,
+        data_rank=place.data_rank,
+    )
+    worst = peak(place.stage, layout.pipeline, chunks, count)
+    stepping = trained.optimizer // (12 if config.train.precision == "bf16" else 8) * ADAMW_TEMPORARY
+    in_backward = _workspace(batch, chunks, weights, config.base.storage)
+    return MemoryPlan(
+        frozen_weights=frozen_bytes(weights, storage=config.base.storage),
+        trained_weights=trained.weights,
+        gradients=trained.gradients,
+        optimizer=trained.optimizer,
+        activations=round(worst.activations),
+        logits=round(worst.loss),
+        communication=round(_communication(batch, worst)),
+        workspace=round(max(in_backward, stepping - worst.bytes)),
+        context=CUDA_CONTEXT + COMMUNICATOR * sum(n > 1 for n in (layout.tensor, layout.pipeline, place.data_size)),
+    )
+
+
+def microbatch_of(config: Config, shape: ModelShape) -> Microbatch:
+    """One microbatch of a configuration."""
+    return Microbatch(
+        shape,
+        layout_of(config),
+        config.data.micro_batch_size,
+        config.data.sequence_length,
+        2 if config.train.precision == "bf16" else 4,
+        config.train.recompute,
+        config.method.dropout,
+        config.data.packing,
+    )
+
+
+def chunks_of(shape: ModelShape, method: Method, batch: Microbatch, stage: int) -> list[ChunkBytes]:
+    """What each model chunk of pipeline stage `stage` keeps of one microbatch."""
+    layout = batch.layout
+    count = shape.num_layers // (layout.pipeline * layout.virtual_pipeline)
+    chunks = []
+    for index in range(layout.virtual_pipeline):
+        position = index * layout.pipeline + stage
+        layers = range(position * count, (position + 1) * count)
+        first, last = position == 0, layers.stop == shape.num_layers
+        needs = first_input_needs(method, recompute=batch.recompute) if first else True
+        flows = layer_flows(shape, method, layers, input_needs=needs)
+        chunk = chunk_bytes(flows, layers, batch)
+        extra = embedding_bytes(method, batch) if first else 0.0
+        norm, loss = head_bytes(method, batch, input_needs=flows[-1].output_needs) if last else (0.0, 0.0)
+        recomputed = chunk.recomputed + extra if chunk.recomputed else 0.0
+        chunks.append(ChunkBytes(chunk.held + extra + norm, loss, recomputed))
+    return chunks
+
+
+def _workspace(
+    batch: Microbatch, chunks: Sequence[ChunkBytes], weights: Sequence[Weight], storage: str | None
+) -> float:
+    """Bytes on top of what is kept, at the worst moment of forward and backward.
+
+    Either at the loss: the logits in train.precision beside their fp32 probabilities, and the same again as gradient.
+    Or in a layer's MLP, by when the loss is gone: the gradients of fc1's output and of fc2's input, and a hidden state.
+    Full fine-tuning adds the gradient of one weight in train.precision, packed storage one unpacked weight.
+    """
+    e, shape = batch.itemsize, batch.shape
+    loss = max(chunk.loss for chunk in chunks)
+    at_loss = e * batch.vocabulary * batch.tokens if loss else 0.0
+    gated = 2 if shape.gated_mlp else 1
+    wide = (1 + gated) * shape.ffn_hidden_size / batch.tensor
+    in_layer = e * batch.tokens * (wide + shape.hidden_size) - loss
+    weight = max((w.size * w.itemsize for w in weights if w.trained), default=0)
+    unpacked = largest_unpacked_bytes(weights, storage=storage)
+    return max(at_loss, in_layer, 0.0) + max(weight, unpacked) + 2 * CUBLAS_WORKSPACE
+
+
+def _communication(batch: Microbatch, worst: Peak) -> float:
+    """Outputs of a stage are held until their backward pass, and one hidden state is under way each way; a column
+    layer under sequence parallelism gathers its input, and its gradient in backward."""
+    held = 0.0
+    if batch.layout.pipeline > 1:
+        held += batch.hidden_bytes * (worst.in_flight + 2)
+    if batch.layout.sequence:
+        held += 2 * batch.hidden_bytes * batch.tensor
+    return held
