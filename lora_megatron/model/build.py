@@ -92,7 +92,7 @@ def megatron_config(shape: ModelShape, layout: Layout, options: BuildOptions) ->
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
         bias_activation_fusion=False,
-        bias_dropout_fusion=False,
+        bias_dropout_fusion=torch.cuda.is_available() and not options.meta,  # compiled; on a CPU that costs a compiler
         apply_rope_fusion=False,
         **_RECOMPUTE[options.recompute],
     )

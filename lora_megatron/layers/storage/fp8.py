@@ -24,6 +24,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+try:
+    from lora_megatron.layers.storage import kernels
+except ImportError:  # no Triton: the same numbers, from more and slower passes
+    kernels = None  # type: ignore[assignment]
 from lora_megatron.layers.storage.fused import fused
 from lora_megatron.layers.storage.stored import Stored
 
@@ -54,61 +58,74 @@ def cast_tokens(x: Tensor, factor: Tensor | None, scale: Tensor) -> Tensor:
     return to_fp8(x.float() if factor is None else x.float() * factor, scale)
 
 
-@fused
-def quantise_whole_tokens(x: Tensor, factor: Tensor | None) -> tuple[Tensor, Tensor]:
-    """`quantise_tokens` where every rank has whole tokens: one pass."""
-    values = x.float() if factor is None else x.float() * factor
-    scale = scale_of(values.abs().amax(1, keepdim=True))
-    return to_fp8(values, scale), scale
-
-
 def quantise_tokens(x: Tensor, *, factor: Tensor | None, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
     """q(x diag(factor)) and the scale of every token: [m, k] -> [m, k] FP8, [m, 1] fp32.
 
     `group`: the ranks over which the k inner values of a token are spread.
     """
-    if group is None:
-        return quantise_whole_tokens(x, factor)
+    if group is None and kernels is not None and x.is_cuda:
+        return kernels.quantise_rows(x.contiguous(), factor)
     largest = largest_of(x, factor)
-    dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
+    if group is not None:
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
     scale = scale_of(largest)
     return cast_tokens(x, factor, scale), scale
 
 
-@fused
-def transposed(codes: Tensor) -> Tensor:
-    """[n, k] bytes -> [k, n], contiguous: what a GEMM over n wants to read."""
-    return codes.t().contiguous()
-
-
 def transposed_fp8(codes: Tensor) -> Tensor:
-    """[n, k] FP8 -> [k, n] FP8."""
-    return transposed(codes.view(torch.uint8)).view(FP8)
+    """[n, k] FP8 -> [k, n] FP8, contiguous."""
+    if kernels is not None and codes.is_cuda:
+        return kernels.transpose(codes)
+    return codes.view(torch.uint8).t().contiguous().view(FP8)
 
 
-def multiply(a: Tensor, scale_a: Tensor, b: Tensor, scale_b: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """diag(scale_a) a b^T diag(scale_b): a [m, k], b [n, k] FP8, scales fp32 [m, 1] and [n] -> [m, n].
+def multiply(
+    a: Tensor,
+    scale_a: Tensor,
+    b: Tensor,
+    scale_b: Tensor | None,
+    dtype: torch.dtype,
+    *,
+    bias: Tensor | None = None,
+    fast: bool = False,
+) -> Tensor:
+    """diag(scale_a) a b^T diag(scale_b) + bias: a [m, k], b [n, k] FP8, scales fp32 [m, 1] and [n], bias [n] -> [m, n].
+
+    `fast` adds up in the tensor core's own, shorter registers: good to 14 bits or so, far finer than FP8 itself. It is
+    for the forward product; gradients are added up in fp32.
 
     Where the GEMM cannot be done in FP8 (a CPU, sizes that are no multiples of 16) the same numbers are multiplied in
     fp32.
     """
     if a.is_cuda and dtype == torch.bfloat16 and a.shape[1] % 16 == 0 and b.shape[0] % 16 == 0:
         columns = torch.ones(b.shape[0], device=b.device) if scale_b is None else scale_b
-        return torch._scaled_mm(a, b.t(), scale_a=scale_a, scale_b=columns.view(1, -1), out_dtype=dtype)
+        return torch._scaled_mm(
+            a,
+            b.t(),
+            scale_a=scale_a,
+            scale_b=columns.view(1, -1),
+            bias=bias,
+            out_dtype=dtype,
+            use_fast_accum=fast,
+        )
     product = a.float() @ b.float().t()
     product *= scale_a
     if scale_b is not None:
         product *= scale_b
+    if bias is not None:
+        product += bias.float()
     return product.to(dtype)
 
 
-def fp8_linear(x: Tensor, codes: Tensor, scale: Tensor, *, axis: int, group: dist.ProcessGroup | None) -> Tensor:
-    """x W^T with W [n, k] = codes and `scale` along `axis`: [m, k] -> [m, n]."""
+def fp8_linear(
+    x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, *, axis: int, group: dist.ProcessGroup | None
+) -> Tensor:
+    """x W^T + bias with W [n, k] = codes and `scale` along `axis`: [m, k] -> [m, n]."""
     if axis == 0:
         quantised, tokens = quantise_tokens(x, factor=None, group=None)
-        return multiply(quantised, tokens, codes, scale, x.dtype)
+        return multiply(quantised, tokens, codes, scale, x.dtype, bias=bias, fast=True)
     quantised, tokens = quantise_tokens(x, factor=scale, group=group)
-    return multiply(quantised, tokens, codes, None, x.dtype)
+    return multiply(quantised, tokens, codes, None, x.dtype, bias=bias, fast=True)
 
 
 def fp8_input_gradient(
@@ -143,8 +160,8 @@ class StoredFp8(Stored):
         scale = self.scale[:, None] if self.axis == 0 else self.scale
         return (self.codes.float() * scale).to(dtype)
 
-    def linear(self, x: Tensor) -> Tensor:
-        return fp8_linear(x, self.codes, self.scale, axis=self.axis, group=self.group)
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return fp8_linear(x, self.codes, self.scale, bias, axis=self.axis, group=self.group)
 
     def input_gradient(self, grad: Tensor) -> Tensor:
         return fp8_input_gradient(grad, transposed_fp8(self.codes), self.scale, axis=self.axis, group=self.group)

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from lora_megatron.layers.storage.fp8 import fp8_input_gradient, fp8_linear, scale_of, to_fp8
-from lora_megatron.layers.storage.fused import fused
+from lora_megatron.layers.storage.fp8 import FP8, LARGEST, fp8_input_gradient, fp8_linear, kernels, scale_of
 from lora_megatron.layers.storage.stored import Stored
 
 BLOCK = 64
@@ -45,6 +45,8 @@ class StoredNf4(Stored):
     block_codes: Tensor
     lowest: Tensor
     step: Tensor
+    levels: Tensor
+    fp8_scale: Tensor
 
     def __init__(
         self, out_features: int, in_features: int, *, device: torch.device, multiply_in: str = "bf16", **cut: Any
@@ -61,6 +63,8 @@ class StoredNf4(Stored):
         self.register_buffer("block_codes", torch.zeros(blocks, dtype=torch.uint8, device=device), False)
         self.register_buffer("lowest", torch.zeros(groups, device=device), False)
         self.register_buffer("step", torch.zeros(groups, device=device), False)
+        self.register_buffer("levels", torch.tensor(LEVELS, device=device), False)
+        self.register_buffer("fp8_scale", torch.ones(blocks[self.axis], device=device), False)
 
     def store(self, weight: Tensor) -> None:
         blocks = weight.float().unflatten(1, (-1, BLOCK))  # [out, in / 64, 64]
@@ -79,65 +83,58 @@ class StoredNf4(Stored):
         self.step.copy_((highest - lowest) / 255)
         low, step = self._spread(self.lowest), self._spread(self.step)
         self.block_codes.copy_(torch.where(step > 0, (scales - low) / step, 0.0).round())
+        self.fp8_scale.copy_(scale_of(self.block_scales().amax(inner)))  # per row, or per block column
 
     def _spread(self, per_group: Tensor) -> Tensor:
         return _spread(per_group, self.axis, self.block_codes.shape[1 - self.axis])
 
     def block_scales(self) -> Tensor:
         """The largest magnitude of each block, as remembered: [out, in / 64] fp32."""
-        return _block_scales(self.block_codes, self.lowest, self.step, self.axis)
+        return self.block_codes * self._spread(self.step) + self._spread(self.lowest)
 
     def unpacked(self, dtype: torch.dtype) -> Tensor:
-        return _unpack(self.packed, self.block_scales(), dtype)
+        return self._unpack(dtype)
 
-    def fp8_scale(self) -> Tensor:
-        """Scale of W as FP8 along `axis`: [out] or [in] fp32."""
-        largest = self.block_scales().amax(1 - self.axis)  # per row, or per block column
-        return scale_of(largest if self.axis == 0 else largest.repeat_interleave(BLOCK))
+    def _unpack(self, dtype: torch.dtype, *, scale: Tensor | None = None, transposed: bool = False) -> Tensor:
+        """W / scale in `dtype`: [out, in], or [in, out] transposed; `scale` per row, or per block of columns."""
+        if kernels is not None and self.packed.is_cuda:
+            return kernels.unpack(
+                self.packed,
+                self.block_codes,
+                self.lowest,
+                self.step,
+                self.levels,
+                scale=scale,
+                axis=self.axis,
+                group=GROUP,
+                dtype=dtype,
+                transposed=transposed,
+            )
+        ratio = self.block_scales()
+        if scale is not None:  # levels are at most 1
+            ratio = (ratio / (scale[:, None] if self.axis == 0 else scale)).clamp(max=LARGEST)
+        codes = torch.stack([self.packed >> 4, self.packed & 15], 2).flatten(1)
+        weights = self.levels[codes.int()].unflatten(1, (-1, BLOCK)) * ratio.unsqueeze(2)
+        values = weights.flatten(1).to(dtype)
+        return values.t().contiguous() if transposed else values
 
-    def linear(self, x: Tensor) -> Tensor:
+    def _fp8_scale(self) -> Tensor:
+        """Of W as FP8, along `axis`: [out] or [in] fp32."""
+        return self.fp8_scale if self.axis == 0 else self.fp8_scale.repeat_interleave(BLOCK)
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if self.multiply_in == "fp8":
-            scale = self.fp8_scale()
-            codes = _unpack_fp8(self.packed, self.block_scales(), scale, self.axis)
-            return fp8_linear(x, codes, scale, axis=self.axis, group=self.group)
-        return x @ self.unpacked(x.dtype).t()
+            codes = self._unpack(FP8, scale=self.fp8_scale)
+            return fp8_linear(x, codes, self._fp8_scale(), bias, axis=self.axis, group=self.group)
+        return functional.linear(x, self.unpacked(x.dtype), bias)
 
     def input_gradient(self, grad: Tensor) -> Tensor:
         if self.multiply_in == "fp8":
-            scale = self.fp8_scale()
-            codes = _unpack_fp8_transposed(self.packed, self.block_scales(), scale, self.axis)
-            return fp8_input_gradient(grad, codes, scale, axis=self.axis, group=self.group)
+            codes = self._unpack(FP8, scale=self.fp8_scale, transposed=True)
+            return fp8_input_gradient(grad, codes, self._fp8_scale(), axis=self.axis, group=self.group)
         return grad @ self.unpacked(grad.dtype)
 
 
 def _spread(per_group: Tensor, axis: int, length: int) -> Tensor:
     """[groups] values along the inner axis, repeated to `length` blocks or rows."""
     return per_group.repeat_interleave(GROUP, 1 - axis).narrow(1 - axis, 0, length)
-
-
-@fused
-def _block_scales(codes: Tensor, lowest: Tensor, step: Tensor, axis: int) -> Tensor:
-    length = codes.shape[1 - axis]
-    return _spread(lowest, axis, length) + _spread(step, axis, length) * codes
-
-
-def _weights(packed: Tensor, block_scales: Tensor) -> Tensor:
-    """[out, in / 2] bytes, [out, in / 64] scales -> [out, in] fp32."""
-    codes = torch.stack([packed >> 4, packed & 15], 2).flatten(1)
-    levels = torch.tensor(LEVELS, device=packed.device)[codes.int()]
-    return (levels.unflatten(1, (-1, BLOCK)) * block_scales.unsqueeze(2)).flatten(1)
-
-
-@fused
-def _unpack(packed: Tensor, block_scales: Tensor, dtype: torch.dtype) -> Tensor:
-    return _weights(packed, block_scales).to(dtype)
-
-
-@fused
-def _unpack_fp8(packed: Tensor, block_scales: Tensor, scale: Tensor, axis: int) -> Tensor:
-    return to_fp8(_weights(packed, block_scales), scale[:, None] if axis == 0 else scale)
-
-
-@fused
-def _unpack_fp8_transposed(packed: Tensor, block_scales: Tensor, scale: Tensor, axis: int) -> Tensor:
-    return to_fp8(_weights(packed, block_scales), scale[:, None] if axis == 0 else scale).t().contiguous()

@@ -55,8 +55,8 @@ class Stored(nn.Module, ABC):
         """W [out, in] as the format remembers it."""
 
     @abstractmethod
-    def linear(self, x: Tensor) -> Tensor:
-        """x W^T: [m, in] -> [m, out]."""
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x W^T + bias: [m, in], [out] -> [m, out]."""
 
     @abstractmethod
     def input_gradient(self, grad: Tensor) -> Tensor:
