@@ -102,14 +102,10 @@ class LoraColumnParallelLinear(ColumnParallelLinear):
             return result
         if kwargs["sequence_parallel"]:
             input = gather_from_sequence_parallel_region(input, group=self.tp_group)
-        trained_bias = bias is not None and bias.requires_grad  # above a frozen weight: BitFit
-        output = frozen_linear(
-            input,
-            weight,
-            None if trained_bias else bias,
-            sum_input_gradient_over=self.tp_group if kwargs["allreduce_dgrad"] else None,
-        )
-        return output + bias if trained_bias else output
+        group = self.tp_group if kwargs["allreduce_dgrad"] else None
+        if bias is not None and bias.requires_grad:  # trained above a frozen weight: BitFit
+            return frozen_linear(input, weight, sum_input_gradient_over=group) + bias
+        return frozen_linear(input, weight, bias, sum_input_gradient_over=group)
 
     def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """[s or s/t, b, in] -> [s, b, out / t], and the bias where it is left to the caller."""

@@ -21,6 +21,13 @@ from torch.nn import functional
 from lora_megatron.layers.storage.stored import Stored, stored_of
 
 
+def _shaped(output: Tensor, x: Tensor) -> Tensor:
+    """output [m, n] with the leading dimensions of x. A view for us alone, as in torch's own matmul: adapters add to it
+    in place, which autograd refuses for a view made in a function."""
+    result: Tensor = torch.ops.aten._unsafe_view(output, [*x.shape[:-1], output.shape[-1]])
+    return result
+
+
 class _FrozenLinear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -28,7 +35,7 @@ class _FrozenLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(weight)
         ctx.group = sum_input_gradient_over
-        return functional.linear(x, weight, bias)
+        return _shaped(functional.linear(x.reshape(-1, x.shape[-1]), weight, bias), x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
@@ -48,10 +55,7 @@ class _StoredLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.stored = stored
         ctx.group = sum_input_gradient_over
-        output = stored.linear(x.reshape(-1, x.shape[-1]), bias)
-        # A view for us alone, as in torch's own matmul: adapters add to the output in place.
-        result: Tensor = torch.ops.aten._unsafe_view(output, [*x.shape[:-1], stored.shape[0]])
-        return result
+        return _shaped(stored.linear(x.reshape(-1, x.shape[-1]), bias), x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
