@@ -83,6 +83,12 @@ def _run(arguments: argparse.Namespace) -> None:
         from lora_megatron.commands.inspect import run_inspect
 
         run_inspect(Path(arguments.path), as_json=arguments.json)
+    elif arguments.command == "report":
+        from pathlib import Path
+
+        from lora_megatron.commands.report import run_report
+
+        run_report(Path(arguments.run))
     else:
         from pathlib import Path
 

@@ -90,6 +90,15 @@ def build_parser() -> argparse.ArgumentParser:
     inspect.add_argument("path", help="the folder")
     inspect.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
 
+    report = commands.add_parser(
+        "report",
+        help="write report.html of a run that is going on or ended early",
+        description="Write report.html into a run's folder from what is there: a training that ends well does it by "
+        "itself, one that is going on, was preempted or failed has it made by this command.",
+        epilog="example: lora-megatron report runs/r8",
+    )
+    report.add_argument("run", help="the folder of the run")
+
     quickstart = commands.add_parser(
         "quickstart",
         help="a whole small experiment in minutes, on a CPU",

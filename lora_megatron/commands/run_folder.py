@@ -11,10 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from lora_megatron.checkpoint.folder import disk_errors
-from lora_megatron.checkpoint.state import Progress, checkpoints, newest_good, read_progress, set_aside_newer
+from lora_megatron.checkpoint.state import (
+    Progress,
+    checkpoint_path,
+    checkpoints,
+    newest_good,
+    read_progress,
+    set_aside_newer,
+    step_of,
+)
 from lora_megatron.commands.run_lock import LOCK_NAME, RunLock
 from lora_megatron.config import Config
-from lora_megatron.errors import CheckpointError, ConfigError
+from lora_megatron.errors import CheckpointError, ConfigError, LostRankError, Preempted
 from lora_megatron.measure.atomic import write_json, write_json_even_if_full, write_text
 from lora_megatron.measure.environment import describe_environment
 
@@ -22,8 +30,9 @@ _STATUS = "status.json"
 _STATES = ("running", "done", "failed", "preempted")
 
 
-def claim(config: Config) -> RunLock:
-    """Make the folder and hold its lock. Refuse one that holds a run already, unless the run shall resume.
+def claim(config: Config, *, restarted: bool = False) -> RunLock:
+    """Make the folder and hold its lock. Refuse one that holds a run already, unless the run shall resume, or is the
+    same one, which torchrun has `restarted`.
 
     A folder in which a run failed before it began (it holds no more than its status) is free.
 
@@ -34,11 +43,12 @@ def claim(config: Config) -> RunLock:
     """
     folder = Path(config.run.dir)
     with disk_errors(folder):
-        if not (folder / LOCK_NAME).exists():
+        if not (restarted or (folder / LOCK_NAME).exists()):
             _require_free(folder, config.run.resume)  # before a lock is written into what may be anybody's
         lock = RunLock(folder)
         try:
-            _require_free(folder, config.run.resume)
+            if not restarted:
+                _require_free(folder, config.run.resume)
         except BaseException:
             lock.release()
             raise
@@ -49,7 +59,7 @@ def _require_free(folder: Path, resume: str) -> None:
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"run.dir = {folder} is a file; choose a folder")
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    has_status = _STATUS in names and _is_ours(folder / _STATUS)
+    has_status = _STATUS in names and _is_ours(folder)
     names = [name for name in names if name != LOCK_NAME and not (name == _STATUS and has_status)]
     if resume not in ("never", "auto"):
         _require_checkpoint_of(folder if names else None, resume)
@@ -74,12 +84,24 @@ def _require_checkpoint_of(run: Path | None, resume: str) -> None:
         raise CheckpointError(f"run.resume = {resume} is neither never, nor auto, nor the folder of a checkpoint")
 
 
-def _is_ours(status: Path) -> bool:
+def _is_ours(folder: Path) -> bool:
+    return _old_status(folder).get("state") in _STATES
+
+
+def begun_by(config: Config, launchers: list[str]) -> bool:
+    """Whether status.json says that one of these launchers began the run: torchrun has restarted its workers.
+
+    A torchrun stays the same process over its restarts, so one that is common to both attempts settles it.
+    """
+    return bool(set(launchers) & set(_old_status(Path(config.run.dir)).get("launchers", ())))
+
+
+def _old_status(folder: Path) -> dict[str, Any]:
     try:
-        value = json.loads(status.read_text(encoding="utf-8"))
+        status = json.loads((folder / _STATUS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return False
-    return isinstance(value, dict) and value.get("state") in _STATES
+        return {}
+    return status if isinstance(status, dict) else {}
 
 
 def find_checkpoint(
@@ -98,13 +120,13 @@ def find_checkpoint(
     return folder, read_progress(folder, identity)
 
 
-def begin(config: Config, step: int, say: Callable[[str], None]) -> None:
+def begin(config: Config, step: int, launchers: list[str], say: Callable[[str], None]) -> None:
     """Write the status `running`, the resolved configuration and the environment.
 
     A run that goes on from `step` sets newer checkpoints aside.
     """
     folder = Path(config.run.dir)
-    set_status(config, "running", step=step)
+    set_status(config, "running", step=step, launchers=launchers)
     if step:
         set_aside_newer(folder, step, say)
     write_text(folder / "config.yaml", config.to_yaml())
@@ -112,18 +134,39 @@ def begin(config: Config, step: int, say: Callable[[str], None]) -> None:
 
 
 def set_status(config: Config, state: str, **facts: Any) -> None:
-    """status.json: running, done, failed or preempted; over the old one if the disk is full."""
-    status = {"state": state, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **facts}
-    write_json_even_if_full(Path(config.run.dir) / _STATUS, status)
+    """status.json: running, done, failed or preempted; over the old one if the disk is full.
+
+    The launchers of the run stay in it.
+    """
+    folder = Path(config.run.dir)
+    launchers = {"launchers": _old_status(folder).get("launchers", [])}
+    status = {"state": state, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **launchers, **facts}
+    write_json_even_if_full(folder / _STATUS, status)
 
 
 @contextlib.contextmanager
-def failure_recorded(config: Config, *, enabled: bool) -> Iterator[None]:
-    """status.json says `failed`, why and with which exit status, when an exception passes through."""
+def ending_recorded(config: Config, *, enabled: bool) -> Iterator[None]:
+    """status.json says `failed`, why and with which exit status, when an exception passes through; or `preempted`.
+
+    enabled: on the rank that writes. Where contact with a rank is lost it may be that one: then whoever is left writes,
+    unless the reason stands there already.
+    """
+    folder = Path(config.run.dir)
     try:
         yield
-    except Exception as error:  # whatever it is, it is recorded and goes on
+    except Preempted as preempted:
+        if preempted.step is None:  # while starting: where it would have gone on
+            preempted.step = step_of(checkpoints(folder)[0]) if checkpoints(folder) else 0
+        saved = checkpoint_path(folder, preempted.step)
+        preempted.saved = str(saved) if saved.is_dir() else None
+        facts = {"step": preempted.step, "signal": preempted.signal, "message": str(preempted)}
         if enabled:
+            with contextlib.suppress(OSError):
+                set_status(config, "preempted", exit_status=preempted.exit_status, **facts)
+        raise
+    except Exception as error:  # whatever it is, it is recorded and goes on
+        is_lost = isinstance(error, LostRankError) and _old_status(folder).get("state") == "running"
+        if enabled or is_lost:
             with contextlib.suppress(OSError):  # the folder itself may be gone
                 set_status(config, "failed", exit_status=getattr(error, "exit_status", 1), error=str(error))
         raise

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import math
-import statistics
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from lora_megatron.data.parquet import ExampleTable
 from lora_megatron.data.tokenizer import Tokenizer
 from lora_megatron.evaluation.greedy import greedy
 from lora_megatron.layers.sharding import shard_of
+from lora_megatron.measure.facts import steady_spread
 from lora_megatron.measure.memory import gather_memory
 from lora_megatron.measure.metrics import EVALUATIONS_NAME, METRICS_NAME, read_metrics
 from lora_megatron.methods.method import Method
@@ -29,7 +29,6 @@ from lora_megatron.parallel.groups import Ranks
 from lora_megatron.training.loop import StepReport, Trainer
 from lora_megatron.training.optimizer import gradient_bytes
 
-WARM_UP_STEPS = 3
 _NEW_TOKENS = 256  # each costs a forward pass over the whole length
 
 
@@ -86,10 +85,9 @@ def summarise(run: Run, *, wall_seconds: float) -> dict[str, Any]:
         trainer.meter.memory(gradients=gradient_bytes(trainer.chunks), optimizer=trainer.optimizer.state_bytes())
     )
     trainable, total = _count_parameters(run)
-    steady = run.reports[WARM_UP_STEPS:] or run.reports
-    seconds = [report.step_seconds for report in steady]
+    spread = steady_spread([report.step_seconds for report in run.reports])
     tokens = config.data.global_batch_size * config.data.sequence_length
-    rate = tokens / statistics.median(seconds) if seconds else None
+    rate = tokens / spread["median"] if spread else None
     train_curve, held_out_curve = _curves(Path(config.run.dir))
     return {
         "method": run.method.name,
@@ -107,7 +105,7 @@ def summarise(run: Run, *, wall_seconds: float) -> dict[str, Any]:
         "checkpoint_bytes": _checkpoint_bytes(run),
         "tokens_per_second": rate,
         "tokens_per_second_per_rank": rate / ranks.world_size if rate else None,
-        "step_seconds": _spread(seconds),
+        "step_seconds": spread,
         "peak_memory_bytes": max(m.peak for m in memory),
         "memory_by_rank": [{"rank": rank, **asdict(m)} for rank, m in enumerate(memory)],
         "train_curve": train_curve,
@@ -159,14 +157,3 @@ def _samples(run: Run) -> list[dict[str, str]]:
         _, context, reference = table[row]
         samples.append({"context": context, "reference": reference, "before": first, "after": last})
     return samples
-
-
-def _spread(seconds: list[float]) -> dict[str, float] | None:
-    if not seconds:
-        return None
-    ordered = sorted(seconds)
-    return {
-        "median": statistics.median(ordered),
-        "p10": ordered[len(ordered) // 10],
-        "p90": ordered[min(len(ordered) - 1, len(ordered) * 9 // 10)],
-    }

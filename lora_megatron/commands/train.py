@@ -16,9 +16,10 @@ import torch.distributed as dist
 from lora_megatron.checkpoint.adapter import describe_method, load_adapter, save_adapter
 from lora_megatron.checkpoint.base import Base, save_model
 from lora_megatron.checkpoint.folder import MANIFEST
-from lora_megatron.checkpoint.state import Progress, load_checkpoint
+from lora_megatron.checkpoint.state import checkpoints
 from lora_megatron.commands import run_folder
 from lora_megatron.commands.base import resolve_base, tokenizer_of
+from lora_megatron.commands.history import restore, resume
 from lora_megatron.commands.recording import on_main_disk, train_and_record
 from lora_megatron.commands.run_lock import RunLock
 from lora_megatron.commands.summary import Run, continuations, summarise
@@ -26,17 +27,19 @@ from lora_megatron.config import Config, ModelSection
 from lora_megatron.data.batches import BatchSource
 from lora_megatron.data.parquet import ExampleTable, open_examples
 from lora_megatron.data.tokenizer import Tokenizer, load_tokenizer
-from lora_megatron.errors import CheckpointError, ConfigError, UserError
+from lora_megatron.errors import CheckpointError, ConfigError, LostRankError, Preempted, UserError
 from lora_megatron.measure.memory import ActivationMeter
 from lora_megatron.measure.report import write_report
 from lora_megatron.methods.choose import choose_method
 from lora_megatron.methods.method import Method
 from lora_megatron.model.build import BuildOptions, build
 from lora_megatron.model.checks import check, layout_of
-from lora_megatron.model.names import named_parameters
-from lora_megatron.parallel import groups
-from lora_megatron.parallel.agree import is_main, require_equal, together
+from lora_megatron.parallel import groups, stopping
+from lora_megatron.parallel.agree import gather_text, is_main, require_equal, together
 from lora_megatron.parallel.groups import Ranks
+from lora_megatron.parallel.launcher import launcher_identity, restart_count
+from lora_megatron.parallel.peers import loss_as_error
+from lora_megatron.parallel.stopping import stop_if_asked
 from lora_megatron.training.choose_optimizer import choose_optimizer
 from lora_megatron.training.loop import Trainer
 from lora_megatron.training.optimizer import wrap_ddp
@@ -47,25 +50,48 @@ def run_training(config: Config) -> None:
 
     Raises:
         UserError: every way a user's input can fail; see `lora_megatron.errors` for the exit statuses.
+        Preempted: a termination signal; the run can go on from where it stands.
     """
-    started = time.monotonic()
-    groups.join_world(timeout_minutes=config.parallel.timeout_minutes)
-    try:
-        require_equal("the configuration", config.model_dump_json())
-        plan = together(lambda: _plan(config))
-        require_equal("the tokenizer", plan.tokenizer.fingerprint)
-        require_equal("the base model", plan.base.fingerprint)
-        lock = together(lambda: run_folder.claim(config) if is_main() else None)
-        with lock or contextlib.nullcontext(), run_folder.failure_recorded(config, enabled=is_main()):
-            _warn_without_lock(lock, config)
-            ranks = groups.build_mesh(
-                layout_of(config), seed=config.train.seed, timeout_minutes=config.parallel.timeout_minutes
-            )
-            _train(plan, ranks, started)
-    except UserError:  # all ranks are here, so none waits for another
+    with stopping.listening():
+        groups.join_world(timeout_minutes=config.parallel.timeout_minutes)
+        try:
+            with loss_as_error():
+                _prepare_and_train(config, time.monotonic())
+        except LostRankError:  # whatever waits for the others would wait for ever
+            raise
+        except (UserError, Preempted):  # all ranks are here, so none waits for another
+            groups.stop()
+            raise
         groups.stop()
-        raise
-    groups.stop()
+
+
+def _prepare_and_train(config: Config, started: float) -> None:
+    require_equal("the configuration", config.model_dump_json())
+    launchers = sorted(set(gather_text(launcher_identity())))
+    config, restarted = _resume_if_restarted(config, launchers)
+    plan = together(lambda: _plan(config))
+    require_equal("the tokenizer", plan.tokenizer.fingerprint)
+    require_equal("the base model", plan.base.fingerprint)
+    stop_if_asked()
+    lock = together(lambda: run_folder.claim(config, restarted=restarted) if is_main() else None)
+    with lock or contextlib.nullcontext(), run_folder.ending_recorded(config, enabled=is_main()), loss_as_error():
+        _warn_without_lock(lock, config)
+        timeout = config.parallel.timeout_minutes
+        ranks = groups.build_mesh(layout_of(config), seed=config.train.seed, timeout_minutes=timeout)
+        _train(plan, ranks, launchers, started)
+
+
+def _resume_if_restarted(config: Config, launchers: list[str]) -> tuple[Config, bool]:
+    """The configuration, and whether torchrun restarted this very run: then it goes on from its own newest checkpoint,
+    whatever `run.resume` says."""
+    if restart_count() == 0:
+        return config, False
+    found = ""
+    if is_main() and run_folder.begun_by(config, launchers):
+        found = "checkpoints" if checkpoints(Path(config.run.dir)) else "none saved"
+    found = gather_text(found)[0]
+    resume = config.run.resume if found != "checkpoints" else "auto"
+    return config.model_copy(update={"run": config.run.model_copy(update={"resume": resume})}), bool(found)
 
 
 @dataclass(frozen=True)
@@ -119,21 +145,24 @@ def _source(table: ExampleTable, tokenizer: Tokenizer, config: Config, *, shuffl
     )
 
 
-def _train(plan: _Plan, ranks: Ranks, started: float) -> None:
+def _train(plan: _Plan, ranks: Ranks, launchers: list[str], started: float) -> None:
     config, tokenizer, base, method = plan.config, plan.tokenizer, plan.base, plan.method
     table = together(lambda: _open(config.data.train, "data.train"))
     held_out_table = together(lambda: open_examples(config.data.validation) if config.data.validation else None)
     require_equal("the training data", table.content_hash)
     require_equal("the validation data", held_out_table.content_hash if held_out_table else "")
+    stop_if_asked()
     trainer = _build_trainer(config, tokenizer, base, method, table, held_out_table)
     identity = _identity(config, base, method, table, tokenizer)
     say = _say if ranks.is_main else lambda text: None
+    stop_if_asked()
     resumed = together(lambda: run_folder.find_checkpoint(config, identity, say))
     if resumed:
-        _resume(trainer, *resumed)
+        resume(trainer, *resumed)
+        restore(trainer, Path(config.run.dir))
         say(f"resumed from {resumed[0]} at step {resumed[1].step}")
     run = Run(config, base, method, trainer, tokenizer, held_out_table, ranks)
-    on_main_disk(run, lambda: run_folder.begin(config, trainer.step, say))
+    on_main_disk(run, lambda: run_folder.begin(config, trainer.step, launchers, say))
     _say_what_is_cut(trainer, say)
     _run(run, identity, started)
 
@@ -206,20 +235,6 @@ def _identity(config: Config, base: Base, method: Method, table: ExampleTable, t
         "seed": config.train.seed,
         "precision": config.train.precision,
     }
-
-
-def _resume(trainer: Trainer, folder: Path, progress: Progress) -> None:
-    steps = trainer.config.train.steps
-    if progress.step > steps:
-        raise ConfigError(f"train.steps = {steps}, and {folder} is at step {progress.step} already: raise train.steps")
-    named = list(named_parameters([chunk.module for chunk in trainer.chunks]))
-    optimizer = trainer.optimizer
-    together(
-        lambda: load_checkpoint(
-            folder, named, lambda names, read: optimizer.load_named_state(names, read, progress.step)
-        )
-    )
-    trainer.step = progress.step
 
 
 def _say_what_is_cut(trainer: Trainer, say: Callable[[str], None]) -> None:

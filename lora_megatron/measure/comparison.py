@@ -11,7 +11,8 @@ from typing import Any, TextIO
 from lora_megatron.measure import console, markdown
 from lora_megatron.measure.atomic import write_json, write_text
 from lora_megatron.measure.curves import Curves, draw_losses
-from lora_megatron.measure.report import PICTURE_NAME, Summary, memory_note
+from lora_megatron.measure.facts import Summary, memory_note
+from lora_megatron.measure.report import PICTURE_NAME
 from lora_megatron.measure.units import show_bytes, show_count, show_loss, show_ratio, show_seconds
 
 COLUMNS = ("", "LoRA", "full fine-tuning", "ratio")

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 XY = tuple[float, float | None]
@@ -14,9 +13,9 @@ _LARGEST = 1e300  # beyond it the differences that an axis is made of overflow
 
 def finite(value: float | None) -> float | None:
     """`value` if it can be drawn, else None: NaN, infinities and what is no number at all."""
-    if value is None or isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, float | int):
         return None
-    return float(value) if math.isfinite(value) and abs(value) < _LARGEST else None
+    return float(value) if -_LARGEST < value < _LARGEST else None
 
 
 def decimate(points: Sequence[XY], *, most: int = MOST_POINTS) -> list[XY]:

@@ -8,6 +8,7 @@ of this module and the charts make it, and they escape whatever they are given.
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from lora_megatron.measure.html_style import STYLE
 
 HTML_NAME = "report.html"
 _LONGEST_TEXT = 4000
+_BLANK_LINES = re.compile(r"\n{2,}|^\n+|\n+$")
+_NOTHING = "<em>nothing</em>"
 # Even if a text got past the escaping, a browser would neither run nor fetch anything.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
@@ -143,4 +146,5 @@ def samples(items: Sequence[Mapping[str, str | None]], texts: Mapping[str, str])
 
 
 def _quoted(text: str) -> str:
-    return escape(text) if text.strip() else "<em>nothing</em>"
+    """Line breaks are kept, but for the many that an untrained model likes to write."""
+    return escape(_BLANK_LINES.sub(lambda found: "⏎" * len(found[0]) + "\n", text)) if text.strip() else _NOTHING

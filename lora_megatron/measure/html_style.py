@@ -34,12 +34,13 @@ nav { display: flex; flex-wrap: wrap; gap: 4px 18px; margin-top: 14px; font-size
 nav a { text-decoration: none; } nav a:hover { text-decoration: underline; }
 .subtitle { margin: 4px 0 0; color: var(--soft); }
 .note, footer { color: var(--soft); font-size: .9rem; }
-.warning, .failure { max-width: none; padding: 10px 14px; border-left: 4px solid; border-radius: 4px; }
+.warning, .failure { max-width: none; white-space: pre-line; }
+.warning, .failure { padding: 10px 14px; border-left: 4px solid; border-radius: 4px; }
 .warning { border-color: var(--warn); background: var(--warn-page); }
 .failure { border-color: var(--bad); background: var(--bad-page); }
 footer { margin-top: 48px; padding-top: 12px; border-top: 1px solid var(--line); }
 
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(170px, 1fr)); gap: 12px; margin: 24px 0 0; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px; margin: 24px 0 0; }
 .tiles > div { padding: 12px 14px; border: 1px solid var(--line); border-radius: 8px; background: var(--card); }
 .tiles dt { color: var(--soft); font-size: .86rem; }
 .tiles dd { margin: 2px 0 0; font-size: 1.4rem; font-weight: 600; line-height: 1.3;
@@ -58,7 +59,7 @@ footer { margin-top: 48px; padding-top: 12px; border-top: 1px solid var(--line);
 .pairs dd { font-family: ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; font-size: .86rem;
   line-height: 1.7; }
 .sample dl { display: grid; grid-template-columns: 8.5rem minmax(0, 1fr); gap: 4px 14px; }
-.sample dd { white-space: pre-wrap; }
+.sample dd { max-height: 16em; overflow-y: auto; white-space: pre-wrap; }
 .sample em { color: var(--soft); }
 
 .scroll { overflow-x: auto; margin: 12px 0; }
@@ -69,16 +70,17 @@ thead th { color: var(--soft); font-size: .88rem; font-weight: 500; }
 tbody th { font-weight: 400; }
 .numbers td, .numbers thead th:not(:first-child) { text-align: right; white-space: nowrap; }
 .numbers :is(th, td):last-child { padding-right: 4px; }
+.numbers th { white-space: nowrap; }
 .words td { overflow-wrap: anywhere; }
 summary { cursor: pointer; color: var(--link); }
 
 figure { margin: 0; break-inside: avoid; min-width: 0; }
+.tall { grid-row: span 2; }
 figcaption { display: flex; flex-wrap: wrap; gap: 2px 16px; align-items: baseline; margin-bottom: 4px; }
 figcaption b { font-weight: 600; }
 .key { color: var(--soft); font-size: .88rem; white-space: nowrap; }
-.key svg { width: 22px; height: 10px; margin-right: 6px; }
 svg { display: block; width: 100%; height: auto; overflow: visible; }
-.key svg { display: inline-block; }
+.key svg { display: inline-block; width: 26px; height: 12px; margin-right: 5px; vertical-align: -1px; }
 svg text { fill: var(--soft); font: 12.5px system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif;
   font-variant-numeric: tabular-nums; }
 svg .strong { fill: var(--ink); }
@@ -103,8 +105,9 @@ svg .strong { fill: var(--ink); }
 }
 @media print {
   body { max-width: none; padding: 0; font-size: 10.5pt; } nav, summary { display: none; } a { color: inherit; }
-  section, .card, tr, .tiles > div { break-inside: avoid; } h2, h3 { break-after: avoid; }
-  .grid { grid-template-columns: 1fr 1fr; } .scroll { overflow: visible; }
+  .card, tr, .tiles > div { break-inside: avoid; } h2, h3 { break-after: avoid; } h2 { margin-top: 26px; }
+  .grid { grid-template-columns: repeat(2, minmax(0, 1fr)); } .grid:has(.numbers) { grid-template-columns: 1fr; }
+  .scroll { overflow: visible; }
   details::details-content { content-visibility: visible; height: auto; }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
 }

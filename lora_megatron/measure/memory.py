@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from types import TracebackType
 from typing import Self
 
@@ -150,9 +151,17 @@ class ActivationMeter:
             self._live_bytes -= entry[1]
             del self._live[key]
 
+    @cached_property
+    def _weight_bytes(self) -> tuple[int, int]:
+        """(all, trained): asked for every step, and counting some thousand tensors takes milliseconds."""
+        return weight_bytes(self._chunks), trained_bytes(self._chunks)
+
     def memory(self, *, gradients: int, optimizer: int) -> MemoryByKind:
-        """Memory by kind over the steps measured; `gradients` and `optimizer` in bytes, as the optimizer tells."""
-        weights, trained = weight_bytes(self._chunks), trained_bytes(self._chunks)
+        """Memory by kind over the steps measured; `gradients` and `optimizer` in bytes, as the optimizer tells.
+
+        The weights are those of the first call: a training neither adds nor removes any.
+        """
+        weights, trained = self._weight_bytes
         persistent = weights + gradients + optimizer
         activations = max(0, self.peak_bytes - persistent) if self._use_cuda else self.peak_bytes
         peak = self.peak_bytes if self._use_cuda else persistent + activations

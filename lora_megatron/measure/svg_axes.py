@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lora_megatron.measure.html_page import Html, escape
+from lora_megatron.measure.units import show_bytes
 
 WIDTH = 560
 _LADDERS = {
@@ -89,11 +90,13 @@ def _exponent(value: float) -> str:
 
 
 def value_text(value: float, unit: str) -> str:
-    """A value in the unit that fits it: `1.23 MiB`, `0.5314 nats per token`."""
+    """A value in the unit that fits it: `1.23 MiB`, `111 ms`, `0.5314 nats per token`."""
+    if unit == "bytes":
+        return show_bytes(value)
     divisor, name = fitting(unit, value)
     scaled = value / divisor
-    text = f"{scaled:,.0f}" if abs(scaled) >= 1e4 and abs(scaled) < 1e15 else f"{scaled:.4g}"
-    return f"{text} {name}".strip()
+    grouped = f"{scaled:,.0f}" if 1e3 <= abs(scaled) < 1e15 else f"{scaled:.{3 if unit == 's' else 4}g}"
+    return f"{grouped} {name}".strip()
 
 
 def line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
@@ -110,8 +113,9 @@ def label(x: float, y: float, text: str, *, anchor: str = "middle", kind: str = 
 def figure(title: str, keys: Sequence[str], body: Sequence[str], *, height: float, description: str) -> Html:
     """A chart under its title and the keys of its series; `description` is read out instead of the picture."""
     names = f"<title>{escape(title)}</title><desc>{escape(description)}</desc>"
+    shape = ' class="tall"' if height > WIDTH else ""
     return Html(
-        f"<figure><figcaption><b>{escape(title)}</b>{''.join(keys)}</figcaption>\n"
+        f"<figure{shape}><figcaption><b>{escape(title)}</b>{''.join(keys)}</figcaption>\n"
         f'<svg role="img" viewBox="0 0 {WIDTH} {height:g}">{names}\n' + "\n".join(body) + "\n</svg></figure>"
     )
 

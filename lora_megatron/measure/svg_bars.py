@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from lora_megatron.measure.html_page import Html, escape
 from lora_megatron.measure.svg_axes import (
@@ -97,11 +98,11 @@ def _bar(
 
 @dataclass(frozen=True)
 class Class:
-    """`count` values from `low` up to `high`, or all above `low` where `high` is infinite."""
+    """`count` values from `low` to below `high`; the last class has its end too, and an infinite `high` all above."""
 
     low: float
     high: float
-    count: int = field(default=0)
+    count: int
 
 
 def classes_of(values: Sequence[float]) -> list[Class]:
@@ -118,19 +119,18 @@ def classes_of(values: Sequence[float]) -> list[Class]:
     first = math.floor(low / width + 1e-9)
     count = max(1, math.ceil((top - first * width) / width - 1e-9))
     edges = [(first + number) * width for number in range(count + 1)]
-    counts = [0] * (count + 1)  # the last one is the open class
-    for value in ordered:
-        place = math.floor((value - edges[0]) / width)
-        counts[min(max(place, 0), count - 1) if value <= max(edges[-1], top) else count] += 1
-    closed = [Class(edges[i], edges[i + 1], counts[i]) for i in range(count)]
-    return [*closed, Class(edges[-1], math.inf, counts[count])] if counts[count] else closed
+    inner = [bisect.bisect_left(ordered, edge) for edge in edges[1:-1]]
+    cuts = [0, *inner, bisect.bisect_right(ordered, max(edges[-1], top))]
+    classes = [Class(edges[i], edges[i + 1], cuts[i + 1] - cuts[i]) for i in range(count)]
+    beyond = len(ordered) - cuts[-1]
+    return [*classes, Class(edges[-1], math.inf, beyond)] if beyond else classes
 
 
 def histogram(
     title: str, values: Sequence[float], *, x_label: str, y_label: str, unit: str = "", levels: Mapping[str, float]
 ) -> Html:
     """How often values fell into each class; levels: name -> a value that a dashed line marks, such as the median."""
-    height, top, foot, left = 292, 30, 244, 62
+    height, top, foot, left = 292, 36, 244, 62
     if not values:
         text = label(WIDTH / 2, height / 2, "nothing was recorded")
         return figure(title, [], [text], height=height, description="nothing was recorded")
@@ -158,13 +158,25 @@ def histogram(
         line(left, foot, _RIGHT, foot, "zero"),
         label((left + _RIGHT) / 2, height - 6, f"{x_label} ({unit_name})", kind="strong"),
     ]
-    for value in levels.values():
-        if across.low <= value / divisor <= across.high:
-            body += [line(across.at(value / divisor), top, across.at(value / divisor), foot, "level")]
-    symbol = '<line class="level" x1="11" y1="0" x2="11" y2="10"/>'
+    body += _levels({name: across.at(value / divisor) for name, value in levels.items()}, left, top, foot)
+    symbol = '<line class="level" x1="1" y1="5" x2="21" y2="5"/>'
     keys = [key(f"{name} {value_text(value, unit)}", symbol) for name, value in levels.items()]
     described = f"{len(values):,} values from {value_text(min(values), unit)} to {value_text(max(values), unit)}"
     return figure(title, keys, body, height=height, description=described)
+
+
+def _levels(places: Mapping[str, float], left: float, top: float, foot: float) -> list[str]:
+    """Dashed lines at the pixels `places`, named above where there is room."""
+    body: list[str] = []
+    taken: list[tuple[float, float]] = []
+    for name, x in sorted(places.items(), key=lambda pair: pair[0] != "median"):  # which is named if not all can be
+        half = 4.6 * len(name) + 2
+        if left <= x <= _RIGHT:
+            body.append(line(x, top, x, foot, "level"))
+            if all(abs(x - place) >= half + other for place, other in taken):
+                body.append(label(x, top - 5, name))
+                taken.append((x, half))
+    return body
 
 
 def _column(left: float, right: float, up: Scale, count: int, said: str, kind: str) -> list[str]:

@@ -51,12 +51,17 @@ class Weight:
     """The second copy of a tied embedding, on the last pipeline stage."""
     own_bucket: bool = False
     """megatron-core gives a shared embedding a gradient bucket of its own."""
-    full_size: int = 0
-    """Elements of the true, unsharded parameter; 0 for a buffer."""
+    full_shape: tuple[int, ...] | None = None
+    """Of the true, unsharded parameter; None for a buffer."""
 
     @property
     def size(self) -> int:
         return math.prod(self.shape)
+
+    @property
+    def full_size(self) -> int:
+        """Elements of the true parameter; 0 for a buffer."""
+        return 0 if self.full_shape is None else math.prod(self.full_shape)
 
     @property
     def is_linear(self) -> bool:
@@ -83,7 +88,7 @@ def weights_of(chunks: Sequence[nn.Module], *, tensor_size: int) -> list[Weight]
                     index,
                     named.is_copy,
                     bool(getattr(parameter, "shared_embedding", False)),
-                    math.prod(shard_of(parameter).full_shape(parameter.shape, tensor_size)),
+                    shard_of(parameter).full_shape(parameter.shape, tensor_size),
                 )
             )
         buffers = chunk.named_buffers()
@@ -93,7 +98,7 @@ def weights_of(chunks: Sequence[nn.Module], *, tensor_size: int) -> list[Weight]
 
 def as_fully_trained(weights: Sequence[Weight]) -> list[Weight]:
     """The same model without adapters and with every parameter trained: full fine-tuning."""
-    return [replace(weight, trained=weight.full_size > 0) for weight in weights if not weight.is_adapter]
+    return [replace(weight, trained=weight.full_shape is not None) for weight in weights if not weight.is_adapter]
 
 
 def frozen_bytes(weights: Sequence[Weight], *, storage: str | None) -> int:

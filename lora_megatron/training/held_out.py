@@ -10,13 +10,18 @@ from megatron.core import parallel_state as mpu
 from torch import nn
 
 from lora_megatron.data.batches import BatchSource
+from lora_megatron.parallel.stopping import stop_if_asked
 from lora_megatron.training.step import Batch, StepLoss, run_microbatches
 
 _MICROBATCHES_PER_CALL = 16
 
 
 def held_out_loss(ddp_chunks: Sequence[nn.Module], source: BatchSource) -> StepLoss:
-    """Sum of the loss and number of counted tokens over all of `source`, on every rank; collective."""
+    """Sum of the loss and number of counted tokens over all of `source`, on every rank; collective.
+
+    Raises:
+        Preempted: a termination signal came meanwhile.
+    """
     stages = mpu.get_pipeline_model_parallel_world_size()
     # The interleaved schedule takes whole rounds of `stages` microbatches.
     batches = source.evaluation_microbatches(
@@ -36,4 +41,5 @@ def held_out_loss(ddp_chunks: Sequence[nn.Module], source: BatchSource) -> StepL
 
 
 def _run(ddp_chunks: Sequence[nn.Module], batches: Sequence[Batch]) -> StepLoss:
+    stop_if_asked()  # a long evaluation must not eat the time there is for saving
     return run_microbatches(ddp_chunks, batches, forward_only=True)

@@ -7,7 +7,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -17,13 +17,16 @@ from megatron.core.distributed import DistributedDataParallel
 from lora_megatron.checkpoint.state import known_good, step_of
 from lora_megatron.config import Config
 from lora_megatron.data.batches import BatchSource, Microbatches
-from lora_megatron.errors import NumericalError
+from lora_megatron.errors import NumericalError, Preempted
 from lora_megatron.measure.memory import ActivationMeter
-from lora_megatron.parallel.agree import device_for_collectives, gather_text
+from lora_megatron.parallel.heartbeat import beat
+from lora_megatron.parallel.stopping import stop_if_asked, stop_on
+from lora_megatron.training.bad_steps import ROLLBACK, STOP, BadStep, BadSteps, decide, error_of
 from lora_megatron.training.held_out import held_out_loss
 from lora_megatron.training.optimizer import Optimizer, gradient_bytes
 from lora_megatron.training.schedule import learning_rate
 from lora_megatron.training.step import run_microbatches, where_not_finite
+from lora_megatron.training.verdict import SpikeGuard, Verdict, judge
 
 _METERED_STEPS = 3
 
@@ -39,14 +42,19 @@ class Trainer:
     held_out: BatchSource | None
     meter: ActivationMeter
     step: int = 0
+    """Updates of the model so far."""
+    consumed_samples: int = 0
+    """The position in the data stream; ahead of `step` by what bad steps have left out."""
+    saved_step: int = 0
+    """The newest step that needs no checkpoint any more."""
     steps_run: int = 0
     """Steps of this process; a resumed run starts at 0 again."""
     held_out_curve: list[tuple[int, float]] = field(default_factory=list)
+    bad: BadSteps = field(default_factory=BadSteps)
+    guard: SpikeGuard = field(init=False)
 
-    @property
-    def consumed_samples(self) -> int:
-        """Samples the run has trained on; the position in the data stream."""
-        return self.step * self.config.data.global_batch_size
+    def __post_init__(self) -> None:
+        self.guard = SpikeGuard(self.config.train.spike_factor)
 
     @property
     def metered(self) -> bool:
@@ -70,41 +78,90 @@ class StepReport:
     peak_memory_bytes: int
 
 
-def train(
-    trainer: Trainer,
-    *,
-    on_step: Callable[[StepReport], None],
-    on_evaluation: Callable[[int, float], None],
-    save: Callable[[], None],
-) -> None:
+@dataclass(frozen=True)
+class Callbacks:
+    """What the loop leaves to those who keep the record of a run; each is called on every rank."""
+
+    on_step: Callable[[StepReport], None]
+    """After each good step."""
+    on_evaluation: Callable[[int, float], None]
+    """Held-out loss after a step."""
+    on_bad_step: Callable[[StepReport, BadStep], None]
+    """After each bad one, before anything is done about it."""
+    save: Callable[[], None]
+    """Write a checkpoint."""
+    go_back: Callable[[], None]
+    """Load the newest checkpoint known to be good; the position in the data stays."""
+
+
+def train(trainer: Trainer, callbacks: Callbacks) -> None:
     """Run to `train.steps`, calling back after each step, evaluation and due checkpoint.
 
     Raises:
-        NumericalError: a loss, a gradient or a tensor to save is not finite. It names the newest checkpoint from which
-            a finite step was taken.
+        NumericalError: a loss, a gradient or a tensor to save is not finite, and the policy is, or has come to, `stop`.
+            It names the newest checkpoint from which a finite step was taken.
+        Preempted: a termination signal came to some rank; the step that the run stands at is saved.
     """
+    try:
+        if _evaluation_is_due(trainer):
+            evaluate(trainer, callbacks.on_evaluation)
+        while trainer.step < trainer.config.train.steps:
+            _run_step(trainer, callbacks)
+        stop_if_asked()
+    except Preempted as preempted:
+        if trainer.step != trainer.saved_step:
+            _save(trainer, callbacks)
+        preempted.step = trainer.step
+        raise
+
+
+def _run_step(trainer: Trainer, callbacks: Callbacks) -> None:
+    """One step, good or bad, and what is due after it."""
+    first_sample = trainer.consumed_samples
+    report, verdict = train_step(trainer)
+    if verdict.problem:
+        bad = decide(trainer.config, trainer.bad, verdict, step=report.step, first_sample=first_sample)
+        callbacks.on_bad_step(report, bad)  # before the end: a run that ends here must show why in its log
+        if bad.action == STOP:
+            raise error_of(bad, trainer.config, lambda: _where_to_resume(trainer))
+        if bad.action == ROLLBACK:
+            callbacks.go_back()
+        stop_on(verdict.signal)
+        return
+    trainer.step = report.step
+    trainer.bad.in_a_row = 0
+    trainer.guard.accept(report.loss)
+    callbacks.on_step(report)
+    _require_gradient(report)
+    stop_on(verdict.signal)
+    if _evaluation_is_due(trainer):
+        evaluate(trainer, callbacks.on_evaluation)
     section = trainer.config.train
-    if section.eval_every and trainer.step == 0:
-        evaluate(trainer, on_evaluation)
-    while trainer.step < section.steps:
-        report, bad_ranks = train_step(trainer)
-        on_step(report)  # before the check: a run that ends here must show why in its log
-        _require_finite(trainer, report, bad_ranks)
-        trainer.step = report.step
-        last = trainer.step == section.steps
-        if last or (section.eval_every and trainer.step % section.eval_every == 0):
-            evaluate(trainer, on_evaluation)
-        if last or (section.save_every and trainer.step % section.save_every == 0):
-            try:
-                save()
-            except NumericalError as error:
-                raise NumericalError(f"after step {trainer.step}: {error}; {_where_to_resume(trainer)}") from None
+    if trainer.step == section.steps or (section.save_every and trainer.step % section.save_every == 0):
+        _save(trainer, callbacks)
 
 
-def train_step(trainer: Trainer) -> tuple[StepReport, tuple[int, ...]]:
-    """One optimizer step on one global batch; no update if loss or gradients are not finite (then: on which ranks)."""
+def _evaluation_is_due(trainer: Trainer) -> bool:
+    """Whether the held-out loss of this step belongs into the log and is not there: a stopped run makes up for it."""
+    section, step = trainer.config.train, trainer.step
+    due = step == section.steps > 0 or bool(section.eval_every and step % section.eval_every == 0)
+    return due and step not in (evaluated for evaluated, _ in trainer.held_out_curve)
+
+
+def _save(trainer: Trainer, callbacks: Callbacks) -> None:
+    beat("save")
+    try:
+        callbacks.save()
+    except NumericalError as error:
+        raise NumericalError(f"after step {trainer.step}: {error}; {_where_to_resume(trainer)}") from None
+    trainer.saved_step = trainer.step
+
+
+def train_step(trainer: Trainer) -> tuple[StepReport, Verdict]:
+    """One optimizer step on the next global batch; no update if the verdict names a problem."""
     config, optimizer = trainer.config, trainer.optimizer
     step = trainer.step + 1
+    beat("step", step=step)
     started = time.perf_counter()
     batches = microbatches_of_step(trainer.data, trainer.consumed_samples, config.data.global_batch_size)
     lr = learning_rate(
@@ -118,8 +175,12 @@ def train_step(trainer: Trainer) -> tuple[StepReport, tuple[int, ...]]:
     optimizer.zero_grad()
     with trainer.meter if trainer.metered else contextlib.nullcontext():
         loss = run_microbatches(trainer.chunks, batches)
-        bad_ranks = loss.bad_ranks if not math.isfinite(loss.mean) else _ranks_with_bad_gradients(trainer.chunks)
-        norm = optimizer.step() if math.isfinite(loss.mean) and not bad_ranks else math.nan
+        verdict = judge(loss, trainer.chunks, trainer.guard)
+        beat("optimizer")
+        norm = math.nan if verdict.problem else optimizer.step()
+    if not verdict.problem and not math.isfinite(norm):  # finite gradients, whose squares sum up to infinity
+        verdict = replace(verdict, problem=f"gradient norm is {norm}", where=where_not_finite(()))
+    trainer.consumed_samples += config.data.global_batch_size
     trainer.steps_run += 1
     seconds = time.perf_counter() - started
     tokens = config.data.global_batch_size * config.data.sequence_length
@@ -136,7 +197,7 @@ def train_step(trainer: Trainer) -> tuple[StepReport, tuple[int, ...]]:
             gradients=gradient_bytes(trainer.chunks), optimizer=optimizer.state_bytes()
         ).peak,
     )
-    return report, bad_ranks
+    return report, verdict
 
 
 def microbatches_of_step(data: BatchSource, consumed: int, global_batch_size: int) -> Microbatches:
@@ -154,6 +215,7 @@ def evaluate(trainer: Trainer, on_evaluation: Callable[[int, float], None]) -> N
     """Held-out loss now, if there is held-out data; collective. Raises NumericalError when it is not finite."""
     if trainer.held_out is None:
         return
+    beat("evaluation")
     loss = held_out_loss(trainer.chunks, trainer.held_out)
     trainer.held_out_curve.append((trainer.step, loss.mean))
     on_evaluation(trainer.step, loss.mean)
@@ -173,29 +235,6 @@ def _where_to_resume(trainer: Trainer) -> str:
     return f"the newest checkpoint known to be good is that of step {step_of(good)} (run.resume={good})"
 
 
-def _require_finite(trainer: Trainer, report: StepReport, bad_ranks: tuple[int, ...]) -> None:
-    """Stop before a value that is not finite can spread; the values are the same on every rank, so all raise."""
+def _require_gradient(report: StepReport) -> None:
     if report.step == 2 and report.grad_norm == 0.0 and report.loss_tokens:
         raise NumericalError("the gradient norm is 0 at step 2: no gradient reaches the trained parameters")
-    for name, value in (("loss", report.loss), ("gradient norm", report.grad_norm)):
-        if not math.isfinite(value):
-            raise NumericalError(
-                f"{name} is {value} at step {report.step} ({where_not_finite(bad_ranks)}): training stopped and no "
-                f"update was applied; {_where_to_resume(trainer)}; lower optimizer.lr, set optimizer.clip_grad, or "
-                "look at this step's data"
-            )
-
-
-def _ranks_with_bad_gradients(chunks: Sequence[DistributedDataParallel]) -> tuple[int, ...]:
-    """Ranks with a gradient that is not finite; collective.
-
-    The gradient norm would not tell: it counts a replicated parameter on one tensor rank only.
-    """
-    largest = [torch.linalg.vector_norm(b.grad_data, math.inf) for chunk in chunks for b in chunk.buffers]
-    zero = torch.zeros((), device=device_for_collectives())
-    bad = (~torch.isfinite(torch.stack([zero, *(value.to(zero) for value in largest)]))).any()
-    anywhere = bad.int()
-    torch.distributed.all_reduce(anywhere, torch.distributed.ReduceOp.MAX)
-    if not int(anywhere):
-        return ()
-    return tuple(rank for rank, text in enumerate(gather_text("bad" if bad else "")) if text)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from lora_megatron.layers.lora import set_first_sample
 from lora_megatron.parallel.agree import gather_text
+from lora_megatron.parallel.heartbeat import making_data
 
 Batch = dict[str, Any]
 
@@ -89,7 +90,7 @@ def run_microbatches(
         for chunk in ddp_chunks:
             chunk.zero_grad_buffer()
     config.finalize_model_grads_func = None if forward_only else finalize_model_grads
-    first = microbatches[0]
+    first = _make(microbatches, 0)
     batch_size, sequence_length = first["tokens"].shape
     iterators = [_one_by_one(first, microbatches) for _ in ddp_chunks]
     reports = get_forward_backward_func()(
@@ -109,7 +110,12 @@ def _one_by_one(first: Batch, microbatches: Sequence[Batch]) -> Iterator[Batch]:
     """All of `microbatches`, the first of which is made already."""
     yield first
     for index in range(1, len(microbatches)):
-        yield microbatches[index]
+        yield _make(microbatches, index)
+
+
+def _make(microbatches: Sequence[Batch], index: int) -> Batch:
+    with making_data(then="model"):
+        return microbatches[index]
 
 
 def _reduce(reports: Sequence[Tensor]) -> StepLoss:

@@ -108,11 +108,11 @@ def _fail_in(name: str, tree: Tree) -> Outcome:
         setattr(command, name, original)
 
 
-@pytest.mark.parametrize("name", ["_open", "_build_trainer", "_identity", "_resume"])
+@pytest.mark.parametrize("name", ["_open", "_build_trainer", "_identity", "resume"])
 def test_whatever_fails_after_the_claim_is_recorded(pool: Pool, corpus: Path, tmp_path: Path, name: str) -> None:
     run = tmp_path / "run"
     tree = make_tree(corpus, run, parallel={"tensor": 2}, train={"steps": 1})
-    if name == "_resume":
+    if name == "resume":
         assert pool.run(2, attempt, tree=tree) == [Outcome()] * 2
         assert status_of(run)["state"] == "done"
         tree["run"]["resume"] = "auto"

@@ -50,6 +50,7 @@ def test_the_folder_holds_what_the_contract_names(run: Path) -> None:
         "evaluations.jsonl",
         "loss.png",
         "metrics.jsonl",
+        "report.html",
         "report.json",
         "report.md",
         "status.json",

@@ -84,7 +84,7 @@ def test_a_run_has_numbers_text_and_a_picture(tmp_path: Path) -> None:
     assert "(loss.png)" in text
     height, width, _ = imread(tmp_path / "loss.png").shape
     assert (width, height) == (1500, 900)
-    assert sorted(os.listdir(tmp_path)) == ["loss.png", "report.json", "report.md"]
+    assert sorted(os.listdir(tmp_path)) == ["loss.png", "report.html", "report.json", "report.md"]
 
 
 def test_a_run_that_failed_or_did_nothing_still_has_a_report(tmp_path: Path) -> None:

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the planner says of a case, in the kinds that are measured, and how much of the model fits this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import torch
+import torch.distributed as dist
+
+from lora_megatron.bench.measurement import Case
+from lora_megatron.bench.results import Known
+from lora_megatron.bench.workload import bench_config, method_of, slice_of
+from lora_megatron.config import Config
+from lora_megatron.model.shape import ModelShape
+from lora_megatron.parallel.agree import device_for_collectives, gather_text
+from lora_megatron.parallel.groups import device_memory_bytes
+from lora_megatron.planning.flops import step_flops
+from lora_megatron.planning.memory import MemoryPlan, plan_this_rank
+
+_USABLE = 0.92  # of the free memory: the allocator's fragments need some
+
+
+def plan_case(case: Case, config: Config, shape: ModelShape) -> MemoryPlan:
+    """The plan of this rank; `shape` is the whole model's."""
+    config, shape = bench_config(config, case.method), slice_of(shape, case.layers)
+    return plan_this_rank(config, shape, method_of(config, shape))
+
+
+def by_kind(plan: MemoryPlan) -> dict[str, int]:
+    """The plan in the kinds of `measure.memory`: a CPU counts what autograd keeps, a GPU what its allocator held."""
+    activations = plan.activations + plan.logits
+    if torch.cuda.is_available():
+        activations = plan.allocated - plan.persistent
+    return {
+        "weights": plan.weights,
+        "trained": plan.trained_weights,
+        "gradients": plan.gradients,
+        "optimizer": plan.optimizer,
+        "activations": activations,
+        "peak": plan.persistent + activations,
+    }
+
+
+def fits(case: Case, config: Config, shape: ModelShape) -> bool:
+    """Whether a case fits every rank's device by the plan, the same answer on all; collective."""
+    available = free_bytes()
+    here = available is None or plan_case(case, config, shape).allocated <= _USABLE * available
+    everywhere = torch.tensor(int(here), device=device_for_collectives())
+    dist.all_reduce(everywhere, dist.ReduceOp.MIN)
+    return bool(everywhere)
+
+
+def free_bytes() -> int | None:
+    """Memory for this rank: what its GPU has free, or its share of the machine's memory; None if nobody tells."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.mem_get_info()[0])
+    memory = device_memory_bytes()
+    return None if memory is None else memory // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size())))
+
+
+def known_of(case: Case, config: Config, shape: ModelShape) -> Known:
+    """Plan and FLOPs of a case, the same on every rank; collective."""
+    texts = gather_text(json.dumps(by_kind(plan_case(case, config, shape))))
+    config, shape = bench_config(config, case.method), slice_of(shape, case.layers)
+    flops = step_flops(config, shape, method_of(config, shape))
+    return Known([json.loads(text) for text in texts], flops.model, flops.hardware)

@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`lora-megatron bench`: methods side by side on the ranks torchrun started; a report of their speed and memory."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from lora_megatron.bench.measurement import Case, Effort
+from lora_megatron.bench.report import FILES, JSON_NAME, KIND, print_bench, write_bench
+from lora_megatron.bench.slices import unit_of
+from lora_megatron.bench.suite import Question, Suite
+from lora_megatron.bench.workload import Load, bench_config, method_of, slice_of
+from lora_megatron.checkpoint.folder import disk_errors
+from lora_megatron.commands.base import RANDOM, tokenizer_of
+from lora_megatron.config import Config, ModelSection
+from lora_megatron.data.tokenizer import load_tokenizer
+from lora_megatron.errors import CheckpointError, ConfigError, UserError
+from lora_megatron.huggingface.base import open_base
+from lora_megatron.measure.atomic import write_json, write_text
+from lora_megatron.measure.console import TrainingProgress
+from lora_megatron.measure.environment import describe_environment
+from lora_megatron.measure.units import show_bytes
+from lora_megatron.methods.choose import METHODS
+from lora_megatron.model.checks import check, layout_of
+from lora_megatron.model.presets import resolve_shape
+from lora_megatron.model.shape import ModelShape
+from lora_megatron.parallel import groups
+from lora_megatron.parallel.agree import is_main, require_equal, together
+from lora_megatron.parallel.groups import device_memory_bytes
+from lora_megatron.training.loop import StepReport
+
+
+def run_bench(
+    config: Config, *, methods: Sequence[str], steps: int, warm_up: int, layers: int | None, out: str
+) -> None:
+    """Measure `methods` on the configured model, layout and batches, and write the report into `out`.
+
+    methods: names as in `method.name`. steps: measured ones of each method. layers: of a slice; None: as many as fit.
+
+    Raises:
+        ConfigError: an argument or the configuration cannot work, or nothing fits.
+        CheckpointError: the stored base or the folder cannot be used.
+        NumericalError: a step made no update.
+    """
+    methods = _checked(methods, steps, warm_up)
+    groups.join_world(timeout_minutes=config.parallel.timeout_minutes)
+    try:
+        require_equal("the configuration", config.model_dump_json())
+        shape, load = together(lambda: _model(config))
+        config = config.model_copy(update={"model": ModelSection(**shape.to_dict())})
+        question = Question(config, shape, methods, Effort(steps, warm_up), layers, load)
+        together(lambda: _check(question))
+        folder = Path(out)
+        together(lambda: _claim(folder) if is_main() else None)
+        _measure(question, folder)
+    except UserError:  # all ranks are here, so none waits for another
+        groups.stop()
+        raise
+    groups.stop()
+
+
+def _checked(methods: Sequence[str], steps: int, warm_up: int) -> list[str]:
+    names = [name.strip() for name in methods]
+    for name in names:
+        if name not in METHODS:
+            nearest = difflib.get_close_matches(name, METHODS, n=1, cutoff=0.0)[0]
+            raise ConfigError(f"unknown method {name!r} in --methods: did you mean {nearest}? (valid: {_names()})")
+        if names.count(name) > 1:
+            raise ConfigError(f"--methods names {name} twice: list each method once")
+    if steps < 1:
+        raise ConfigError(f"--steps {steps}: at least 1 step has to be measured")
+    if warm_up < 0:
+        raise ConfigError(f"--warm-up {warm_up}: must be 0 or more")
+    return names
+
+
+def _names() -> str:
+    return ", ".join(METHODS)
+
+
+def _model(config: Config) -> tuple[ModelShape, Load | None]:
+    """The shape and how to fill it; a tokenizer is opened only where the vocabulary is not known without."""
+    if config.base.weights != RANDOM:
+        folder = Path(config.base.weights)
+        if not folder.is_dir():
+            raise CheckpointError(f"base.weights = {folder} is neither {RANDOM} nor a folder")
+        base = open_base(folder)
+        return base.shape, base.load
+    vocabulary = config.model.vocab_size or load_tokenizer(tokenizer_of(config)).vocab_size
+    return resolve_shape(config.model, tokenizer_vocab_size=vocabulary), None
+
+
+def _check(question: Question) -> None:
+    """What `train` checks but for the memory of all layers: on the smallest slice, if the pipeline lets one be cut."""
+    shape, unit = question.shape, unit_of(question.config)
+    smallest = shape if shape.num_layers % unit else slice_of(shape, unit)
+    for name in question.methods:
+        config = bench_config(question.config, name)
+        check(config, smallest, method_of(config, shape), dist.get_world_size())
+
+
+def _claim(folder: Path) -> None:
+    """Make the folder; refuse one that holds anything but an earlier bench."""
+    with disk_errors(folder):
+        if folder.exists() and not folder.is_dir():
+            raise ConfigError(f"--out {folder} is a file; choose a folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        strange = sorted(path.name for path in folder.iterdir() if path.name not in FILES)
+        if strange or ((folder / JSON_NAME).exists() and not _is_bench(folder / JSON_NAME)):
+            what = strange[0] if strange else JSON_NAME
+            raise ConfigError(f"--out {folder} holds {what}, which no bench has written: choose another folder")
+
+
+def _is_bench(report: Path) -> bool:
+    try:
+        value = json.loads(report.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(value, dict) and value.get("kind") == KIND
+
+
+def _measure(question: Question, folder: Path) -> None:
+    config = question.config
+    ranks = groups.build_mesh(
+        layout_of(config), seed=config.train.seed, timeout_minutes=config.parallel.timeout_minutes
+    )
+    suite = Suite.start(question, ranks)
+    environment = describe_environment()
+    if ranks.is_main:
+        with disk_errors(folder):
+            write_text(folder / "config.yaml", config.to_yaml())
+            write_json(folder / "environment.json", environment)
+    total = sum(effort.steps for _, effort in suite.order)
+    progress = TrainingProgress(total, enabled=ranks.is_main, description="bench")
+    done = 0
+
+    def on_visit(case: Case) -> None:
+        planned = show_bytes(max(kinds["peak"] for kinds in suite.known[case].planned))
+        progress.note(f"{case}, visit {len(suite.visits.get(case, ())) + 1}: {planned} on the largest rank by the plan")
+
+    def on_step(report: StepReport) -> None:
+        nonlocal done
+        done += 1
+        rate = report.tokens_per_second_per_rank * ranks.world_size
+        progress.update(done, loss=report.loss, lr=report.lr, tokens_per_second=rate)
+
+    def on_result() -> None:
+        together(lambda: _write(suite, folder, environment) if ranks.is_main else None)
+
+    with progress:
+        suite.run(on_visit=on_visit, on_step=on_step, on_result=on_result)
+    if ranks.is_main:
+        print_bench(_result(suite, environment))
+        print(f"report: {folder / 'report.md'}", file=sys.stderr, flush=True)
+
+
+def _write(suite: Suite, folder: Path, environment: dict[str, Any]) -> None:
+    with disk_errors(folder):
+        write_bench(folder, _result(suite, environment))
+
+
+def _result(suite: Suite, environment: dict[str, Any]) -> dict[str, Any]:
+    """The suite's result with what a reader must know of the setting."""
+    question, ranks = suite.question, suite.ranks
+    config = question.config
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    data = config.data.model_dump(include={"sequence_length", "micro_batch_size", "global_batch_size", "packing"})
+    return {
+        **suite.result(),
+        "command": shlex.join(["lora-megatron", *sys.argv[1:]]),
+        "shape": question.shape.to_dict(),
+        "layout": {**config.parallel.model_dump(exclude={"timeout_minutes"}), "data": ranks.data_size},
+        "world_size": ranks.world_size,
+        "device": device,
+        "device_memory_bytes": device_memory_bytes(),
+        "precision": config.train.precision,
+        "weights": RANDOM if question.load is None else config.base.weights,
+        "data": data,
+        "steps": question.effort.steps,
+        "warm_up": question.effort.warm_up,
+        "config": config.model_dump(mode="json", exclude_none=True),
+        "environment": environment,
+    }

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SIGKILL at every named point of a save costs the steps since the last one and nothing else.
+
+Whatever stands under a checkpoint's name afterwards is whole, and the run goes on to the bits of one that was never
+killed.
+"""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.commands.runs import Tree, checkpoint_of
+from tests.faults.ranks import train_ranks
+from tests.faults.recovery import LAYOUTS, Undisturbed, check_recovery, named_checkpoints, tree_of
+from tests.faults.save_points import POINTS, die_at
+
+
+def kill_at(name: str, layout: str, tree: Tree, folder: Path, *, victim: int, both: bool = False) -> None:
+    """Train until the victim dies at the point; who is left may not wait for ever."""
+    with train_ranks(tree, world=LAYOUTS[layout][0], folder=folder, before=die_at(name, victim)) as ranks:
+        assert ranks.wait(victim), f"not killed {name}\n{ranks.logs()}"
+        if both:
+            ranks.kill()
+        statuses = ranks.statuses(seconds=60)
+        assert statuses[victim] == -signal.SIGKILL, f"not killed {name}, but {statuses}\n{ranks.logs()}"
+        assert 0 not in statuses
+
+
+def check_kill(
+    name: str, layout: str, corpus: Path, folder: Path, undisturbed: Undisturbed, *, victim: int = 0, both: bool = False
+) -> None:
+    expected = undisturbed(layout)
+    run, point = folder / "run", POINTS[name]
+    tree = tree_of(layout, corpus, run)
+    kill_at(name, layout, tree, folder, victim=victim, both=both)
+    found, last = named_checkpoints(run), checkpoint_of(run, point.step).name
+    assert (last in found) == point.whole
+    assert checkpoint_of(run, point.step - 2).name in found
+    said = check_recovery(tree, layout, expected, folder=folder)
+    assert f"resumed from {run / 'checkpoints' / found[-1]}" in said
+
+
+@pytest.mark.parametrize("name", POINTS)
+def test_a_kill_at_any_point(corpus: Path, tmp_path: Path, undisturbed: Undisturbed, name: str) -> None:
+    check_kill(name, "alone", corpus, tmp_path, undisturbed)
+
+
+ONE_OF_TWO = [
+    ("TP2", "after the copy", 1),
+    ("TP2", "in the middle of a file", 0),
+    ("PP2", "before a file", 1),
+    ("PP2", "in the middle of a file", 1),
+    ("PP2", "in the middle of a file", 0),
+    ("PP2", "after a file", 1),
+    ("PP2", "while the parts are joined", 0),
+    ("PP2", "before the rename", 0),
+    ("PP2", "while pruning", 0),
+    ("DP2", "after the copy", 1),
+    ("DP2", "before the manifest", 0),
+]
+
+
+@pytest.mark.parametrize(("layout", "name", "victim"), ONE_OF_TWO)
+def test_a_kill_of_one_of_two_ranks(
+    corpus: Path, tmp_path: Path, undisturbed: Undisturbed, layout: str, name: str, victim: int
+) -> None:
+    check_kill(name, layout, corpus, tmp_path, undisturbed, victim=victim)
+
+
+@pytest.mark.parametrize(
+    ("layout", "name", "victim"), [("TP2", "before the rename", 0), ("PP2", "a file before its flush", 1)]
+)
+def test_a_kill_of_both_ranks(
+    corpus: Path, tmp_path: Path, undisturbed: Undisturbed, layout: str, name: str, victim: int
+) -> None:
+    check_kill(name, layout, corpus, tmp_path, undisturbed, victim=victim, both=True)
