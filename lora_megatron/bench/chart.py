@@ -59,7 +59,7 @@ def draw_bench(path: Path, rows: Sequence[Row], *, title: str, device_bytes: int
 def _name(row: Row) -> str:
     sizes = row["extrapolated_from"]
     how = f"\n(extrapolated from {sizes[0]} and {sizes[1]})" if sizes else ""
-    return f"{row['method']}, {row['layers']} layers{how}"
+    return f"{row['method']}, {row['layers']} layer{'s' if row['layers'] > 1 else ''}{how}"
 
 
 def _draw_speed(axes: Axes, rows: Sequence[Row]) -> None:

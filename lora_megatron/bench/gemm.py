@@ -33,6 +33,7 @@ _PRODUCTS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     DGRAD: lambda x, weight, dy: dy @ weight,
     WGRAD: lambda x, weight, dy: dy.t().matmul(x),
 }
+GPU_SECONDS, CPU_SECONDS = 0.25, 0.03  # that one product is timed for
 _REPEATS = 5
 _CACHES = 3  # operands of one round fill the last cache this many times
 _CPU_CACHE_BYTES = 32 * 2**20  # torch does not tell; a larger last level makes the ceiling a little too high
@@ -85,7 +86,7 @@ def measure_products(
 
     All ranks measure at once, as all compute at once in training.
     """
-    seconds = seconds or (0.25 if torch.cuda.is_available() else 0.03)
+    seconds = seconds or (GPU_SECONDS if torch.cuda.is_available() else CPU_SECONDS)
     products: list[Product] = []
     without_room: list[str] = []
     for linear in linears:

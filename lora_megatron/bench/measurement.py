@@ -37,7 +37,7 @@ class Case:
     layers: int
 
     def __str__(self) -> str:
-        return f"{self.method}, {self.layers} layers"
+        return f"{self.method}, {self.layers} layer{'s' if self.layers > 1 else ''}"
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from lora_megatron.bench.results import Row
+from lora_megatron.bench.results import Row, layers_text
 from lora_megatron.measure import markdown
 from lora_megatron.measure.units import MISSING, show_bytes, show_count, show_seconds
 
@@ -44,7 +44,7 @@ def _about_rows(result: Result) -> Iterator[str]:
         worst = max(uneven, key=_disagreement)
         yield (
             f"Two visits to a case disagree by more than {100 * _UNEVEN:.0f}% in {len(uneven)} cases, most in "
-            f"{worst['method']}, {worst['layers']} layers (medians of "
+            f"{worst['method']}, {layers_text(worst)} (medians of "
             f"{' and '.join(map(show_seconds, worst['median_of_each_visit']))}): the machine was not quiet."
         )
 
@@ -56,7 +56,7 @@ def _disagreement(row: Row) -> float:
 
 
 def _about_row(row: Row) -> Iterator[str]:
-    name = f"{row['method']}, {row['layers']} layers"
+    name = f"{row['method']}, {layers_text(row)}"
     if row["out_of_memory"]:
         yield f"{name}: {row['out_of_memory']}."
     if said := row.get("slices_said"):

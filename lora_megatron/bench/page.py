@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_megatron.bench.notes import memory_note, notes, setting, yaml_of
-from lora_megatron.bench.results import Row
-from lora_megatron.bench.tables import case_table, comparison_table, layers_text, memory_table, products_table
+from lora_megatron.bench.results import Row, layers_text
+from lora_megatron.bench.tables import case_table, comparison_table, memory_table, products_table
 from lora_megatron.measure.html_page import Html, Section, folded, paragraph, side_by_side, table, tiles, write_html
 from lora_megatron.measure.memory_bars import memory_bars
 from lora_megatron.measure.svg_bars import Bar, stacked_bars

@@ -10,8 +10,8 @@ from typing import Any, TextIO
 from lora_megatron.bench.chart import draw_bench
 from lora_megatron.bench.notes import memory_note, notes, setting, yaml_of
 from lora_megatron.bench.page import write_page
-from lora_megatron.bench.results import Row
-from lora_megatron.bench.tables import case_table, comparison_table, layers_text, memory_table, products_table
+from lora_megatron.bench.results import Row, layers_text
+from lora_megatron.bench.tables import case_table, comparison_table, memory_table, products_table
 from lora_megatron.measure import console, markdown
 from lora_megatron.measure.atomic import write_json, write_text
 from lora_megatron.measure.html_page import HTML_NAME

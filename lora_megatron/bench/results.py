@@ -47,6 +47,13 @@ class Scale:
     ranks: int
 
 
+def layers_text(row: Row) -> str:
+    """`4 layers`, or `96 layers (from 2 and 4)` for what is extrapolated from slices."""
+    sizes = row["extrapolated_from"]
+    count = f"{row['layers']} layer{'s' if row['layers'] > 1 else ''}"
+    return f"{count} (from {sizes[0]} and {sizes[1]})" if sizes else count
+
+
 def row_of(visits: Sequence[Measured], known: Known, scale: Scale, *, ceiling: float | None) -> Row:
     """The numbers of a case, over all visits to it; `ceiling` in FLOP/s."""
     case, steps = visits[0].case, [step for visit in visits for step in visit.steps]
@@ -88,10 +95,13 @@ def row_without_memory(outcome: OutOfMemory, known: Known) -> Row:
     }
 
 
-def extrapolate(small: Row, large: Row, known: Known, scale: Scale, *, layers: int) -> Row | None:
+def extrapolate(
+    small: Row, large: Row, known: Known, scale: Scale, *, layers: int, ceiling: float | None
+) -> Row | None:
     """The row of all `layers` from two slices of one method; None where the larger slice was not slower.
 
-    `step_seconds` has a range instead of percentiles: the lines through the p10 of one slice and the p90 of the other.
+    `step_seconds` has a range instead of percentiles: the lines through the p10 of one slice and the p90 of the other,
+    and never below the p10 of the larger slice.
     """
     sizes = small["layers"], large["layers"]
 
@@ -103,7 +113,7 @@ def extrapolate(small: Row, large: Row, known: Known, scale: Scale, *, layers: i
         return None
     first, second = small["step_seconds"], large["step_seconds"]
     seconds["step_seconds"] |= {
-        "low": at_all_layers(first["p90"], second["p10"]),
+        "low": max(at_all_layers(first["p90"], second["p10"]), second["p10"]),
         "high": at_all_layers(first["p10"], second["p90"]),
     }
     count = {key: round(at_all_layers(small[key], large[key])) for key in ("trainable_parameters", "total_parameters")}
@@ -117,7 +127,7 @@ def extrapolate(small: Row, large: Row, known: Known, scale: Scale, *, layers: i
         "peak_bytes": round(at_all_layers(small["peak_bytes"], large["peak_bytes"])),
         "memory_by_rank": None,
         **_planned(known, []),
-        **_rates(seconds["step_seconds"]["median"], known, scale, large["ceiling_flops_per_second"]),
+        **_rates(seconds["step_seconds"]["median"], known, scale, ceiling),
     }
 
 

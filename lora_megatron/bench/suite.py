@@ -28,6 +28,7 @@ from lora_megatron.bench.slices import check_layers, most_that_fit, require_equa
 from lora_megatron.bench.workload import Load, bench_config, method_of, tokens_per_step
 from lora_megatron.config import Config
 from lora_megatron.errors import ConfigError
+from lora_megatron.measure.units import show_bytes
 from lora_megatron.model.shape import ModelShape
 from lora_megatron.parallel.groups import Ranks
 from lora_megatron.training.loop import StepReport
@@ -136,16 +137,7 @@ class Suite:
             if case in self.failed:
                 continue
             on_visit(case)
-            question = self.question
-            outcome = visit(
-                case,
-                question.config,
-                question.shape,
-                effort,
-                load=question.load if case.layers == question.shape.num_layers else None,
-                planned_bytes=max(kinds["peak"] for kinds in self.known[case].planned),
-                on_step=on_step,
-            )
+            outcome = self._visit(case, effort, on_step)
             if isinstance(outcome, OutOfMemory):
                 self.failed[case] = outcome
             else:
@@ -156,6 +148,15 @@ class Suite:
         self._measure_products()
         self.complete = True
         on_result()
+
+    def _visit(self, case: Case, effort: Effort, on_step: Callable[[StepReport], None]) -> Measured | OutOfMemory:
+        config, shape = self.question.config, self.question.shape
+        planned = max(kinds["peak"] for kinds in self.known[case].planned)
+        if self.ranks.world_size > 1 and not fits(case, config, shape):
+            # One rank may run out while the others wait for it, which would end the bench for every method.
+            return OutOfMemory(case, f"not tried, out of memory by the plan: {show_bytes(planned)}")
+        load = self.question.load if case.layers == shape.num_layers else None
+        return visit(case, config, shape, effort, load=load, planned_bytes=planned, on_step=on_step)
 
     def _measure_products(self) -> None:
         config = self.question.config
@@ -183,7 +184,25 @@ class Suite:
                 rows.append(row_of(self.visits[case], self.known[case], scale, ceiling=self.ceiling_of(case)))
             elif case in self.failed:
                 rows.append(row_without_memory(self.failed[case], self.known[case]))
-        return _with_whole_models(rows, self.question, self.known, scale)
+        return self._with_whole_models(rows, scale)
+
+    def _with_whole_models(self, rows: Sequence[Row], scale: Scale) -> list[Row]:
+        """Add what two slices of a method say of its whole model: as a row, or in the row where that was measured."""
+        every, result = self.question.shape.num_layers, list(rows)
+        for method in self.question.methods:
+            measured = [row for row in rows if row["method"] == method and row["step_seconds"]]
+            slices = [row for row in measured if row["layers"] < every]
+            if len(slices) != 2:
+                continue
+            case = Case(method, every)
+            limit = self.ceiling_of(case)
+            said = extrapolate(slices[0], slices[1], self.known[case], scale, layers=every, ceiling=limit)
+            whole = next((row for row in measured if row["layers"] == every), None)
+            if whole is not None:
+                whole["slices_said"] = said and {key: said[key] for key in ("step_seconds", "peak_bytes")}
+            elif said is not None:
+                result.append(said)
+        return result
 
     def result(self) -> dict[str, Any]:
         """All that is known so far, in JSON's types; see `bench.results` for the rows."""
@@ -217,20 +236,3 @@ def _product(product: Product) -> dict[str, Any]:
         "seconds": product.seconds,
         "flops_per_second": product.flops / product.seconds,
     }
-
-
-def _with_whole_models(rows: list[Row], question: Question, known: dict[Case, Known], scale: Scale) -> list[Row]:
-    """Add what two slices of a method say of its whole model: as a row, or in the row where it was measured as well."""
-    every, result = question.shape.num_layers, list(rows)
-    for method in question.methods:
-        measured = [row for row in rows if row["method"] == method and row["step_seconds"]]
-        slices = [row for row in measured if row["layers"] < every]
-        if len(slices) != 2:
-            continue
-        said = extrapolate(slices[0], slices[1], known[Case(method, every)], scale, layers=every)
-        whole = next((row for row in measured if row["layers"] == every), None)
-        if whole is not None:
-            whole["slices_said"] = said and {key: said[key] for key in ("step_seconds", "peak_bytes")}
-        elif said is not None:
-            result.append(said)
-    return result

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lora_megatron.bench.results import COMPARED_KINDS, Row
+from lora_megatron.bench.results import COMPARED_KINDS, Row, layers_text
 from lora_megatron.measure.units import MISSING, show_bytes, show_count, show_seconds
 
 Table = tuple[list[str], list[list[str]]]
@@ -93,13 +93,6 @@ def products_table(gemm: Mapping[str, Any]) -> Table:
         for p in gemm["before"]
     ]
     return ["product", "M x in x out", "TFLOP/s before", "TFLOP/s after"], table
-
-
-def layers_text(row: Row) -> str:
-    """`4 layers`, or `96 layers (from 2 and 4)` for what is extrapolated from slices."""
-    sizes = row["extrapolated_from"]
-    count = f"{row['layers']} layer{'s' if row['layers'] > 1 else ''}"
-    return f"{count} (from {sizes[0]} and {sizes[1]})" if sizes else count
 
 
 def _seconds(row: Row, key: str) -> str:

@@ -213,9 +213,15 @@ def read_manifest(folder: Path, *, verify: bool = True) -> dict[str, Any]:
             raise CheckpointError(f"{path} is missing although the manifest lists it")
         if path.stat().st_size != entry.get("bytes"):
             raise CheckpointError(f"{path} has {path.stat().st_size} bytes, the manifest says {entry.get('bytes')}")
-        if verify and file_sha256(path, CheckpointError) != entry.get("sha256"):
-            raise CheckpointError(f"{path} is damaged: its SHA-256 is not the manifest's")
+        if verify:
+            verify_file(folder, manifest, name)
     return manifest
+
+
+def verify_file(folder: Path, manifest: dict[str, Any], name: str) -> None:
+    """Raise CheckpointError unless the content of this file is what the manifest says."""
+    if file_sha256(folder / name, CheckpointError) != manifest["files"][name]["sha256"]:
+        raise CheckpointError(f"{folder / name} is damaged: its SHA-256 is not the manifest's")
 
 
 def write_json(path: Path, value: Any) -> None:

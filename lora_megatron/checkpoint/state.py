@@ -9,8 +9,11 @@ the state of the random numbers too, under any layout.
 
 from __future__ import annotations
 
+import json
+import math
 import re
 import reprlib
+import socket
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -18,19 +21,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from torch import Tensor, nn
 
 from lora_megatron.checkpoint.adapter import TENSORS, adapter_part_name, adapter_tensors, join_adapter_parts
 from lora_megatron.checkpoint.background import BackgroundFolder, Receipts
-from lora_megatron.checkpoint.folder import publish_folder, read_manifest, remove_folder
-from lora_megatron.checkpoint.tensors import Read, TensorFiles, gather_stage, save_tensors
+from lora_megatron.checkpoint.folder import MANIFEST, publish_folder, read_manifest, remove_folder, verify_file
+from lora_megatron.checkpoint.tensors import (
+    Read,
+    TensorFiles,
+    fingerprint,
+    gather_stage,
+    require_finite,
+    save_tensors,
+)
 from lora_megatron.errors import CheckpointError
 from lora_megatron.layers.sharding import Shard, shard_of
 from lora_megatron.methods.method import Method
 from lora_megatron.model.names import Named, named_parameters
 from lora_megatron.model.shape import ModelShape
-from lora_megatron.parallel.agree import together
+from lora_megatron.parallel.agree import gather_text, require_equal, together
 
 _NAME = re.compile(r"^step-(\d{8})$")
 
@@ -126,21 +137,46 @@ def save_checkpoint(
 
 
 def read_progress(folder: Path, identity: dict[str, Any]) -> Progress:
-    """Check a checkpoint (hashes, identity) and say where it stands.
+    """Check a checkpoint and say where it stands; collective. Every file is read once on each machine.
 
     Raises:
-        CheckpointError: damaged, not a checkpoint, or another run's: the message names the first difference.
+        CheckpointError: on all ranks: damaged, holding values that are not finite, not a checkpoint, one of another
+            step than its name says, or another run's: the message names the first difference.
     """
-    return _progress(folder, read_manifest(folder), identity)
+    return _progress(_whole_manifest(folder), folder, identity)
 
 
-def _progress(folder: Path, manifest: dict[str, Any], identity: dict[str, Any]) -> Progress:
+def _whole_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest, when hashes, values and the step in the name are right; the same one on all ranks; collective."""
+    hosts, rank = gather_text(socket.gethostname()), dist.get_rank()
+    neighbours = [other for other, host in enumerate(hosts) if host == hosts[rank]]
+
+    def verify() -> dict[str, Any]:
+        manifest = read_manifest(folder, verify=False)
+        by_size = sorted(manifest["files"], key=lambda name: (-manifest["files"][name]["bytes"], name))
+        for name in by_size[neighbours.index(rank) :: len(neighbours)]:
+            verify_file(folder, manifest, name)
+            if name.endswith(".safetensors"):
+                require_finite(folder / name)
+        if _NAME.match(folder.name) and manifest.get("step") != step_of(folder):
+            raise CheckpointError(
+                f"{folder} holds step {manifest.get('step')!r}: it is another checkpoint under this name; move it away"
+            )
+        return manifest
+
+    manifest = together(verify)
+    require_equal(f"{folder / MANIFEST}", fingerprint([json.dumps(manifest, sort_keys=True)]))
+    return manifest
+
+
+def _progress(manifest: dict[str, Any], folder: Path, identity: dict[str, Any]) -> Progress:
     stored = manifest.get("identity")
     step, consumed = manifest.get("step"), manifest.get("consumed_samples")
-    is_checkpoint = manifest.get("kind") == "checkpoint" and isinstance(stored, dict)
-    if not is_checkpoint or type(step) is not int or type(consumed) is not int:
+    numbers = type(step) is int and type(consumed) is int and step >= 0 and consumed >= 0
+    if manifest.get("kind") != "checkpoint" or not isinstance(stored, dict) or not numbers:
         raise CheckpointError(f"{folder} is not a training checkpoint")
-    assert isinstance(stored, dict)
+    assert isinstance(step, int)
+    assert isinstance(consumed, int)
     # The method first: with another one its ranks, alpha and more differ too.
     for name in sorted(set(stored) | set(identity), key=lambda name: (name != "method", name)):
         if stored.get(name) != identity.get(name):
@@ -173,21 +209,27 @@ def load_checkpoint(
         load(parameters, read)
 
 
-def newest_good(run: Path, identity: dict[str, Any], say: Callable[[str], None]) -> tuple[Path, Progress] | None:
-    """The newest checkpoint that is whole, None when there is none at all; damaged ones are named aloud and passed.
+def newest_good(
+    run: Path, identity: dict[str, Any], say: Callable[[str], None], *, before: float = math.inf
+) -> tuple[Path, Progress] | None:
+    """The newest checkpoint that is whole, of a step before `before`; None when there is none at all; collective.
+
+    One that is damaged, or that any rank cannot read, is named aloud and passed over.
 
     Raises:
         CheckpointError: there are checkpoints and all are damaged, or the newest good one is another run's.
     """
-    found = checkpoints(run)
-    for folder in found:
+    found = json.dumps([folder.name for folder in checkpoints(run)])  # a network file system may show others other ones
+    names: list[str] = json.loads(gather_text(found)[0])
+    folders = [run / "checkpoints" / name for name in names if step_of(Path(name)) < before]
+    for folder in folders:
         try:
-            manifest = read_manifest(folder)
+            manifest = _whole_manifest(folder)
         except CheckpointError as error:
             say(f"checkpoint passed over: {error}")
             continue
-        return folder, _progress(folder, manifest, identity)
-    if found:
+        return folder, _progress(manifest, folder, identity)
+    if folders:
         raise CheckpointError(f"every checkpoint in {run / 'checkpoints'} is damaged; move them away to start afresh")
     return None
 

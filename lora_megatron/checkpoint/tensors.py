@@ -23,7 +23,7 @@ from lora_megatron.checkpoint.folder import Receipt
 from lora_megatron.errors import CheckpointError, NumericalError
 from lora_megatron.layers.sharding import Shard
 from lora_megatron.strict_json import file_sha256
-from lora_megatron.strict_safetensors import DTYPE_NAMES, SafetensorsFile, SafetensorsWriter, TensorSlice
+from lora_megatron.strict_safetensors import BLOCK, DTYPE_NAMES, SafetensorsFile, SafetensorsWriter, TensorSlice
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _MOST_PAGE_LOCKED = 2**30
@@ -185,6 +185,18 @@ class TensorFiles:
             files = sorted({str(file.path) for file in self._where.values()})
             raise CheckpointError(f"no tensor {name} in {', '.join(files)}")
         return self._where[name].tensor(name)
+
+
+def require_finite(path: Path) -> None:
+    """Raise CheckpointError when a tensor of the file holds a value that is not finite; reads block by block."""
+    with SafetensorsFile(path) as file:
+        for name, entry in file.entries.items():
+            tensor = file.tensor(name)
+            rows = max(1, BLOCK * entry.shape[0] // max(1, entry.bytes)) if entry.shape else 1
+            starts = range(0, entry.shape[0], rows) if entry.shape else [0]
+            blocks = (tensor[start : start + rows] if entry.shape else tensor[:] for start in starts)
+            if entry.dtype in _FLOATS and not all(all_finite(block) for block in blocks):
+                raise CheckpointError(f"{path}: {name} holds values that are not finite")
 
 
 def all_finite(tensor: Tensor) -> bool:

@@ -13,8 +13,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lora_megatron.checkpoint.state import Progress, checkpoints, load_checkpoint, read_progress, step_of
-from lora_megatron.errors import CheckpointError, ConfigError, NumericalError
+from lora_megatron.checkpoint.state import Progress, load_checkpoint, newest_good
+from lora_megatron.errors import ConfigError, NumericalError
 from lora_megatron.measure.atomic import write_text
 from lora_megatron.measure.metrics import EVALUATIONS_NAME, METRICS_NAME, read_metrics
 from lora_megatron.model.names import named_parameters
@@ -50,17 +50,14 @@ def resume(trainer: Trainer, folder: Path, progress: Progress) -> None:
 def known_good_before(
     run: Path, step: int, identity: dict[str, Any], say: Callable[[str], None]
 ) -> tuple[Path, Progress]:
-    """The newest undamaged checkpoint of an earlier step; that of `step` itself may be what gives NaN.
+    """The newest undamaged checkpoint of an earlier step; that of `step` itself may be what gives NaN; collective.
 
     Raises:
         NumericalError: there is none.
+        CheckpointError: there are some and all are damaged.
     """
-    for folder in checkpoints(run):
-        if step_of(folder) < step:
-            try:
-                return folder, read_progress(folder, identity)
-            except CheckpointError as error:
-                say(f"checkpoint passed over: {error}")
+    if found := newest_good(run, identity, say, before=step):
+        return found
     raise NumericalError(
         f"a bad step after step {step}, and no checkpoint is known to be good that train.on_bad_step=rollback could go "
         "back to: set train.save_every lower, lower optimizer.lr, or look at this step's data"

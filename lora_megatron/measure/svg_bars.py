@@ -113,7 +113,7 @@ def classes_of(values: Sequence[float]) -> list[Class]:
     ordered = sorted(values)
     low, high = ordered[0], ordered[-1]
     common = _TAIL * ordered[min(len(ordered) - 1, math.ceil(0.99 * len(ordered)) - 1)]
-    top = common if 0 < common < high else high
+    top = ordered[bisect.bisect_right(ordered, common) - 1] if 0 < common < high else high
     span = top - low if top - low > 1e-9 * abs(top) else max(abs(top), 1e-12) * 0.1
     width = round_step(span, _CLASSES)
     first = math.floor(low / width + 1e-9)

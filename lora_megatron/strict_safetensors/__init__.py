@@ -11,7 +11,7 @@ Raises CheckpointError, one line that names the path, for whatever is wrong with
 """
 
 from lora_megatron.strict_safetensors.header import DTYPE_NAMES, DTYPES, Entry
-from lora_megatron.strict_safetensors.reader import SafetensorsFile, TensorSlice
+from lora_megatron.strict_safetensors.reader import BLOCK, SafetensorsFile, TensorSlice
 from lora_megatron.strict_safetensors.writer import SafetensorsWriter
 
-__all__ = ["DTYPES", "DTYPE_NAMES", "Entry", "SafetensorsFile", "SafetensorsWriter", "TensorSlice"]
+__all__ = ["BLOCK", "DTYPES", "DTYPE_NAMES", "Entry", "SafetensorsFile", "SafetensorsWriter", "TensorSlice"]
