@@ -11,7 +11,7 @@ second each rank sees its tokens only, so dA must be summed over the tensor-para
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from lora_megatron.layers.frozen import frozen_linear
 from lora_megatron.layers.lora import AdapterSet, LoraFactors, dropout, seed_from
-from lora_megatron.layers.qkv import Part, add_parts
+from lora_megatron.layers.low_rank import add_low_rank
+from lora_megatron.layers.qkv import Part
 from lora_megatron.layers.sharding import REPLICATED, Shard, declare
 from lora_megatron.layers.storage.choose import StorageFormat
 from lora_megatron.layers.storage.stored import device_of, hand_over, handle_put_aside
@@ -111,19 +112,18 @@ class LoraColumnParallelLinear(ColumnParallelLinear):
         """[s or s/t, b, in] -> [s, b, out / t], and the bias where it is left to the caller."""
         output, bias = super().forward(input_, *args, **kwargs)
         if self.adapters:
-            output = add_parts(output, [self.parts[target] for target in self.adapters], self._deltas(input_))
+            pairs = [cast(LoraFactors, pair) for pair in self.adapters.values()]
+            parts, scales = [self.parts[target] for target in self.adapters], [pair.scale for pair in pairs]
+            u = self._low_rank_input(input_, pairs)
+            output = add_low_rank(output, parts, scales, u, [pair.lora_B for pair in pairs], in_place=True)
         return output, bias
 
-    def _deltas(self, x: Tensor) -> list[Tensor]:
+    def _low_rank_input(self, x: Tensor, pairs: Sequence[LoraFactors]) -> Tensor:
         if self.dropout and self.training:
             cut = (self.tp_group.rank(), self.tp_group.size()) if self.sequence_parallel else (0, 1)
             x = dropout(x, self.dropout, seed=self.dropout_seed, sequence=cut)
-        pairs = [cast(LoraFactors, pair) for pair in self.adapters.values()]
         # x is read once for all A's of the layer, and one collective serves them all.
         u = torch.matmul(x, torch.cat([pair.lora_A for pair in pairs]).t())  # [s or s/t, b, sum of r]
         if self.sequence_parallel:
-            u = gather_from_sequence_parallel_region(u, group=self.tp_group)  # g
-        else:
-            u = copy_to_tensor_model_parallel_region(u, group=self.tp_group)  # f
-        pieces = u.split([pair.lora_A.shape[0] for pair in pairs], dim=-1)  # each [s, b, r]
-        return [torch.matmul(piece * pair.scale, pair.lora_B.t()) for piece, pair in zip(pieces, pairs, strict=True)]
+            return gather_from_sequence_parallel_region(u, group=self.tp_group)  # g
+        return copy_to_tensor_model_parallel_region(u, group=self.tp_group)  # f

@@ -23,6 +23,8 @@ from torch import Tensor, nn
 
 from lora_megatron.layers.frozen import frozen_linear
 from lora_megatron.layers.lora import AdapterSet, LoraFactors, dropout, seed_from
+from lora_megatron.layers.low_rank import add_low_rank
+from lora_megatron.layers.qkv import whole
 from lora_megatron.layers.sharding import REPLICATED, Shard, declare
 from lora_megatron.layers.storage.choose import StorageFormat
 from lora_megatron.layers.storage.stored import device_of, hand_over, handle_put_aside
@@ -101,16 +103,20 @@ class LoraRowParallelLinear(RowParallelLinear):
         """[s, b, in / t] -> [s or s/t, b, out], and the bias where it is left to the caller."""
         output, bias = super().forward(input_)
         for pair in self.adapters.values():
-            output = output + self._delta(input_, cast(LoraFactors, pair))
+            factors = cast(LoraFactors, pair)
+            u = self._low_rank_input(input_, factors)
+            part = whole("", output.shape[-1])
+            # Not in place: the sum over ranks may hand on its input as it is.
+            output = add_low_rank(output, part, [factors.scale], u, [factors.lora_B], in_place=False)
         return output, bias
 
-    def _delta(self, x: Tensor, pair: LoraFactors) -> Tensor:
+    def _low_rank_input(self, x: Tensor, pair: LoraFactors) -> Tensor:
         if self.dropout and self.training:
             cut = (self.tp_group.rank(), self.tp_group.size())
             x = dropout(x, self.dropout, seed=self.dropout_seed, features=cut)
         u = torch.matmul(x, pair.lora_A.t())  # [s, b, r], a partial sum over the ranks' inputs
         if self.sequence_parallel:
-            u = reduce_scatter_to_sequence_parallel_region(u, group=self.tp_group)  # [s/t, b, r]
-        else:
-            u = reduce_from_tensor_model_parallel_region(u, group=self.tp_group)
-        return torch.matmul(u * pair.scale, pair.lora_B.t())
+            scattered: Tensor = reduce_scatter_to_sequence_parallel_region(u, group=self.tp_group)  # [s/t, b, r]
+            return scattered
+        summed: Tensor = reduce_from_tensor_model_parallel_region(u, group=self.tp_group)
+        return summed
