@@ -18,7 +18,7 @@ from lora_megatron.measure.svg_bars import Bar, stacked_bars
 def write_page(folder: Path, title: str, result: Mapping[str, Any]) -> None:
     """Write `report.html` of a bench's result into `folder`."""
     rows = result["rows"]
-    charts = side_by_side(_speed_bars(rows), _memory_bars(rows)) if rows else paragraph("Nothing is measured yet.")
+    charts = side_by_side(_speed_bars(rows), _memory_bars(rows))
     sections = [
         Section("Methods side by side", [table(*comparison_table(result["headline"], result["ratios"])), charts]),
         Section("What the numbers are", [paragraph(note) for note in notes(result)]),
@@ -27,8 +27,7 @@ def write_page(folder: Path, title: str, result: Mapping[str, Any]) -> None:
         Section("Matrix products", [table(*products_table(result["gemm"]))]),
         Section("Setting", [table(["", "value"], setting(result), numbers=False), _configuration(result)]),
     ]
-    lead = [] if result["complete"] else [paragraph("Not complete: running still, or ended early.", kind="warning")]
-    write_html(folder, "Bench", sections, subtitle=title, lead=[*lead, *_tiles(result["ratios"])])
+    write_html(folder, "Bench", sections, subtitle=title, lead=_tiles(result["ratios"]))
 
 
 def _tiles(ratios: Sequence[Row]) -> list[Html]:

@@ -10,7 +10,7 @@ from typing import Any, TextIO
 from lora_megatron.bench.chart import draw_bench
 from lora_megatron.bench.notes import memory_note, notes, setting, yaml_of
 from lora_megatron.bench.page import write_page
-from lora_megatron.bench.results import Row, layers_text
+from lora_megatron.bench.results import layers_text
 from lora_megatron.bench.tables import case_table, comparison_table, memory_table, products_table
 from lora_megatron.measure import console, markdown
 from lora_megatron.measure.atomic import write_json, write_text
@@ -23,13 +23,19 @@ KIND = "bench"
 
 
 def write_bench(folder: Path, result: Mapping[str, Any]) -> None:
-    """Write the report of `result` (see `commands.bench`) into `folder`; each file appears whole or not at all."""
-    rows: list[Row] = result["rows"]
-    if rows:
-        draw_bench(folder / PICTURE_NAME, rows, title=title_of(result), device_bytes=result["device_memory_bytes"])
+    """Write the report of `result` (see `commands.bench`) into `folder`; each file appears whole or not at all.
+
+    While a bench runs, report.json and report.md say what is known so far; the picture and the page come at its end.
+    """
+    if result["complete"]:
+        title, device_bytes = title_of(result), result["device_memory_bytes"]
+        draw_bench(folder / PICTURE_NAME, result["rows"], title=title, device_bytes=device_bytes)
+        write_page(folder, title, result)
+    else:
+        for name in (PICTURE_NAME, HTML_NAME):
+            (folder / name).unlink(missing_ok=True)  # of an earlier bench
     write_text(folder / MARKDOWN_NAME, "\n".join(_lines(result)))
     write_json(folder / JSON_NAME, dict(result))
-    write_page(folder, title_of(result), result)
 
 
 def title_of(result: Mapping[str, Any]) -> str:
@@ -55,7 +61,7 @@ def _lines(result: Mapping[str, Any]) -> list[str]:
     if not result["complete"]:
         lines += ["**Not complete: the bench is still running, or was ended before its last step.**", ""]
     lines += markdown.table(*comparison_table(result["headline"], result["ratios"]))
-    lines += [f"![Speed and memory of the methods]({PICTURE_NAME})", ""] if result["rows"] else []
+    lines += [f"![Speed and memory of the methods]({PICTURE_NAME})", ""] if result["complete"] else []
     lines += [*(f"- {markdown.escape(note)}" for note in notes(result)), "", "## Every case", ""]
     lines += markdown.table(*case_table(result["rows"]))
     lines += ["## Memory of the largest rank", "", memory_note(result), ""]

@@ -17,6 +17,8 @@ from lora_megatron.methods.baselines import FineTuneTop
 from lora_megatron.methods.method import Method
 from lora_megatron.model.shape import ModelShape
 
+_MOST_UNITS = 4  # of a second slice that is larger than the first
+
 
 @dataclass(frozen=True)
 class Line:
@@ -55,10 +57,15 @@ def unit_of(config: Config) -> int:
     return config.parallel.pipeline * config.parallel.virtual_pipeline
 
 
-def smaller_slice(layers: int, *, unit: int) -> int | None:
-    """About half of `layers`, for the second point of the line; None where there is no smaller slice."""
+def two_sizes(layers: int, room: int, *, unit: int) -> list[int]:
+    """The slices of a method: `layers` and about half of them, for the two points of a line.
+
+    Where there is no smaller slice the second is a larger one, if there is `room` for more layers; else there is one.
+    """
     half = layers // 2 // unit * unit or unit
-    return half if half < layers else None
+    if half < layers:
+        return [half, layers]
+    return [layers, min(room, _MOST_UNITS * unit)] if room > layers else [layers]
 
 
 def most_that_fit(fits: Callable[[int], bool], *, all_layers: int, unit: int) -> int | None:

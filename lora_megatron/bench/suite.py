@@ -24,7 +24,7 @@ from lora_megatron.bench.gemm import (
 from lora_megatron.bench.measurement import Case, Effort, Measured, OutOfMemory, outcome_text, visit
 from lora_megatron.bench.plans import fits, known_of
 from lora_megatron.bench.results import Known, Row, Scale, extrapolate, headline, ratios, row_of, row_without_memory
-from lora_megatron.bench.slices import check_layers, most_that_fit, require_equal_layers, smaller_slice, unit_of
+from lora_megatron.bench.slices import most_that_fit, require_equal_layers, two_sizes, unit_of
 from lora_megatron.bench.workload import Load, bench_config, method_of, tokens_per_step
 from lora_megatron.config import Config
 from lora_megatron.errors import ConfigError
@@ -47,7 +47,7 @@ class Question:
     effort: Effort
     """Measured steps over both visits, and steps before each visit's."""
     layers: int | None
-    """Of the slice asked for; None: as many as fit."""
+    """Of the slice asked for, one that can be cut (`slices.check_layers`); None: as many as fit."""
     load: Load | None
     """Fills the whole model from a stored base; None draws random weights, as for every slice."""
 
@@ -61,35 +61,42 @@ def choose_cases(question: Question) -> list[Case]:
     """What is measured, slices first; collective.
 
     Raises:
-        ConfigError: a slice that cannot be cut or cannot stand for the whole, or nothing fits.
+        ConfigError: a slice cannot stand for the whole, or nothing fits.
     """
     config, shape, methods = question.config, question.shape, question.methods
     every, unit = shape.num_layers, unit_of(config)
-    if question.layers is not None:
-        check_layers(question.layers, all_layers=every, unit=unit)
-        largest, whole = question.layers, list(methods) if question.layers == every else []
-    else:
+    if question.layers is None:
         whole = [method for method in methods if fits(Case(method, every), config, shape)]
-        found = every if len(whole) == len(methods) else _most_of_all(question)
-        if found is None:
-            raise ConfigError(
-                f"by the plan not one layer of this model fits this machine with {', '.join(methods)}: list fewer "
-                "--methods, lower data.micro_batch_size, or start more processes with a larger parallel.tensor"
-            )
-        largest = found
-    sizes = [] if largest == every else [n for n in (smaller_slice(largest, unit=unit), largest) if n is not None]
-    if sizes:
-        for method in methods:
-            require_equal_layers(config, shape, method_of(bench_config(config, method), shape), min(sizes))
-    return [Case(method, size) for size in sizes for method in methods] + [Case(method, every) for method in whole]
+        sizes = {} if len(whole) == len(methods) else _sizes_that_fit(question)
+    else:
+        whole = list(methods) if question.layers == every else []
+        sizes = dict.fromkeys(methods, [] if whole else two_sizes(question.layers, question.layers, unit=unit))
+    for method, chosen in sizes.items():
+        if chosen:
+            require_equal_layers(config, shape, method_of(bench_config(config, method), shape), min(chosen))
+    slices = [(size, methods.index(method)) for method, chosen in sizes.items() for size in chosen if size < every]
+    return [Case(methods[index], size) for size, index in sorted(slices)] + [Case(method, every) for method in whole]
 
 
-def _most_of_all(question: Question) -> int | None:
-    """The most layers at which every method fits."""
+def _sizes_that_fit(question: Question) -> dict[str, list[int]]:
+    """The slices of each method: the same for all, as far as all fit. One that fits nowhere is tried at the least."""
+    unit = unit_of(question.config)
+    most = {method: _most(method, question) for method in question.methods}
+    shared = min((layers for layers in most.values() if layers is not None), default=None)
+    if shared is None:
+        raise ConfigError(
+            f"by the plan not one layer of this model fits this machine with {', '.join(question.methods)}: list other "
+            "--methods, lower data.micro_batch_size, or start more processes with a larger parallel.tensor"
+        )
+    return {
+        method: [unit] if layers is None else two_sizes(shared, layers, unit=unit) for method, layers in most.items()
+    }
+
+
+def _most(method: str, question: Question) -> int | None:
+    config, shape = question.config, question.shape
     return most_that_fit(
-        lambda layers: all(fits(Case(method, layers), question.config, question.shape) for method in question.methods),
-        all_layers=question.shape.num_layers,
-        unit=unit_of(question.config),
+        lambda layers: fits(Case(method, layers), config, shape), all_layers=shape.num_layers, unit=unit_of(config)
     )
 
 

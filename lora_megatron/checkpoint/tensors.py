@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from lora_megatron.checkpoint.folder import Receipt
 from lora_megatron.errors import CheckpointError, NumericalError
 from lora_megatron.layers.sharding import Shard
+from lora_megatron.parallel.heartbeat import beat
 from lora_megatron.strict_json import file_sha256
 from lora_megatron.strict_safetensors import BLOCK, DTYPE_NAMES, SafetensorsFile, SafetensorsWriter, TensorSlice
 
@@ -64,6 +65,7 @@ def gather_stage(tensors: Iterable[tuple[str, Tensor, Shard]]) -> dict[str, Tens
     extremes: list[Tensor] = []
     page_locked = 0
     for name, part, shard in tensors:
+        beat()
         if not _is_first_replica():
             continue  # the others' parts are the same
         joined = join_over_tensor_group(part, shard)
@@ -112,6 +114,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor | TensorSlice], metada
     entries = [(name, tensors[name].dtype, tensors[name].shape) for name in names]
     with SafetensorsWriter(path, entries, metadata, hashed=True) as writer:
         for name in names:
+            beat()
             tensor = tensors[name]
             if isinstance(tensor, TensorSlice):
                 writer.write_raw(name, tensor)

@@ -16,14 +16,14 @@ import torch.distributed as dist
 
 from lora_megatron.bench.measurement import Case, Effort
 from lora_megatron.bench.report import FILES, JSON_NAME, KIND, print_bench, write_bench
-from lora_megatron.bench.slices import unit_of
+from lora_megatron.bench.slices import check_layers, unit_of
 from lora_megatron.bench.suite import Question, Suite
 from lora_megatron.bench.workload import Load, bench_config, method_of, slice_of
 from lora_megatron.checkpoint.folder import disk_errors
 from lora_megatron.commands.base import RANDOM, tokenizer_of
 from lora_megatron.config import Config, ModelSection
 from lora_megatron.data.tokenizer import load_tokenizer
-from lora_megatron.errors import CheckpointError, ConfigError, UserError
+from lora_megatron.errors import CheckpointError, ConfigError, LostRankError, UserError
 from lora_megatron.huggingface.base import open_base
 from lora_megatron.measure.atomic import write_json, write_text
 from lora_megatron.measure.console import TrainingProgress
@@ -36,6 +36,7 @@ from lora_megatron.model.shape import ModelShape
 from lora_megatron.parallel import groups
 from lora_megatron.parallel.agree import is_main, require_equal, together
 from lora_megatron.parallel.groups import device_memory_bytes
+from lora_megatron.parallel.peers import loss_as_error
 from lora_megatron.training.loop import StepReport
 
 
@@ -49,23 +50,30 @@ def run_bench(
     Raises:
         ConfigError: an argument or the configuration cannot work, or nothing fits.
         CheckpointError: the stored base or the folder cannot be used.
+        LostRankError: another rank does not answer any more.
         NumericalError: a step made no update.
     """
     methods = _checked(methods, steps, warm_up)
     groups.join_world(timeout_minutes=config.parallel.timeout_minutes)
     try:
-        require_equal("the configuration", config.model_dump_json())
-        shape, load = together(lambda: _model(config))
-        config = config.model_copy(update={"model": ModelSection(**shape.to_dict())})
-        question = Question(config, shape, methods, Effort(steps, warm_up), layers, load)
-        together(lambda: _check(question))
-        folder = Path(out)
-        together(lambda: _claim(folder) if is_main() else None)
-        _measure(question, folder)
-    except UserError:  # all ranks are here, so none waits for another
+        with loss_as_error():
+            _bench(config, methods, Effort(steps, warm_up), layers, Path(out))
+    except LostRankError:  # whatever waits for the others would wait for ever
+        raise
+    except UserError:
         groups.stop()
         raise
     groups.stop()
+
+
+def _bench(config: Config, methods: Sequence[str], effort: Effort, layers: int | None, folder: Path) -> None:
+    require_equal("the configuration", config.model_dump_json())
+    shape, load = together(lambda: _model(config))
+    config = config.model_copy(update={"model": ModelSection(**shape.to_dict())})
+    question = Question(config, shape, methods, effort, layers, load)
+    together(lambda: _check(question))
+    together(lambda: _claim(folder) if is_main() else None)
+    _measure(question, folder)
 
 
 def _checked(methods: Sequence[str], steps: int, warm_up: int) -> list[str]:
@@ -102,6 +110,8 @@ def _model(config: Config) -> tuple[ModelShape, Load | None]:
 def _check(question: Question) -> None:
     """What `train` checks but for the memory of all layers: on the smallest slice, if the pipeline lets one be cut."""
     shape, unit = question.shape, unit_of(question.config)
+    if question.layers is not None:
+        check_layers(question.layers, all_layers=shape.num_layers, unit=unit)
     smallest = shape if shape.num_layers % unit else slice_of(shape, unit)
     for name in question.methods:
         config = bench_config(question.config, name)

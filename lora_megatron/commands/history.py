@@ -17,9 +17,10 @@ from lora_megatron.checkpoint.state import Progress, load_checkpoint, newest_goo
 from lora_megatron.errors import ConfigError, NumericalError
 from lora_megatron.measure.atomic import write_text
 from lora_megatron.measure.metrics import EVALUATIONS_NAME, METRICS_NAME, read_metrics
+from lora_megatron.measure.run_record import STRAGGLERS_NAME
 from lora_megatron.model.names import named_parameters
 from lora_megatron.parallel.agree import gather_text, is_main, together
-from lora_megatron.training.bad_steps import ROLLBACK, SKIP, BadStep, BadSteps
+from lora_megatron.training.bad_steps import ROLLBACK, SKIP, BadSteps
 from lora_megatron.training.loop import Trainer
 from lora_megatron.training.verdict import WINDOW
 
@@ -98,15 +99,21 @@ def _all_lines(path: Path) -> list[dict[str, Any]]:
     return list(read_metrics(path)) if path.exists() else []
 
 
-def record_bad_step(folder: Path, bad: BadStep) -> None:
-    """Append a line to bad_steps.jsonl."""
-    with open(folder / BAD_STEPS_NAME, "a", encoding="utf-8") as stream:
-        stream.write(json.dumps(asdict(bad)) + "\n")
+def append_line(path: Path, values: dict[str, Any]) -> None:
+    """A line of a log that is JSON in each."""
+    with open(path, "a", encoding="utf-8") as stream:
+        stream.write(json.dumps(values) + "\n")
 
 
-def cut_bad_steps(folder: Path, consumed_samples: int) -> None:
-    """Drop the lines of what a run that goes on from this position in the data will meet again."""
-    path = folder / BAD_STEPS_NAME
+def cut_logs(folder: Path, step: int, consumed_samples: int) -> None:
+    """Drop from the logs what a run that goes on from this step and this position in the data will write again.
+
+    `MetricsWriter` does the same to its own.
+    """
+    _keep(folder / BAD_STEPS_NAME, lambda line: line["first_sample"] < consumed_samples)
+    _keep(folder / STRAGGLERS_NAME, lambda line: line["step"] <= step)
+
+
+def _keep(path: Path, is_kept: Callable[[dict[str, Any]], bool]) -> None:
     if path.exists():
-        kept = [line for line in _all_lines(path) if line["first_sample"] < consumed_samples]
-        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+        write_text(path, "".join(json.dumps(line) + "\n" for line in _all_lines(path) if is_kept(line)))

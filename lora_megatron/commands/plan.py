@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
 from pathlib import Path
 
 from lora_megatron.checkpoint.base import CONFIG
@@ -17,30 +16,17 @@ from lora_megatron.data.tokenizer import load_tokenizer
 from lora_megatron.errors import CheckpointError, ConfigError, DataError
 from lora_megatron.huggingface.base import open_base
 from lora_megatron.methods.choose import choose_method
-from lora_megatron.methods.method import Method
 from lora_megatron.model.checks import check_plan, layout_of
 from lora_megatron.model.presets import PRESETS, resolve_shape
 from lora_megatron.model.shape import ModelShape
 from lora_megatron.planning.gpus import Gpu, find_gpu
 from lora_megatron.planning.memory import CUDA_CONTEXT
 from lora_megatron.planning.plan import MEMORY_KINDS, Plan, plan_training
-from lora_megatron.planning.search import Candidate, fewest_gpus, nearest_fit, search_layouts
+from lora_megatron.planning.search import Candidate, Problem, fewest_gpus, nearest_fit, search_layouts
 
 _LARGEST_MEMORY_GB, _MOST_GPUS = 1e5, 100_000
 _VOCABULARIES = {"gpt2": 50257, "gpt3": 50257, "llama2": 32000}
 """Of the released models a preset is named after, for when their tokenizer is not here."""
-
-
-@dataclass(frozen=True)
-class Question:
-    """What the command line asks."""
-
-    config: Config
-    shape: ModelShape
-    method: Method
-    gpu: Gpu
-    memory: float
-    """Bytes of one GPU."""
 
 
 def run_plan(
@@ -63,15 +49,15 @@ def run_plan(
     memory = _memory(gpu_memory_gb, card)
     _check_counts(gpus, data_parallel)
     shape = _shape(config)
-    question = Question(config, shape, choose_method(config.method, num_layers=shape.num_layers), card, memory)
-    ranking = _ranking(question, gpus) if gpus is not None else []
+    problem = Problem(config, shape, choose_method(config.method, num_layers=shape.num_layers), card, memory)
+    ranking = _ranking(problem, gpus) if gpus is not None else []
     if ranking:
-        plan = _plan(question, ranking[0].config, ranking[0].world_size)
+        plan = _plan(problem, ranking[0].config, ranking[0].world_size)
     else:
-        plan = _plan(question, config, layout_of(config).model_size * data_parallel)
-    nearest = None if plan.chosen.fits(memory) else _nearest(question, plan)
+        plan = _plan(problem, config, layout_of(config).model_size * data_parallel)
+    nearest = None if plan.chosen.fits(memory) else nearest_fit(problem, world_size=plan.world_size)
     if png is not None:
-        _draw(Path(png), plan, question)
+        _draw(Path(png), plan, problem)
     if as_json:
         print(json.dumps(facts_of(plan, card, memory, nearest=nearest, ranking=ranking), indent=2, allow_nan=False))
         return
@@ -100,29 +86,28 @@ def _check_counts(gpus: int | None, data_parallel: int) -> None:
         raise ConfigError("--gpus searches data parallelism too: leave out --data-parallel")
 
 
-def _plan(question: Question, config: Config, world_size: int) -> Plan:
-    return plan_training(config, question.shape, question.method, world_size=world_size)
+def _plan(problem: Problem, config: Config, world_size: int) -> Plan:
+    return plan_training(config, problem.shape, problem.method, world_size=world_size)
 
 
-def _ranking(question: Question, gpus: int) -> list[Candidate]:
+def _ranking(problem: Problem, gpus: int) -> list[Candidate]:
     """The layouts of so many GPUs that fit, the fastest first; at least one.
 
     Raises:
         ConfigError: none fits, or none is possible; the message says how many GPUs do.
     """
-    q = question
-    check_plan(_smallest_cut(q.config), q.shape, q.method, 1)  # what no layout can mend has a message of its own
-    found = search_layouts(q.config, q.shape, q.method, world_size=gpus, gpu=q.gpu, memory=q.memory)
-    if found:
+    # What no layout can mend has a message of its own.
+    check_plan(_smallest_cut(problem.config), problem.shape, problem.method, 1)
+    if found := search_layouts(problem, world_size=gpus):
         return found
-    least = fewest_gpus(q.config, q.shape, q.method, gpu=q.gpu, memory=q.memory)
-    problem = f"no layout of --gpus {gpus} with {q.memory / 1e9:g} GB each holds this training"
+    least = fewest_gpus(problem)
+    complaint = f"no layout of --gpus {gpus} with {problem.memory / 1e9:g} GB each holds this training"
     if least is None:
-        raise ConfigError(f"{problem}, nor does any of up to 4096: give more --gpu-memory or a smaller model")
-    changes = least.changes(q.config)
+        raise ConfigError(f"{complaint}, nor does any of up to 4096: give more --gpu-memory or a smaller model")
+    changes = least.changes(problem.config)
     overrides = " ".join(f"{key}={str(value).lower()}" for key, value in changes.items())
     how = f" with {overrides}" if overrides else ""
-    raise ConfigError(f"{problem}: the fewest GPUs that do are {least.world_size}{how}")
+    raise ConfigError(f"{complaint}: the fewest GPUs that do are {least.world_size}{how}")
 
 
 def _smallest_cut(config: Config) -> Config:
@@ -135,11 +120,6 @@ def _smallest_cut(config: Config) -> Config:
             "data": config.data.model_copy(update=batch),
         }
     )
-
-
-def _nearest(question: Question, plan: Plan) -> Candidate | None:
-    q = question
-    return nearest_fit(q.config, q.shape, q.method, world_size=plan.world_size, gpu=q.gpu, memory=q.memory)
 
 
 def _shape(config: Config) -> ModelShape:
@@ -171,7 +151,7 @@ def _vocabulary(config: Config) -> int:
         raise
 
 
-def _draw(path: Path, plan: Plan, question: Question) -> None:
+def _draw(path: Path, plan: Plan, problem: Problem) -> None:
     from lora_megatron.measure.memory_chart import Bars, draw_memory  # matplotlib is slow to import
 
     def bars(name: str, ranks: object) -> Bars:
@@ -181,14 +161,14 @@ def _draw(path: Path, plan: Plan, question: Question) -> None:
     methods = [bars(plan.chosen.method, plan.chosen.ranks)]
     if plan.chosen.method != plan.full.method:
         methods.append(bars(plan.full.method, plan.full.ranks))
-    limit = f"{question.gpu.name}: {question.memory / 1e9:g} GB"
+    limit = f"{problem.gpu.name}: {problem.memory / 1e9:g} GB"
     try:
         draw_memory(
             path,
             methods,
             groups=[f"stage {rank.stage}\n{rank.count} ranks" for rank in plan.chosen.ranks],
             title=f"Planned memory of each distinct rank, {plan.world_size} GPUs",
-            limit=question.memory,
+            limit=problem.memory,
             limit_label=limit,
         )
     except OSError as error:

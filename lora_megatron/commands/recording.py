@@ -17,14 +17,16 @@ from typing import Any, Self, TypeVar
 from lora_megatron.checkpoint.folder import disk_errors
 from lora_megatron.checkpoint.state import set_aside_newer
 from lora_megatron.commands.grace import Grace, checkpoint_bytes
-from lora_megatron.commands.history import cut_bad_steps, known_good_before, record_bad_step, restore, resume
+from lora_megatron.commands.history import BAD_STEPS_NAME, append_line, cut_logs, known_good_before, restore, resume
 from lora_megatron.commands.saving import Saver
 from lora_megatron.commands.summary import Run, continuations
 from lora_megatron.measure.console import TrainingProgress
 from lora_megatron.measure.metrics import MetricsWriter
+from lora_megatron.measure.run_record import STRAGGLERS_NAME
 from lora_megatron.parallel.agree import together
 from lora_megatron.training.bad_steps import SKIP, BadStep
 from lora_megatron.training.loop import Callbacks, StepReport, train
+from lora_megatron.training.stragglers import Look, Stragglers
 
 T = TypeVar("T")
 
@@ -81,7 +83,7 @@ class _Record:
     def reopen(self) -> None:
         """Also after the trainer has gone back. Collective, as are all methods."""
         trainer, is_main = self._run.trainer, self._run.ranks.is_main
-        on_main_disk(self._run, lambda: cut_bad_steps(self.folder, trainer.consumed_samples))
+        on_main_disk(self._run, lambda: cut_logs(self.folder, trainer.step, trainer.consumed_samples))
         self._metrics = on_disk(
             self._run, lambda: MetricsWriter(self.folder, enabled=is_main, resumed_step=trainer.step)
         )
@@ -97,7 +99,11 @@ class _Record:
 
     def write_bad_step(self, bad: BadStep) -> None:
         """A line of bad_steps.jsonl."""
-        on_main_disk(self._run, lambda: record_bad_step(self.folder, bad))
+        on_main_disk(self._run, lambda: append_line(self.folder / BAD_STEPS_NAME, asdict(bad)))
+
+    def write_look(self, look: Look) -> None:
+        """A line of stragglers.jsonl."""
+        on_main_disk(self._run, lambda: append_line(self.folder / STRAGGLERS_NAME, asdict(look)))
 
     def close(self) -> None:
         """Nothing is written afterwards."""
@@ -127,12 +133,18 @@ class _Recording:
     def __post_init__(self) -> None:
         self._grace = Grace(self.run, self.progress.note)
         self._grace.announce(checkpoint_bytes(self.run))
+        is_alone = self.run.ranks.world_size == 1
+        self._stragglers = Stragglers(0 if is_alone else self.run.config.train.straggler_every)
 
     def on_step(self, report: StepReport) -> None:
         self.run.reports.append(report)
         self.record.write(report)
         self.saver.look()
         self._grace.check(report.step_seconds, self.saver.seconds)
+        if look := self._stragglers.after_step(report.step, report.step_seconds):
+            self.record.write_look(look)
+            if look.slowest is not None:
+                self.progress.note(f"warning: rank {look.slowest} is slow after step {look.step}: {look.reason}")
         self.progress.update(
             report.step,
             loss=report.loss,

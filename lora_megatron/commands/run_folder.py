@@ -25,6 +25,8 @@ from lora_megatron.config import Config
 from lora_megatron.errors import CheckpointError, ConfigError, LostRankError, Preempted
 from lora_megatron.measure.atomic import write_json, write_json_even_if_full, write_text
 from lora_megatron.measure.environment import describe_environment
+from lora_megatron.parallel.agree import gather_text, is_main
+from lora_megatron.parallel.launcher import restart_count
 
 _STATUS = "status.json"
 _STATES = ("running", "done", "failed", "preempted")
@@ -88,12 +90,20 @@ def _is_ours(folder: Path) -> bool:
     return _old_status(folder).get("state") in _STATES
 
 
-def begun_by(config: Config, launchers: list[str]) -> bool:
-    """Whether status.json says that one of these launchers began the run: torchrun has restarted its workers.
+def resume_if_restarted(config: Config, launchers: list[str]) -> tuple[Config, bool]:
+    """The configuration, and whether torchrun restarted this very run: then it goes on from its own newest checkpoint,
+    whatever `run.resume` says. Collective.
 
-    A torchrun stays the same process over its restarts, so one that is common to both attempts settles it.
+    A torchrun stays the same process over its restarts, so a launcher that began the run and is here settles it.
     """
-    return bool(set(launchers) & set(_old_status(Path(config.run.dir)).get("launchers", ())))
+    if restart_count() == 0:
+        return config, False
+    folder, found = Path(config.run.dir), ""
+    if is_main() and set(launchers) & set(_old_status(folder).get("launchers", ())):
+        found = "checkpoints" if checkpoints(folder) else "none saved"
+    found = gather_text(found)[0]
+    resume = config.run.resume if found != "checkpoints" else "auto"
+    return config.model_copy(update={"run": config.run.model_copy(update={"resume": resume})}), bool(found)
 
 
 def _old_status(folder: Path) -> dict[str, Any]:

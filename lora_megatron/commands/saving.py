@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -30,8 +31,9 @@ class Saver:
     def __init__(self, run: Run, identity: dict[str, Any], adapter_facts: dict[str, Any]) -> None:
         self._run, self._identity, self._adapter_facts = run, identity, adapter_facts
         self._under_way: BackgroundFolder | None = None
+        self._copying = 0.0
         self.seconds: float | None = None
-        """On rank 0, how long the last one took from the copy to its publication."""
+        """On rank 0, how long the last one took, from the copy, for which training waits, to its publication."""
 
     def __enter__(self) -> Self:
         return self
@@ -58,6 +60,7 @@ class Saver:
             NumericalError: the same, for a tensor that is not finite.
         """
         self.wait()
+        started = time.monotonic()
         run, trainer = self._run, self._run.trainer
         parameters = trained(list(named_parameters(run.bare_chunks)))
         self._under_way = save_checkpoint(
@@ -72,6 +75,7 @@ class Saver:
             adapter_facts=self._adapter_facts,
             keep=run.config.train.keep_checkpoints,
         )
+        self._copying = time.monotonic() - started
         if not run.config.train.async_save:
             self.wait()
 
@@ -94,4 +98,5 @@ class Saver:
         assert under_way is not None
         if proceed() is False:
             self._under_way = under_way
-        self.seconds = under_way.seconds or self.seconds
+        if under_way.seconds is not None:
+            self.seconds = self._copying + under_way.seconds

@@ -16,11 +16,12 @@ import torch.distributed as dist
 from lora_megatron.checkpoint.adapter import describe_method, load_adapter, save_adapter
 from lora_megatron.checkpoint.base import Base, save_model
 from lora_megatron.checkpoint.folder import MANIFEST
-from lora_megatron.checkpoint.state import checkpoints
 from lora_megatron.commands import run_folder
 from lora_megatron.commands.base import resolve_base, tokenizer_of
+from lora_megatron.commands.grace import checkpoint_bytes
 from lora_megatron.commands.history import restore, resume
-from lora_megatron.commands.recording import on_main_disk, train_and_record
+from lora_megatron.commands.preflight import check_disk, preflight
+from lora_megatron.commands.recording import on_disk, on_main_disk, train_and_record
 from lora_megatron.commands.run_lock import RunLock
 from lora_megatron.commands.summary import Run, continuations, summarise
 from lora_megatron.config import Config, ModelSection
@@ -37,9 +38,11 @@ from lora_megatron.model.checks import check, layout_of, options_of, storage_of
 from lora_megatron.parallel import groups, stopping
 from lora_megatron.parallel.agree import gather_text, is_main, require_equal, together
 from lora_megatron.parallel.groups import Ranks
-from lora_megatron.parallel.launcher import launcher_identity, restart_count
+from lora_megatron.parallel.heartbeat import beat
+from lora_megatron.parallel.launcher import launcher_identity
 from lora_megatron.parallel.peers import loss_as_error
 from lora_megatron.parallel.stopping import stop_if_asked
+from lora_megatron.parallel.watchdog import Watchdog
 from lora_megatron.training.choose_optimizer import choose_optimizer
 from lora_megatron.training.loop import Trainer
 from lora_megatron.training.optimizer import wrap_ddp
@@ -68,7 +71,7 @@ def run_training(config: Config) -> None:
 def _prepare_and_train(config: Config, started: float) -> None:
     require_equal("the configuration", config.model_dump_json())
     launchers = sorted(set(gather_text(launcher_identity())))
-    config, restarted = _resume_if_restarted(config, launchers)
+    config, restarted = run_folder.resume_if_restarted(config, launchers)
     plan = together(lambda: _plan(config))
     require_equal("the tokenizer", plan.tokenizer.fingerprint)
     require_equal("the base model", plan.base.fingerprint)
@@ -78,20 +81,22 @@ def _prepare_and_train(config: Config, started: float) -> None:
         _warn_without_lock(lock, config)
         timeout = config.parallel.timeout_minutes
         ranks = groups.build_mesh(layout_of(config), seed=config.train.seed, timeout_minutes=timeout)
-        _train(plan, ranks, launchers, started)
+        with _watchdog(config, ranks), loss_as_error():
+            _train(plan, ranks, launchers, started)
 
 
-def _resume_if_restarted(config: Config, launchers: list[str]) -> tuple[Config, bool]:
-    """The configuration, and whether torchrun restarted this very run: then it goes on from its own newest checkpoint,
-    whatever `run.resume` says."""
-    if restart_count() == 0:
-        return config, False
-    found = ""
-    if is_main() and run_folder.begun_by(config, launchers):
-        found = "checkpoints" if checkpoints(Path(config.run.dir)) else "none saved"
-    found = gather_text(found)[0]
-    resume = config.run.resume if found != "checkpoints" else "auto"
-    return config.model_copy(update={"run": config.run.model_copy(update={"resume": resume})}), bool(found)
+def _watchdog(config: Config, ranks: Ranks) -> Watchdog:
+    def record(message: str) -> None:
+        run_folder.set_status(config, "failed", exit_status=LostRankError.exit_status, error=message)
+
+    return Watchdog(
+        Path(config.run.dir),
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        hang_seconds=60 * config.run.hang_minutes,
+        in_order=ranks.pipeline_size == 1,
+        record=record,
+    )
 
 
 @dataclass(frozen=True)
@@ -147,14 +152,18 @@ def _source(table: ExampleTable, tokenizer: Tokenizer, config: Config, *, shuffl
 
 def _train(plan: _Plan, ranks: Ranks, launchers: list[str], started: float) -> None:
     config, tokenizer, base, method = plan.config, plan.tokenizer, plan.base, plan.method
+    beat("load")
     table = together(lambda: _open(config.data.train, "data.train"))
     held_out_table = together(lambda: open_examples(config.data.validation) if config.data.validation else None)
     require_equal("the training data", table.content_hash)
     require_equal("the validation data", held_out_table.content_hash if held_out_table else "")
     stop_if_asked()
+    say = _say if ranks.is_main else lambda text: None
+    looked = time.monotonic()
+    found = preflight(config, base.shape, method, {"data.train": table, "data.validation": held_out_table}, say)
+    looked = time.monotonic() - looked
     trainer = _build_trainer(config, tokenizer, base, method, table, held_out_table)
     identity = _identity(config, base, method, table, tokenizer)
-    say = _say if ranks.is_main else lambda text: None
     stop_if_asked()
     resumed = together(lambda: run_folder.find_checkpoint(config, identity, say))
     if resumed:
@@ -162,6 +171,9 @@ def _train(plan: _Plan, ranks: Ranks, launchers: list[str], started: float) -> N
         restore(trainer, Path(config.run.dir))
         say(f"resumed from {resumed[0]} at step {resumed[1].step}")
     run = Run(config, base, method, trainer, tokenizer, held_out_table, ranks)
+    size = checkpoint_bytes(run)
+    found.append(on_disk(run, lambda: check_disk(config, size) if ranks.is_main else ""))
+    say(f"preflight in {looked:.2f} s: {', '.join(found)}")
     on_main_disk(run, lambda: run_folder.begin(config, trainer.step, launchers, say))
     _say_what_is_cut(trainer, say)
     _run(run, identity, started)
@@ -176,6 +188,7 @@ def _run(run: Run, identity: dict[str, Any], started: float) -> None:
         **describe_method(method, base.shape),
     }
     train_and_record(run, identity, facts)
+    beat("finish")
     folder = Path(config.run.dir)
     if method.trains_base:
         tokenizer = {"tokenizer": config.data.tokenizer, "tokenizer_fingerprint": run.tokenizer.fingerprint}

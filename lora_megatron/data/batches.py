@@ -19,6 +19,7 @@ from lora_megatron.data.examples import Loss, check_row_options, loss_positions,
 from lora_megatron.data.parquet import ExampleTable
 from lora_megatron.data.tokenizer import Tokenizer
 from lora_megatron.errors import ConfigError
+from lora_megatron.parallel.heartbeat import beat
 
 Microbatch = dict[str, Any]
 _EMPTY_ROW = -1
@@ -42,6 +43,7 @@ class TokenCache:
         """Tokenise every row of `table`, trimmed to sequence_length + 1 ids."""
         chunks, starts, truncated = [], [], 0
         for _, context, target in table:
+            beat()
             example = tokenise_example(context, target, tokenizer, sequence_length)
             chunks.append(np.asarray(example.ids, dtype=np.int32))
             starts.append(example.target_start)

@@ -16,6 +16,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from torch import Tensor, nn
 
+from lora_megatron.parallel.heartbeat import beat
+
 
 def greedy(
     ddp_chunks: Sequence[nn.Module],
@@ -43,6 +45,7 @@ def greedy(
         chunk.eval()
     with torch.no_grad():
         for _ in range(new_tokens):
+            beat()
             chosen = _next_tokens(ddp_chunks, tokens, ends - 1, vocab_size)
             alive &= (chosen != eos_id) & (ends < limits)
             if not bool(alive.any()):

@@ -25,6 +25,7 @@ from lora_megatron.layers.storage.stored import writable
 from lora_megatron.measure.console import BytesProgress
 from lora_megatron.model.names import Named, named_parameters
 from lora_megatron.parallel.agree import is_main
+from lora_megatron.parallel.heartbeat import beat
 
 
 def open_base(folder: Path) -> Base:
@@ -59,6 +60,7 @@ def load_hf_base(folder: Path, chunks: Sequence[nn.Module]) -> None:
         with BytesProgress(total, description=f"load {folder.name}", enabled=is_main()) as progress:
             for named in mine:
                 loader.fill(named, progress.advance)
+                beat()
 
 
 class _Loader:

@@ -12,6 +12,7 @@ from lora_megatron.measure import console, markdown
 from lora_megatron.measure.atomic import write_json, write_text
 from lora_megatron.measure.curves import Curves, draw_losses
 from lora_megatron.measure.facts import Summary, memory_note
+from lora_megatron.measure.html_comparison import write_html_comparison
 from lora_megatron.measure.report import PICTURE_NAME
 from lora_megatron.measure.units import show_bytes, show_count, show_loss, show_ratio, show_seconds
 
@@ -23,6 +24,8 @@ _PLAIN_NUMBERS: tuple[tuple[str, str, Callable[[float | None], str]], ...] = (
     ("peak_memory_bytes", "peak memory of the largest rank", show_bytes),
     ("wall_seconds", "wall time, start-up and evaluation included", show_seconds),
 )
+_LABELS = {"lora": "LoRA", "full": "full fine-tuning"}
+_TEXTS = {"before": "base", "after": "LoRA", "full": "full fine-tuning", "reference": "reference"}
 _SAMPLES_ON_TERMINAL = 2
 
 
@@ -34,7 +37,7 @@ def write_comparison(
     setting: Mapping[str, str] | None = None,
     stream: TextIO | None = None,
 ) -> None:
-    """Write report.json, report.md and loss.png into `folder`, and the table to the terminal.
+    """Write report.json, report.md, report.html and loss.png into `folder`, and the table to the terminal.
 
     runs: summaries (see `measure.report`) under `lora` and `full`, and optionally `base`, the run both start from.
     setting: what else a reader must know (hardware, commands), as label -> text.
@@ -43,11 +46,24 @@ def write_comparison(
     write_json(folder / "report.json", {**comparison, "setting": dict(setting or {}), "runs": dict(runs)})
     curves = {
         label: Curves(runs[name].get("train_curve", ()), runs[name].get("held_out_curve", ()))
-        for name, label in (("lora", "LoRA"), ("full", "full fine-tuning"))
+        for name, label in _LABELS.items()
     }
     base_loss = comparison["held_out_loss"]["base"]
     draw_losses(folder / PICTURE_NAME, curves, title=title, base_loss=base_loss, base_label="base, not adapted")
     write_text(folder / "report.md", "\n".join(_lines(title, runs, comparison, setting or {})))
+    write_html_comparison(
+        folder,
+        title,
+        columns=COLUMNS,
+        rows=table_rows(comparison),
+        curves=curves,
+        base_loss=base_loss,
+        memory={label: runs[name].get("memory_by_rank", ()) for name, label in _LABELS.items()},
+        memory_note=memory_note(runs["lora"]),
+        samples=_merged_samples(runs),
+        texts=_TEXTS,
+        setting=_setting_rows(runs, setting or {}),
+    )
     print_comparison(runs, comparison, title=title, stream=stream)
 
 
@@ -116,16 +132,18 @@ def _lines(
     rows = [row for name in ("lora", "full") for row in _memory_rows(name, runs[name])]
     lines += markdown.table(["run", "rank", *markdown.MEMORY_KINDS], rows)
     lines += [memory_note(runs["lora"]), ""]
-    texts = {"before": "base", "after": "LoRA", "full": "full fine-tuning", "reference": "reference"}
-    shown = markdown.samples(_merged_samples(runs), texts)
+    shown = markdown.samples(_merged_samples(runs), _TEXTS)
     if shown:
         lines += ["## Generated text", "", *shown]
-    facts = [
+    return [*lines, "## Setting", "", *markdown.table(["", "value"], _setting_rows(runs, setting), numbers=False)]
+
+
+def _setting_rows(runs: Mapping[str, Summary], setting: Mapping[str, str]) -> list[list[str]]:
+    return [
         ["layout", markdown.layout_text(runs["lora"].get("layout") or {})],
         ["device, precision", f"{runs['lora'].get('device')}, {runs['lora'].get('precision')}"],
         *([label, text] for label, text in setting.items()),
     ]
-    return [*lines, "## Setting", "", *markdown.table(["", "value"], facts, numbers=False)]
 
 
 def _memory_rows(name: str, summary: Summary) -> list[list[str]]:

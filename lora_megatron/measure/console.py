@@ -159,12 +159,17 @@ def _progress_bar(console: Console) -> Progress:
 
 
 def print_table(
-    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, stream: TextIO | None = None
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    numbers: bool = True,
+    stream: TextIO | None = None,
 ) -> None:
-    """A table; the first column is text, the others are numbers, aligned on the right."""
+    """A table; the first column is text, the others are numbers, aligned on the right, or text as well."""
     table = Table(title=Text(title, style="bold"), title_justify="left")
     for index, column in enumerate(columns):
-        table.add_column(Text(column), justify="right" if index else "left", overflow="fold")
+        table.add_column(Text(column), justify="right" if index and numbers else "left", overflow="fold")
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     stream = stream if stream is not None else sys.stdout

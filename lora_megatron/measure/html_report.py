@@ -95,7 +95,7 @@ def _training(record: RunRecord) -> list[Html]:
         html_page.side_by_side(
             line_chart("Loss", loss_series(record), y_label="loss", unit="nats per token", may_be_log=True, tall=True),
             line_chart("Learning rate", [Series("learning rate", rate)], y_label="learning rate", from_zero=True),
-            line_chart("Gradient norm", _noisy("norm", norm), y_label="global norm before clipping", may_be_log=True),
+            line_chart("Gradient norm", noisy("norm", norm), y_label="global norm before clipping", may_be_log=True),
         )
     ]
     if skipped:
@@ -113,17 +113,20 @@ def loss_series(record: RunRecord) -> list[Series]:
     taken = [(x, y) for x, y in record.loss_curve if y is None or x not in skipped]
     left_out = [(x, y) for x, y in record.loss_curve if y is not None and x in skipped]
     return [
-        *_noisy("training", taken),
+        *noisy("training", taken),
         Series("held-out", record.held_out_curve, style="marks", colour=1),
         Series("update skipped", left_out, style="marks", colour=3),
     ]
 
 
-def _noisy(name: str, points: Sequence[XY]) -> list[Series]:
+def noisy(name: str, points: Sequence[XY], *, colour: int = 0) -> list[Series]:
     """The curve as it is and, if it is long, its smoothed form over it."""
     if len(points) < _SMOOTHED_FROM:
-        return [Series(name, points)]
-    return [Series(name, points, style="thin"), Series(f"{name}, smoothed", smoothed(points))]
+        return [Series(name, points, colour=colour)]
+    return [
+        Series(name, points, style="thin", colour=colour),
+        Series(f"{name}, smoothed", smoothed(points), colour=colour),
+    ]
 
 
 def smoothed(points: Sequence[XY]) -> list[XY]:
@@ -141,7 +144,7 @@ def _speed(record: RunRecord) -> list[Html]:
     charts = [
         line_chart(
             "Tokens per second, all ranks",
-            _noisy("tokens/s", rates),
+            noisy("tokens/s", rates),
             y_label="tokens/s, padding included",
             from_zero=True,
         ),

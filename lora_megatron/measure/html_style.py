@@ -47,7 +47,7 @@ footer { margin-top: 48px; padding-top: 12px; border-top: 1px solid var(--line);
   font-variant-numeric: tabular-nums; }
 .tiles small { display: block; color: var(--soft); font-size: .82rem; font-weight: 400; line-height: 1.4; }
 
-.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); gap: 26px 32px;
+.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 440px), 1fr)); gap: 26px 32px;
   margin-top: 16px; }
 .cards { columns: 3 300px; column-gap: 16px; }
 .card { break-inside: avoid; margin: 0 0 16px; padding: 12px 14px; border: 1px solid var(--line); border-radius: 8px;
@@ -101,6 +101,7 @@ svg .strong { fill: var(--ink); }
 @media (max-width: 620px) {
   body { padding: 18px 14px 32px; } h1 { font-size: 1.4rem; }
   .tiles { grid-template-columns: repeat(2, minmax(0, 1fr)); } .tiles dd { font-size: 1.15rem; }
+  .numbers tbody th { min-width: 9ch; white-space: normal; } th, td { padding-right: 12px; }
   svg text { font-size: 17px; } .sample dl { grid-template-columns: minmax(0, 1fr); } .sample dd { margin-bottom: 6px; }
 }
 @media print {

@@ -62,8 +62,9 @@ def round_step(span: float, count: int, *, whole: bool = False) -> float:
 def ticks(low: float, high: float, *, count: int = 5, whole: bool = False) -> list[float]:
     """Round numbers between low and high, at most `count` + 1."""
     step = round_step(high - low, count, whole=whole)
+    digits = 1 - math.floor(math.log10(step))  # all that a step has: 0.1 + 0.2 is 0.3 here
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [round(number * step, 12) if abs(step) > 1e-9 else number * step for number in range(first, last + 1)]
+    return [round(number * step, digits) for number in range(first, last + 1)]
 
 
 def log_ticks(low: float, high: float) -> list[float]:

@@ -25,6 +25,7 @@ from lora_megatron.measure.svg_axes import (
 
 _RIGHT = WIDTH - 14
 _ROW, _THICK = 34, 20
+_LONGEST_NAME = 30
 _CLASSES = 24  # of a histogram, about
 _TAIL = 1.5  # values above this many times the 99th percentile share one class, or they would flatten the others
 
@@ -51,7 +52,7 @@ def stacked_bars(title: str, bars: Sequence[Bar], *, x_label: str, unit: str = "
         text = label(WIDTH / 2, 40, "nothing was recorded")
         return figure(title, [], [text], height=80, description="nothing was recorded")
     divisor, unit_name = fitting(unit, largest)
-    left = min(190.0, 16 + 8.6 * max(len(bar.name) for bar in bars))
+    left = 16 + 7.6 * max(len(_short(bar.name)) for bar in bars)
     across = Scale(0, largest / divisor, left, _RIGHT - 82)
     foot = 8 + _ROW * len(bars)
     body = []
@@ -78,7 +79,7 @@ def stacked_bars(title: str, bars: Sequence[Bar], *, x_label: str, unit: str = "
 def _bar(
     bar: Bar, total: float, across: Scale, divisor: float, unit: str, *, y: float, colours: Mapping[str, int]
 ) -> list[str]:
-    body = [label(across.first - 8, y + 14.5, bar.name, anchor="end", kind="strong")]
+    body = [label(across.first - 8, y + 14.5, _short(bar.name), anchor="end", kind="strong")]
     start = 0.0
     for name, value in bar.parts.items():
         left, right = across.at(start / divisor), across.at((start + value) / divisor)
@@ -94,6 +95,11 @@ def _bar(
         end = max(end, place)
         body.append(line(place, y - 4, place, y + _THICK + 4, "limit"))
     return [*body, label(end + 8, y + 14.5, bar.remark or value_text(total, unit), anchor="start", kind="strong")]
+
+
+def _short(name: str) -> str:
+    """A name that leaves room for its bar; the bar itself tells the whole one."""
+    return name if len(name) <= _LONGEST_NAME else name[: _LONGEST_NAME - 1] + "…"
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from lora_megatron.layers.lora import seed_from
 from lora_megatron.layers.sharding import shard_of
 from lora_megatron.layers.storage.stored import writable
 from lora_megatron.model.names import named_parameters
+from lora_megatron.parallel.heartbeat import beat
 
 _RESIDUAL_WRITERS = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight")
 
@@ -32,9 +33,15 @@ def initialise_base(chunks: Sequence[nn.Module], *, seed: int, num_layers: int) 
                 continue
             shard = shard_of(named.parameter)
             shape = shard.full_shape(named.parameter.shape, size)
+<<<<<<< HEAD
             with writable(named.parameter) as target:
                 full = _draw(named.name, shape, seed, num_layers, target)
                 target.copy_(shard.part(full, shape, rank, size))
+=======
+            full = _draw(named.name, shape, seed, num_layers, named.parameter)
+            named.parameter.copy_(shard.part(full, shape, rank, size))
+            beat()
+>>>>>>> main
 
 
 def _draw(name: str, shape: tuple[int, ...], seed: int, num_layers: int, like: Tensor) -> Tensor:

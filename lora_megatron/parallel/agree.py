@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from lora_megatron import errors
 from lora_megatron.errors import UserError
+from lora_megatron.parallel.heartbeat import beat
 
 T = TypeVar("T")
 
@@ -38,6 +39,7 @@ def gather_text(text: str) -> list[str]:
     padded[: data.numel()] = data
     texts = [torch.zeros_like(padded) for _ in sizes]
     dist.all_gather(texts, padded)
+    beat()
     return [bytes(t[: int(s)].tolist()).decode() for t, s in zip(texts, sizes, strict=True)]
 
 

@@ -145,16 +145,21 @@ def stage_weights(config: Config, shape: ModelShape, method: Method) -> list[lis
 
     The first and the last tensor rank are built: cuts are equal, and were they not, these two would show it.
     """
-    layout = layout_of(config)
+    last = config.parallel.tensor - 1
     stages = []
-    for stage in range(layout.pipeline):
-        with fake_world(layout, stage=stage):
-            weights = build_rank(config, shape, method)
-        if layout.tensor > 1:
-            with fake_world(layout, stage=stage, tensor_rank=layout.tensor - 1):
-                assert build_rank(config, shape, method) == weights, "tensor ranks hold different sizes"
+    for stage in range(config.parallel.pipeline):
+        weights = rank_weights(config, shape, method, stage)
+        assert not last or rank_weights(config, shape, method, stage, tensor_rank=last) == weights, "unequal cuts"
         stages.append(weights)
     return stages
+
+
+def rank_weights(
+    config: Config, shape: ModelShape, method: Method, stage: int, *, tensor_rank: int = 0
+) -> list[Weight]:
+    """What one rank holds, read off its real model."""
+    with fake_world(layout_of(config), stage=stage, tensor_rank=tensor_rank):
+        return build_rank(config, shape, method)
 
 
 def plan_method(

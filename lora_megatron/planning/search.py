@@ -8,6 +8,7 @@ within a node. What `model.checks` refuses is left out, and every size is that o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -20,7 +21,7 @@ from lora_megatron.model.checks import check_plan, layout_of
 from lora_megatron.model.shape import ModelShape
 from lora_megatron.planning.gpus import NODE, Gpu
 from lora_megatron.planning.memory import MemoryPlan, Place, plan_rank
-from lora_megatron.planning.plan import stage_weights
+from lora_megatron.planning.plan import rank_weights
 from lora_megatron.planning.speed import Speed, estimate_speed
 from lora_megatron.planning.weights import Weight
 
@@ -35,6 +36,35 @@ CHOICES = (
     ("data", "micro_batch_size"),
 )
 """The settings a search changes."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A training to place on GPUs; what the search may change of `config` is `CHOICES`."""
+
+    config: Config
+    shape: ModelShape
+    method: Method
+    gpu: Gpu
+    memory: float
+    """Bytes of one GPU."""
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """What decides which model each rank holds, and how many replicas there are."""
+
+    tensor: int
+    pipeline: int
+    data: int
+
+    @property
+    def model_size(self) -> int:
+        return self.tensor * self.pipeline
+
+    @property
+    def world_size(self) -> int:
+        return self.model_size * self.data
 
 
 @dataclass(frozen=True)
@@ -58,46 +88,49 @@ class Candidate:
         return {name: value for name, value in here.items() if value != there[name]}
 
 
-def search_layouts(
-    config: Config, shape: ModelShape, method: Method, *, world_size: int, gpu: Gpu, memory: float
-) -> list[Candidate]:
-    """Every layout of `world_size` GPUs of `memory` bytes that holds the training, the fastest first.
+def search_layouts(problem: Problem, *, world_size: int) -> list[Candidate]:
+    """Every layout of `world_size` GPUs that holds the training, the fastest first.
 
     Of layouts that differ in recomputation only, the one that recomputes least: the others are slower.
     """
-    found = _fitting(config, shape, method, world_size, gpu, memory, _RECOMPUTE)
+    found = _fitting(problem, world_size, recompute=_RECOMPUTE)
     return sorted(found, key=lambda candidate: -candidate.speed.tokens_per_second)
 
 
-def nearest_fit(
-    config: Config, shape: ModelShape, method: Method, *, world_size: int, gpu: Gpu, memory: float
-) -> Candidate | None:
-    """The layout that fits and changes the fewest settings of `config`, of these the fastest: on as many GPUs, and if
-    there is none, on the fewest that do. None if no size up to 4096 fits."""
-    own = config.train.recompute
+def nearest_fit(problem: Problem, *, world_size: int) -> Candidate | None:
+    """The layout that fits and changes the fewest settings, of these the fastest: on `world_size` GPUs, and if there
+    is none, on the fewest that do. None if no size up to 4096 fits."""
+    own = problem.config.train.recompute
     order = (own, *(choice for choice in _RECOMPUTE if choice != own))
-    found = list(_fitting(config, shape, method, world_size, gpu, memory, order))
+    found = list(_fitting(problem, world_size, recompute=order))
     if found:
-        return min(found, key=lambda c: (len(c.changes(config)), -c.speed.tokens_per_second))
-    return fewest_gpus(config, shape, method, gpu=gpu, memory=memory)
+        return min(found, key=lambda c: (len(c.changes(problem.config)), -c.speed.tokens_per_second))
+    return fewest_gpus(problem)
 
 
-def fewest_gpus(config: Config, shape: ModelShape, method: Method, *, gpu: Gpu, memory: float) -> Candidate | None:
+def fewest_gpus(problem: Problem) -> Candidate | None:
     """The layout with the fewest GPUs that fits, without data parallelism; None if none of up to 4096 does."""
-    grids = sorted(
-        (
-            (tensor, pipeline)
-            for tensor in _sizes(NODE)
-            for pipeline in range(1, min(shape.num_layers, _MOST_GPUS // tensor) + 1)
-            if shape.num_layers % pipeline == 0
-        ),
-        key=lambda grid: (grid[0] * grid[1], grid[1]),
-    )
-    for tensor, pipeline in grids:
-        found = list(_of_grid(config, shape, method, tensor, pipeline, tensor * pipeline, gpu, memory, _RECOMPUTE))
-        if found:
+    layers = problem.shape.num_layers
+    grids = [
+        _Grid(tensor, pipeline, 1)
+        for tensor in _sizes(NODE)
+        for pipeline in range(1, min(layers, _MOST_GPUS // tensor) + 1)
+        if layers % pipeline == 0
+    ]
+    for grid in sorted(grids, key=lambda grid: (grid.world_size, grid.pipeline)):
+        if _weights_exceed(problem, grid):
+            continue
+        if found := list(_of_grid(problem, grid, recompute=_RECOMPUTE)):
             return max(found, key=lambda candidate: candidate.speed.tokens_per_second)
     return None
+
+
+def _weights_exceed(problem: Problem, grid: _Grid) -> bool:
+    """Whether the layers' matrices alone are too much for the ranks of `grid`: then nothing has to be built to know."""
+    shape, config = problem.shape, problem.config
+    layer = sum(math.prod(shape.projection(name)) for name in shape.projections)
+    each = {"fp8": 1.0, "nf4": 0.5}.get(config.base.storage or "", 2 if config.train.precision == "bf16" else 4)
+    return shape.num_layers * layer * each / grid.model_size > problem.memory
 
 
 def _sizes(most: int) -> Iterator[int]:
@@ -108,58 +141,40 @@ def _sizes(most: int) -> Iterator[int]:
         size *= 2
 
 
-def _fitting(
-    config: Config,
-    shape: ModelShape,
-    method: Method,
-    world_size: int,
-    gpu: Gpu,
-    memory: float,
-    recompute: Sequence[str],
-) -> Iterator[Candidate]:
+def _fitting(problem: Problem, world_size: int, *, recompute: Sequence[str]) -> Iterator[Candidate]:
+    layers = problem.shape.num_layers
     for tensor in range(1, min(NODE, world_size) + 1):
-        for pipeline in range(1, min(shape.num_layers, world_size // tensor) + 1):
-            if world_size % (tensor * pipeline) == 0 and shape.num_layers % pipeline == 0:
-                yield from _of_grid(config, shape, method, tensor, pipeline, world_size, gpu, memory, recompute)
+        for pipeline in range(1, min(layers, world_size // tensor) + 1):
+            if world_size % (tensor * pipeline) == 0 and layers % pipeline == 0:
+                yield from _of_grid(
+                    problem, _Grid(tensor, pipeline, world_size // (tensor * pipeline)), recompute=recompute
+                )
 
 
-def _of_grid(
-    config: Config,
-    shape: ModelShape,
-    method: Method,
-    tensor: int,
-    pipeline: int,
-    world_size: int,
-    gpu: Gpu,
-    memory: float,
-    recompute: Sequence[str],
-) -> Iterator[Candidate]:
-    """The layouts with these tensor and pipeline sizes that fit."""
-    stages: list[list[Weight]] = []
-    data_size = world_size // (tensor * pipeline)
-    most, own = config.data.global_batch_size // data_size, config.data.micro_batch_size
-    for sequence in (False, True) if tensor > 1 else (False,):
-        for size in sorted({*_sizes(most), own}):
-            possible = fitted = False
-            for choice in recompute:
-                changed = _with(config, tensor, pipeline, sequence=sequence, recompute=choice, samples=size)
-                possible = possible or _is_possible(changed, shape, method, world_size)
-                if not possible:
-                    break
-                stages = stages or stage_weights(changed, shape, method)
-                plans = plan_stages(changed, shape, method, stages, data_size=data_size)
-                needed = max(plan.total for plan in plans)
-                if needed <= memory:
-                    fitted = True
-                    speed = estimate_speed(changed, shape, method, plans, gpu=gpu, world_size=world_size)
-                    yield Candidate(changed, world_size, needed, speed)
-                    break
-            if possible and not fitted:
+def _of_grid(problem: Problem, grid: _Grid, *, recompute: Sequence[str]) -> Iterator[Candidate]:
+    """The layouts of `grid` that fit, each with the first choice of `recompute` that does."""
+    built: dict[int, list[Weight]] = {}
+    data = problem.config.data
+    sizes = sorted({*_sizes(data.global_batch_size // grid.data), data.micro_batch_size})
+    for sequence in (False, True) if grid.tensor > 1 else (False,):
+        for size in sizes:
+            layouts = [_with(problem.config, grid, sequence=sequence, recompute=r, samples=size) for r in recompute]
+            if not _is_possible(problem, layouts[0], grid):
+                continue
+            fits = (fit for config in layouts if (fit := _if_it_fits(problem, config, grid, built)))
+            if (first := next(fits, None)) is None:
                 break  # a larger microbatch needs more
+            yield first
 
 
-def _with(config: Config, tensor: int, pipeline: int, *, sequence: bool, recompute: str, samples: int) -> Config:
-    cut = {"tensor": tensor, "pipeline": pipeline, "virtual_pipeline": 1, "context": 1, "sequence": sequence}
+def _with(config: Config, grid: _Grid, *, sequence: bool, recompute: str, samples: int) -> Config:
+    cut = {
+        "tensor": grid.tensor,
+        "pipeline": grid.pipeline,
+        "virtual_pipeline": 1,
+        "context": 1,
+        "sequence": sequence,
+    }
     return config.model_copy(
         update={
             "parallel": config.parallel.model_copy(update=cut),
@@ -169,18 +184,26 @@ def _with(config: Config, tensor: int, pipeline: int, *, sequence: bool, recompu
     )
 
 
-def _is_possible(config: Config, shape: ModelShape, method: Method, world_size: int) -> bool:
+def _is_possible(problem: Problem, config: Config, grid: _Grid) -> bool:
     try:
-        check_plan(config, shape, method, world_size)
+        check_plan(config, problem.shape, problem.method, grid.world_size)
     except ConfigError:
         return False
     return True
 
 
-def plan_stages(
-    config: Config, shape: ModelShape, method: Method, stages: Sequence[Sequence[Weight]], *, data_size: int
-) -> list[MemoryPlan]:
-    """The memory of the first data-parallel rank of each stage."""
-    return [
-        plan_rank(config, shape, method, weights, Place(stage, 0, data_size)) for stage, weights in enumerate(stages)
-    ]
+def _if_it_fits(problem: Problem, config: Config, grid: _Grid, built: dict[int, list[Weight]]) -> Candidate | None:
+    """The layout `config`, or None as soon as one stage does not fit.
+
+    `built` keeps what the stages hold, which recomputation and microbatches do not change.
+    """
+    shape, method = problem.shape, problem.method
+    plans: list[MemoryPlan] = []
+    for stage in range(grid.pipeline):
+        if stage not in built:
+            built[stage] = rank_weights(config, shape, method, stage)
+        plans.append(plan_rank(config, shape, method, built[stage], Place(stage, 0, grid.data)))
+        if plans[-1].total > problem.memory:
+            return None
+    speed = estimate_speed(config, shape, method, plans, gpu=problem.gpu, world_size=grid.world_size)
+    return Candidate(config, grid.world_size, max(plan.total for plan in plans), speed)

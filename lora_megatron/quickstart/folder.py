@@ -12,7 +12,7 @@ from lora_megatron.measure.atomic import write_json
 
 MARKER = "quickstart.json"
 """Written first and removed never, so that also a killed quickstart is known as one."""
-_CONTENTS = ("data", "configs", "base", "lora", "full", "logs", "report.json", "report.md", "loss.png")
+_CONTENTS = ("data", "configs", "base", "lora", "full", "logs", "report.json", "report.md", "report.html", "loss.png")
 
 
 def claim(out: Path, *, seed: int, say: Callable[[str], None]) -> None:

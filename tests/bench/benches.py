@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from lora_megatron.bench import gemm
+from lora_megatron.bench import gemm, report
 from lora_megatron.commands.bench import run_bench
 from lora_megatron.config import parse_config
 from lora_megatron.errors import UserError
@@ -19,6 +19,7 @@ from tests.commands.runs import Outcome
 Tree = dict[str, Any]
 HIDDEN, LAYERS, VOCABULARY, LENGTH, BATCH = 32, 4, 100, 16, 4
 PADDED = 128  # the vocabulary's rows in memory
+LINEAR = 12 * HIDDEN**2  # weights of the linear layers of one layer
 
 
 def make_tree(**sections: Tree) -> Tree:
@@ -47,12 +48,15 @@ def bench(
     steps: int = 2,
     warm_up: int = 0,
     layers: int | None = None,
+    picture: bool = False,
     under: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
 ) -> Outcome:
-    """Run a bench in the world this process is in, or alone, inside `under()`; the products are timed only briefly."""
+    """Run a bench in the world this process is in, or alone, inside `under()`; the products are timed only briefly, and
+    the picture, which costs more than the rest, is drawn only if asked for."""
     quick = patch.object(gemm, "CPU_SECONDS", 0.002)
+    drawing = contextlib.nullcontext() if picture else patch.object(report, "draw_bench")
     try:
-        with quick, under():
+        with quick, drawing, under():
             run_bench(parse_config(tree), methods=methods, steps=steps, warm_up=warm_up, layers=layers, out=out)
     except UserError as error:
         return Outcome(error.exit_status, str(error))
@@ -64,7 +68,12 @@ def report_of(out: Path) -> Tree:
     return json.loads((out / "report.json").read_text(encoding="utf-8"))
 
 
-def row_of(report: Tree, method: str, layers: int) -> Tree:
+def row_of(results: Tree, method: str, layers: int) -> Tree:
     """The only row of a case."""
-    (row,) = [row for row in report["rows"] if (row["method"], row["layers"]) == (method, layers)]
+    (row,) = [row for row in results["rows"] if (row["method"], row["layers"]) == (method, layers)]
     return row
+
+
+def base_parameters(layers: int, *, vocabulary: int) -> int:
+    """Of the base: per layer the linear weights, their 9 h biases and two norms; embeddings and the last norm."""
+    return layers * (LINEAR + 9 * HIDDEN + 4 * HIDDEN) + (vocabulary + LENGTH) * HIDDEN + 2 * HIDDEN

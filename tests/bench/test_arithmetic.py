@@ -22,7 +22,7 @@ from lora_megatron.bench.gemm import (
     measure_products,
 )
 from lora_megatron.bench.results import Known, Row, Scale, extrapolate, headline, ratios
-from lora_megatron.bench.slices import Line, most_that_fit, smaller_slice
+from lora_megatron.bench.slices import Line, most_that_fit, two_sizes
 from lora_megatron.bench.timing import spread
 from lora_megatron.config import ModelSection
 from lora_megatron.model.presets import resolve_shape
@@ -97,10 +97,21 @@ def test_the_most_layers_that_fit_are_found(limit: int, unit: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("layers", "unit", "expected"), [(1, 1, None), (2, 1, 1), (5, 1, 2), (4, 4, None), (8, 4, 4), (12, 4, 4)]
+    ("layers", "room", "unit", "expected"),
+    [
+        (1, 1, 1, [1]),
+        (2, 2, 1, [1, 2]),
+        (5, 9, 1, [2, 5]),
+        (8, 8, 4, [4, 8]),
+        (12, 12, 4, [4, 12]),
+        (4, 4, 4, [4]),
+        (1, 3, 1, [1, 3]),
+        (1, 96, 1, [1, 4]),
+        (4, 96, 4, [4, 16]),
+    ],
 )
-def test_the_second_slice_is_about_half(layers: int, unit: int, expected: int | None) -> None:
-    assert smaller_slice(layers, unit=unit) == expected
+def test_the_second_slice_is_about_half_or_larger(layers: int, room: int, unit: int, expected: list[int]) -> None:
+    assert two_sizes(layers, room, unit=unit) == expected
 
 
 def product(linear: Linear, kind: str, seconds: float) -> Product:

@@ -168,7 +168,7 @@ def test_a_failed_replacement_keeps_the_old_adapter(pool: Pool, tmp_path: Path) 
 
 
 def _write_with_full_disk(folder: Path) -> str:
-    from tests.commands.test_interrupted_save import largest_file
+    from tests.faults.file_limit import largest_file
 
     size = (folder / "adapter_model.safetensors").stat().st_size // 2
     try:

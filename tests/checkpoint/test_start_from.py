@@ -63,6 +63,10 @@ B = "base_model.model.model.layers.3.mlp.fc2.lora_B.weight"
     [
         (edit_tensors(lambda t: t.pop(A)), ["1 tensors are missing", A]),
         (edit_tensors(lambda t: t.update({"more": t[A].clone()})), ["1 tensors are not used", "more"]),
+        (
+            edit_tensors(lambda t: t.update({"../../outside": t[A].clone()})),
+            ["1 tensors are not used", "../../outside"],
+        ),
         (edit_tensors(lambda t: t.update({A + "x": t.pop(A)})), ["1 tensors are missing", A]),
         (edit_tensors(lambda t: t[B].fill_(torch.nan)), [B, "not finite"]),
         (edit_tensors(lambda t: t[A][0].fill_(torch.inf)), [A, "not finite"]),
@@ -104,6 +108,9 @@ def test_an_edited_adapter_is_refused_even_with_a_fitting_manifest(
     [
         ({"base": {"seed": 9}}, ["was trained on another base", "give base.weights"]),
         ({"model": {"num_layers": 2}}, ["was trained on another base"]),
+        ({"model": {"hidden_size": 64}}, ["was trained on another base"]),
+        ({"model": {"num_attention_heads": 2}}, ["was trained on another base"]),
+        ({"model": {"vocab_size": 300}}, ["was trained on another base"]),
         ({"method": {"targets": {"q": 4, "v": 3, "fc2": 1}}}, ["rank of q in layer 0 is 2, this run has 4"]),
         ({"method": {"targets": {"q": 2, "v": 3}}}, ["rank of fc2 in layer 0 is 1, this run has none"]),
         ({"method": {"alpha": 32}}, ["alpha is 16.0, this run has 32.0"]),

@@ -25,7 +25,7 @@ from tests.commands.runs import (
 )
 from tests.pool import Pool
 
-STEPS = 6
+STEPS = 11
 
 
 def every_step(corpus: Path, run: Path, **sections: Tree) -> Tree:
@@ -59,9 +59,9 @@ def check_resuming_at(steps: list[int], pool: Pool, world: int, tmp_path: Path, 
 @pytest.mark.parametrize(
     ("world", "sections", "steps"),
     [
-        (1, {}, [1, 2, 3, 4, 5]),
-        (2, {"parallel": {"tensor": 2, "sequence": True}}, [1, 2, 3, 4, 5]),
-        (2, {"parallel": {"pipeline": 2}, "train": {"precision": "bf16"}}, [1, 4]),
+        (1, {}, list(range(1, STEPS))),
+        (2, {"parallel": {"tensor": 2, "sequence": True}}, [1, 2, 5, 10]),
+        (2, {"parallel": {"pipeline": 2}, "train": {"precision": "bf16"}}, [1, 10]),
         (2, {"optimizer": {"lr": 5e-3, "sharding": "megatron"}}, [1, 4]),
     ],
     ids=["alone", "tensor", "pipeline-bf16", "data-megatron"],

@@ -68,13 +68,17 @@ class Ranks:
             if self._processes[rank].is_alive():
                 os.kill(self.pids[rank], number)
 
-    def wait(self, *ranks: int, seconds: float = PATIENCE_S) -> bool:
+    def wait(self, *ranks: int, seconds: float | None = None) -> bool:
         """Whether these ranks, or all of them, have ended within the time."""
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + (PATIENCE_S if seconds is None else seconds)
         waited = [self._processes[rank] for rank in ranks or range(len(self._processes))]
         for process in waited:
             process.join(timeout=max(0.0, deadline - time.monotonic()))
         return not any(process.is_alive() for process in waited)
+
+    def status(self, rank: int) -> int | None:
+        """Exit status of a rank, None while it runs."""
+        return self._processes[rank].exitcode
 
     def statuses(self, *, seconds: float = PATIENCE_S) -> list[int]:
         """Exit status of every rank, -9 after SIGKILL; AssertionError with the logs when one does not end."""

@@ -46,12 +46,12 @@ class Undisturbed:
     """Results of runs without a fault, each trained once."""
 
     def __init__(self, corpus: Path, folder: Path) -> None:
-        self._corpus, self._folder = corpus, folder
+        self._corpus, self.folder = corpus, folder
         self._results: dict[str, Result] = {}
 
     def __call__(self, layout: str) -> Result:
         if layout not in self._results:
-            run = self._folder / layout
+            run = self.folder / layout
             with train_ranks(tree_of(layout, self._corpus, run), world=LAYOUTS[layout][0], folder=run.parent) as ranks:
                 assert set(ranks.statuses()) == {0}, ranks.logs()
             self._results[layout] = result_of(run)

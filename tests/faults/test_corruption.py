@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+import os
+import pickle
 import random
 import shutil
 from collections.abc import Callable, Iterator
@@ -13,10 +15,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lora_megatron.checkpoint import state
 from lora_megatron.checkpoint.folder import read_manifest
 from lora_megatron.checkpoint.state import Progress, newest_good, read_progress
 from lora_megatron.errors import CheckpointError
 from lora_megatron.parallel import groups
+from lora_megatron.strict_json import load_json_object
 from tests.checkpoint.seal import reseal
 from tests.commands.runs import Tree, checkpoint_of, names_in
 from tests.faults.ranks import train_ranks
@@ -204,6 +208,35 @@ def test_values_that_are_not_finite_are_passed_over_although_the_hashes_fit(run:
     assert (step, f"{path}: {name} holds values that are not finite" in said) == (BEFORE, True)
 
 
+class Payload:
+    """What a pickle would do to whoever loads it."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[Callable[[str], object], tuple[str]]:
+        return os.mkdir, (str(self.trace),)
+
+
+@pytest.mark.parametrize("name", FILES[1:])
+@pytest.mark.usefixtures("alone")
+def test_a_pickle_in_a_checkpoint_never_runs(run: Path, tmp_path: Path, name: str) -> None:
+    """Even where the manifest has been made to fit."""
+    trace, path = tmp_path / "trace", checkpoint_of(run, NEWEST) / name
+    path.write_bytes(pickle.dumps(Payload(trace)))
+    reseal(checkpoint_of(run, NEWEST))
+    if name.endswith(".safetensors"):
+        step, said = find(run)
+        assert (step, f"{path} is not a readable safetensors file" in said) == (BEFORE, True)
+    else:
+        assert find(run) == (NEWEST, "")  # resuming does not read it
+        with pytest.raises(CheckpointError, match=str(path)):
+            load_json_object(path, "an adapter's configuration", CheckpointError)
+    assert not trace.exists()
+    pickle.loads((checkpoint_of(run, NEWEST) / name).read_bytes())
+    assert trace.exists()  # it would have
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -278,10 +311,6 @@ def test_damage_that_one_rank_alone_sees_is_passed_over_by_both(
 
 
 def see_damage_on_rank_1() -> None:
-    import os
-
-    from lora_megatron.checkpoint import state
-
     original = state.read_manifest
 
     def read(folder: Path, *, verify: bool = True) -> Tree:

@@ -164,6 +164,7 @@ def test_what_is_not_finite_or_skipped_is_marked(tmp_path: Path) -> None:
     assert "no finite value: step 50" in loss
     assert "no finite value: steps 54 to 59" in loss
     assert "update skipped: 70 nats per token" in loss
+    assert "training: 70 nats per token" not in loss
     assert "no finite value: step 50" in "".join(page.picture("Gradient norm").itertext())
     assert "Steps without an update (1): 52." in page.text
     assert "A red band under a cross" in page.text

@@ -18,6 +18,7 @@ from lora_megatron.measure.comparison import write_comparison
 from lora_megatron.measure.curves import smooth
 from lora_megatron.measure.markdown import escape, layout_text, printable
 from lora_megatron.measure.report import write_report
+from tests.measure.html_reading import read_page
 
 
 def summary(method: str = "lora", **changes: Any) -> dict[str, Any]:
@@ -118,6 +119,14 @@ def test_the_comparison_has_the_promised_keys(tmp_path: Path) -> None:
         assert expected in stream.getvalue()
         assert escape(expected) in text
     assert imread(tmp_path / "loss.png").shape[:2] == (900, 1500)
+    page = read_page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert page.headings == ["Comparison", "Loss and memory", "Generated text", "Setting"]
+    for expected in ("0.1x", "You will love Aurora! (full)", "<b>place</b>", "a | b"):
+        assert expected in page.text
+    assert "base, not adapted, held-out: 3 nats per token" in "".join(page.picture("Loss").itertext())
+    bars = "".join(page.picture("Memory by kind and rank").itertext())
+    assert "LoRA, ranks 0-1, optimizer: 819 B" in bars
+    assert "full fine-tuning, ranks 0-1, optimizer: 8.00 KiB" in bars
 
 
 def test_generated_text_cannot_break_a_terminal_or_a_table(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ the largest is taken over all of them (one number per token), so that a result d
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -28,7 +29,6 @@ try:
     from lora_megatron.layers.storage import kernels
 except ImportError:  # no Triton: the same numbers, from more and slower passes
     kernels = None  # type: ignore[assignment]
-from lora_megatron.layers.storage.fused import fused
 from lora_megatron.layers.storage.stored import Stored
 
 FP8 = torch.float8_e4m3fn
@@ -45,31 +45,23 @@ def to_fp8(values: Tensor, scale: Tensor) -> Tensor:
     return (values.float() / scale).clamp(-LARGEST, LARGEST).to(FP8)
 
 
-@fused
-def largest_of(x: Tensor, factor: Tensor | None) -> Tensor:
-    """Largest magnitude of each token of x diag(factor): [m, k] -> [m, 1] fp32."""
-    values = x.float() if factor is None else x.float() * factor
-    return values.abs().amax(1, keepdim=True)
-
-
-@fused
-def cast_tokens(x: Tensor, factor: Tensor | None, scale: Tensor) -> Tensor:
-    """x diag(factor) / scale in FP8: [m, k], [m, 1] -> [m, k]."""
-    return to_fp8(x.float() if factor is None else x.float() * factor, scale)
-
-
 def quantise_tokens(x: Tensor, *, factor: Tensor | None, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
     """q(x diag(factor)) and the scale of every token: [m, k] -> [m, k] FP8, [m, 1] fp32.
 
     `group`: the ranks over which the k inner values of a token are spread.
     """
-    if group is None and kernels is not None and x.is_cuda:
-        return kernels.quantise_rows(x.contiguous(), factor)
-    largest = largest_of(x, factor)
-    if group is not None:
+
+    def agree(largest: Tensor) -> None:
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
+
+    if kernels is not None and x.is_cuda:
+        return kernels.quantise_rows(x.contiguous(), factor, agree=None if group is None else agree)
+    values = x.float() if factor is None else x.float() * factor
+    largest = values.abs().amax(1, keepdim=True)
+    if group is not None:
+        agree(largest)
     scale = scale_of(largest)
-    return cast_tokens(x, factor, scale), scale
+    return to_fp8(values, scale), scale
 
 
 def transposed_fp8(codes: Tensor) -> Tensor:
@@ -77,6 +69,11 @@ def transposed_fp8(codes: Tensor) -> Tensor:
     if kernels is not None and codes.is_cuda:
         return kernels.transpose(codes)
     return codes.view(torch.uint8).t().contiguous().view(FP8)
+
+
+@functools.lru_cache
+def _ones(length: int, device: torch.device) -> Tensor:
+    return torch.ones(length, device=device)
 
 
 def multiply(
@@ -98,7 +95,7 @@ def multiply(
     fp32.
     """
     if a.is_cuda and dtype == torch.bfloat16 and a.shape[1] % 16 == 0 and b.shape[0] % 16 == 0:
-        columns = torch.ones(b.shape[0], device=b.device) if scale_b is None else scale_b
+        columns = _ones(b.shape[0], b.device) if scale_b is None else scale_b
         return torch._scaled_mm(
             a,
             b.t(),

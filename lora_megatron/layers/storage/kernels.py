@@ -12,6 +12,8 @@ All are bound by memory: they read each byte once and write it once.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -102,33 +104,53 @@ def transpose(source: Tensor) -> Tensor:
 
 
 @triton.jit
-def _quantise_rows(x, factor, codes, scales, columns: tl.constexpr, C: tl.constexpr, SCALED: tl.constexpr):
-    """One row a program, in pieces of C; the second pass over the row finds it in the cache."""
+def _quantise_rows(
+    x, factor, codes, scales, columns: tl.constexpr, C: tl.constexpr,
+    FACTOR: tl.constexpr, MEASURE: tl.constexpr, CAST: tl.constexpr,
+):  # fmt: skip
+    """One row a program, in pieces of C; a second pass over the row finds it in the cache."""
     row = tl.program_id(0).to(tl.int64)
-    largest = tl.zeros([C], tl.float32)
-    for start in range(0, columns, C):
-        column = start + tl.arange(0, C)
-        values = tl.load(x + row * columns + column, column < columns, 0.0).to(tl.float32)
-        if SCALED:
-            values *= tl.load(factor + column, column < columns, 0.0)
-        largest = tl.maximum(largest, tl.abs(values))
-    peak = tl.max(largest, 0)
-    scale = tl.where(peak > 0, peak / LARGEST, 1.0)
-    tl.store(scales + row, scale)
-    for start in range(0, columns, C):
-        column = start + tl.arange(0, C)
-        values = tl.load(x + row * columns + column, column < columns, 0.0).to(tl.float32)
-        if SCALED:
-            values *= tl.load(factor + column, column < columns, 0.0)
-        values = tl.clamp(values / scale, -LARGEST, LARGEST)
-        tl.store(codes + row * columns + column, values.to(tl.float8e4nv), column < columns)
+    if MEASURE:
+        largest = tl.zeros([C], tl.float32)
+        for start in range(0, columns, C):
+            column = start + tl.arange(0, C)
+            values = tl.load(x + row * columns + column, column < columns, 0.0).to(tl.float32)
+            if FACTOR:
+                values *= tl.load(factor + column, column < columns, 0.0)
+            largest = tl.maximum(largest, tl.abs(values))
+        scale = tl.max(largest, 0)
+        if CAST:
+            scale = tl.where(scale > 0, scale / LARGEST, 1.0)
+        tl.store(scales + row, scale)
+    else:
+        scale = tl.load(scales + row)
+        scale = tl.where(scale > 0, scale / LARGEST, 1.0)
+        tl.store(scales + row, scale)
+    if CAST:
+        for start in range(0, columns, C):
+            column = start + tl.arange(0, C)
+            values = tl.load(x + row * columns + column, column < columns, 0.0).to(tl.float32)
+            if FACTOR:
+                values *= tl.load(factor + column, column < columns, 0.0)
+            values = tl.clamp(values / scale, -LARGEST, LARGEST)
+            tl.store(codes + row * columns + column, values.to(tl.float8e4nv), column < columns)
 
 
-def quantise_rows(x: Tensor, factor: Tensor | None) -> tuple[Tensor, Tensor]:
-    """x diag(factor) in FP8 with a scale per row: [m, k] -> [m, k] e4m3, [m, 1] fp32."""
+def quantise_rows(
+    x: Tensor, factor: Tensor | None, *, agree: Callable[[Tensor], object] | None = None
+) -> tuple[Tensor, Tensor]:
+    """x diag(factor) in FP8 with a scale per row: [m, k] -> [m, k] e4m3, [m, 1] fp32.
+
+    `agree` is given each row's largest magnitude, to raise it to that of all ranks in place.
+    """
     rows, columns = x.shape
     codes = torch.empty_like(x, dtype=torch.float8_e4m3fn)
     scales = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
-    piece = 4096
-    _quantise_rows[(rows,)](x, factor, codes, scales, columns, piece, factor is not None, num_warps=8)
+    arguments = (x, factor, codes, scales, columns, 4096, factor is not None)
+    if agree is None:
+        _quantise_rows[(rows,)](*arguments, True, True, num_warps=8)
+    else:
+        _quantise_rows[(rows,)](*arguments, True, False, num_warps=8)
+        agree(scales)
+        _quantise_rows[(rows,)](*arguments, False, True, num_warps=8)
     return codes, scales
