@@ -98,13 +98,9 @@ def load_base(folder: Path, chunks: Sequence[nn.Module]) -> None:
                 continue
             shard = shard_of(named.parameter)
             full = shard.full_shape(named.parameter.shape, size)
-<<<<<<< HEAD
             with writable(named.parameter) as target:
                 target.copy_(tensors.part(named.name, shard, shape=full))
-=======
-            named.parameter.copy_(tensors.part(named.name, shard, shape=full))
             beat()
->>>>>>> main
 
 
 def save_model(folder: Path, chunks: Sequence[nn.Module], shape: ModelShape, facts: dict[str, Any]) -> None:

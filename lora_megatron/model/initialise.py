@@ -33,15 +33,10 @@ def initialise_base(chunks: Sequence[nn.Module], *, seed: int, num_layers: int) 
                 continue
             shard = shard_of(named.parameter)
             shape = shard.full_shape(named.parameter.shape, size)
-<<<<<<< HEAD
             with writable(named.parameter) as target:
                 full = _draw(named.name, shape, seed, num_layers, target)
                 target.copy_(shard.part(full, shape, rank, size))
-=======
-            full = _draw(named.name, shape, seed, num_layers, named.parameter)
-            named.parameter.copy_(shard.part(full, shape, rank, size))
             beat()
->>>>>>> main
 
 
 def _draw(name: str, shape: tuple[int, ...], seed: int, num_layers: int, like: Tensor) -> Tensor:
