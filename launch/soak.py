@@ -53,6 +53,8 @@ STEPS, SAVE_EVERY = 16, 2
 ASK_AFTER_S, SURVIVOR_S = 5.0, 120.0
 """How long a rank may outlive the other before it is asked where it is, and before it counts as a survivor."""
 ASK_WHERE = signal.SIGRTMIN + 1
+MEETING = ("join_world", "build_mesh")
+"""Where ranks meet: one that waits there for the other cannot know that it is dead; torchrun ends it."""
 
 
 def answer_where() -> None:
@@ -73,7 +75,7 @@ class Tally:
     victims: dict[str, int] = field(default_factory=dict)
     layouts: dict[str, int] = field(default_factory=dict)
     ended_by_us: int = 0
-    """Ranks that did not notice the other's death in time, before the two had met; torchrun ends such a rank."""
+    """Ranks that waited for one to join that was dead; torchrun ends such a rank."""
     damaged_checkpoints: int = 0
     lost_checkpoints: int = 0
     too_many_steps_lost: int = 0
@@ -173,11 +175,11 @@ class Soak:
         return died
 
     def _end(self, ranks: Ranks) -> None:
-        """Do torchrun's part for a rank that outlives the other; only one that waits for it to join the world may."""
+        """Do torchrun's part for a rank that outlives the other; only one that waits for it to join a group may."""
         for rank in ranks.alive:
             ranks.kill(rank, number=ASK_WHERE)
             ranks.wait(rank, seconds=1)
-            if " in join_world" in ranks.log(rank):
+            if any(f" in {name}" in ranks.log(rank) for name in MEETING):
                 self.tally.ended_by_us += 1
             elif not ranks.wait(rank, seconds=SURVIVOR_S):
                 self.tally.complain("survivors", f"rank {rank}: {ranks.log(rank)[-3000:]}")

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
-from lora_megatron.arguments import build_parser
+from lora_megatron.arguments import parse_arguments
 from lora_megatron.errors import (
     EXIT_BROKEN_PIPE,
     EXIT_DONE,
@@ -25,15 +26,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if is_rank():
         die_with_parent()
     try:
-        _run(build_parser().parse_args(argv))
+        _run(parse_arguments(argv))
         sys.stdout.flush()  # while a reader that has gone can still be met here
     except LostRankError as error:
-        _say(f"error: {error}", every_rank=True)  # rank 0 may be the one that is lost
+        _say(f"error: {error}", error.told_by)
         os._exit(error.exit_status)  # nothing that waits for the others may run, such as NCCL's destructors
     except UserError as error:
-        _say(f"error: {error}")
+        _say(f"error: {error}", error.told_by)
         return error.exit_status
     except Preempted as preempted:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(number, signal.SIG_IGN)  # an impatient second one must not change the status that is due
         _say(f"preempted: {preempted}")
         return preempted.exit_status
     except KeyboardInterrupt:
@@ -47,10 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return EXIT_DONE
 
 
-def _say(text: str, *, every_rank: bool = False) -> None:
-    rank = os.environ.get("RANK", "0")
-    if every_rank or rank == "0":
-        print(f"rank {rank}: {text}" if every_rank and rank != "0" else text, file=sys.stderr, flush=True)
+def _say(text: str, told_by: str = "main") -> None:
+    rank, of_node = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0")
+    if rank == "0" or told_by == "rank" or (told_by == "node" and of_node == "0"):
+        print(text if rank == "0" else f"rank {rank}: {text}", file=sys.stderr, flush=True)
 
 
 def _run(arguments: argparse.Namespace) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import Any
 
 from lora_megatron import __version__
@@ -109,6 +110,18 @@ def build_parser() -> argparse.ArgumentParser:
     quickstart.add_argument("--out", default="runs/quickstart", help="folder to write (default: %(default)s)")
     quickstart.add_argument("--seed", type=int, default=7, help="seed of everything random (default: %(default)s)")
     return parser
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line; overrides may also stand after options (`plan a.yaml --gpu h200 train.precision=bf16`)."""
+    parser = build_parser()
+    arguments, rest = parser.parse_known_args(argv)
+    late = [word for word in rest if not word.startswith("-")]
+    if len(late) < len(rest) or (late and not hasattr(arguments, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if late:
+        arguments.overrides += late
+    return arguments
 
 
 def _add_configuration(parser: argparse.ArgumentParser) -> None:

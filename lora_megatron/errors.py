@@ -29,12 +29,20 @@ class UserError(ValueError):
     """Something the user can mend; `exit_status` is what the process ends with."""
 
     exit_status = 2
+    told_by = "main"
+    """Who prints it: `main` (all ranks raise it alike, and rank 0 speaks), the first of each `node`, or each `rank`."""
 
 
 class ConfigError(UserError):
     """A configuration value or a combination of values cannot work."""
 
     exit_status = 2
+
+
+class JoinError(ConfigError):
+    """This process cannot take its place among the ranks, so that it can agree on nothing with them."""
+
+    told_by = "node"
 
 
 class DataError(UserError):
@@ -59,6 +67,7 @@ class LostRankError(UserError):
     """A rank hangs, was killed, or its machine is gone: what it has to say can no longer be agreed on."""
 
     exit_status = 6
+    told_by = "rank"  # rank 0 may be the one that is lost
 
 
 class Preempted(Exception):

@@ -17,7 +17,7 @@ from torch import nn
 from lora_megatron.bench.timing import StepSeconds, TimedOptimizer, slowest_of_each, timed_step
 from lora_megatron.bench.workload import Load, bench_config, build_trainer, free, slice_of
 from lora_megatron.config import Config
-from lora_megatron.errors import ConfigError
+from lora_megatron.errors import LostRankError
 from lora_megatron.layers.sharding import shard_of
 from lora_megatron.measure.memory import MemoryByKind, gather_memory
 from lora_megatron.measure.units import show_bytes
@@ -66,9 +66,18 @@ class Measured:
     """GPU: bytes of this rank that were allocated after the case was freed and not before it was built."""
 
 
+class OutOfMemoryAlone(LostRankError):
+    """This rank ran out of memory while others may wait for it in a collective: it says so itself, and at once ends.
+
+    torchrun then ends the others. What was measured before is in the report already.
+    """
+
+    exit_status = 2
+
+
 @dataclass(frozen=True)
 class OutOfMemory:
-    """A case that did not fit (seen only in a world of one: see `visit`)."""
+    """A case that did not fit a world of one, or was not tried in a larger one (see `visit`)."""
 
     case: Case
     reason: str
@@ -87,8 +96,7 @@ def visit(
     """Build a case, take its steps, and free it; `shape` is the whole model's. Collective.
 
     Raises:
-        ConfigError: out of memory in a world of several ranks. The others may wait for this one in a collective, so
-            nothing can go on; torchrun ends them.
+        OutOfMemoryAlone: out of memory in a world of several ranks.
         NumericalError: a step made no update.
     """
     before = _allocated()
@@ -100,7 +108,7 @@ def visit(
     free()  # not before the exception is gone: its traceback holds the model
     if isinstance(outcome, OutOfMemory):
         if dist.get_world_size() > 1:
-            raise ConfigError(f"{outcome_text(outcome)} (on rank {dist.get_rank()})")
+            raise OutOfMemoryAlone(outcome_text(outcome))
         return outcome
     return replace(outcome, left_bytes=max(0, _allocated() - before))
 
@@ -122,7 +130,6 @@ def _measure(
     load: Load | None,
     on_step: Callable[[StepReport], None],
 ) -> Measured:
-    # One step more than will be taken: a linear schedule is not used, but none shall run out.
     trainer = build_trainer(bench_config(config, case.method), shape, load=load)
     trainer.optimizer = cast(Optimizer, TimedOptimizer(trainer.optimizer))
     losses: list[float] = []

@@ -136,7 +136,8 @@ class Suite:
         """Measure everything, calling back before a visit, after a measured step, and when there is more to report.
 
         Raises:
-            ConfigError: out of memory on several ranks, or nothing at all fitted.
+            ConfigError: nothing at all fitted.
+            OutOfMemoryAlone: this of several ranks ran out of memory.
             NumericalError: a step made no update.
         """
         self._measure_products()

@@ -44,13 +44,9 @@ def resolve_base(config: Config, tokenizer: Tokenizer) -> Base:
     if config.base.weights == RANDOM:
         shape = resolve_shape(config.model, tokenizer_vocab_size=tokenizer.vocab_size)
         return random_base(shape, seed=config.base.seed)
+    base = stored_base(config)
     folder = Path(config.base.weights)
-    if not folder.is_dir():
-        raise CheckpointError(f"base.weights = {folder} is neither {RANDOM} nor a folder")
-    if not (folder / CONFIG).is_file() and (folder / "model" / CONFIG).is_file():
-        raise CheckpointError(f"base.weights = {folder} is the folder of a run: did you mean {folder / 'model'}?")
-    base = open_base(folder)
-    _check_shape(config, base, tokenizer)
+    check_shape(config, base, vocab_size=tokenizer.vocab_size)
     if base.shape.vocab_size < tokenizer.vocab_size:
         raise ConfigError(
             f"base.weights = {config.base.weights} has a vocabulary of {base.shape.vocab_size}, the tokenizer "
@@ -64,11 +60,28 @@ def resolve_base(config: Config, tokenizer: Tokenizer) -> Base:
     return base
 
 
-def _check_shape(config: Config, base: Base, tokenizer: Tokenizer) -> None:
-    """A stored model knows its shape; what the model section says of it must be true."""
+def stored_base(config: Config) -> Base:
+    """The model in the folder `base.weights`, whatever the model section and the tokenizer say.
+
+    Raises:
+        CheckpointError: no such model.
+    """
+    folder = Path(config.base.weights)
+    if not folder.is_dir():
+        raise CheckpointError(f"base.weights = {folder} is neither {RANDOM} nor a folder")
+    if not (folder / CONFIG).is_file() and (folder / "model" / CONFIG).is_file():
+        raise CheckpointError(f"base.weights = {folder} is the folder of a run: did you mean {folder / 'model'}?")
+    return open_base(folder)
+
+
+def check_shape(config: Config, base: Base, *, vocab_size: int) -> None:
+    """A stored model knows its shape; what the model section says of it must be true. Raises CheckpointError.
+
+    vocab_size: of the vocabulary, where the section names a preset and leaves it open.
+    """
     said = config.model.model_dump(exclude={"preset"}, exclude_none=True)
     if config.model.preset is not None:
-        said = resolve_shape(config.model, tokenizer_vocab_size=tokenizer.vocab_size).to_dict()
+        said = resolve_shape(config.model, tokenizer_vocab_size=vocab_size).to_dict()
     stored = base.shape.to_dict()
     if wrong := [name for name, value in said.items() if stored[name] != value]:
         details = ", ".join(f"{name} is {stored[name]}, not {said[name]}" for name in wrong)

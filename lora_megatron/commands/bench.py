@@ -20,11 +20,10 @@ from lora_megatron.bench.slices import check_layers, unit_of
 from lora_megatron.bench.suite import Question, Suite
 from lora_megatron.bench.workload import Load, bench_config, method_of, slice_of
 from lora_megatron.checkpoint.folder import disk_errors
-from lora_megatron.commands.base import RANDOM, tokenizer_of
+from lora_megatron.commands.base import RANDOM, check_shape, stored_base, tokenizer_of
 from lora_megatron.config import Config, ModelSection
 from lora_megatron.data.tokenizer import load_tokenizer
-from lora_megatron.errors import CheckpointError, ConfigError, LostRankError, UserError
-from lora_megatron.huggingface.base import open_base
+from lora_megatron.errors import ConfigError, LostRankError, UserError
 from lora_megatron.measure.atomic import write_json, write_text
 from lora_megatron.measure.console import TrainingProgress
 from lora_megatron.measure.environment import describe_environment
@@ -50,7 +49,7 @@ def run_bench(
     Raises:
         ConfigError: an argument or the configuration cannot work, or nothing fits.
         CheckpointError: the stored base or the folder cannot be used.
-        LostRankError: another rank does not answer any more.
+        LostRankError: another rank does not answer any more, or this one ran out of memory.
         NumericalError: a step made no update.
     """
     methods = _checked(methods, steps, warm_up)
@@ -98,10 +97,8 @@ def _names() -> str:
 def _model(config: Config) -> tuple[ModelShape, Load | None]:
     """The shape and how to fill it; a tokenizer is opened only where the vocabulary is not known without."""
     if config.base.weights != RANDOM:
-        folder = Path(config.base.weights)
-        if not folder.is_dir():
-            raise CheckpointError(f"base.weights = {folder} is neither {RANDOM} nor a folder")
-        base = open_base(folder)
+        base = stored_base(config)
+        check_shape(config, base, vocab_size=base.shape.vocab_size)
         return base.shape, base.load
     vocabulary = config.model.vocab_size or load_tokenizer(tokenizer_of(config)).vocab_size
     return resolve_shape(config.model, tokenizer_vocab_size=vocabulary), None

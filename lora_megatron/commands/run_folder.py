@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,14 +23,18 @@ from lora_megatron.checkpoint.state import (
 )
 from lora_megatron.commands.run_lock import LOCK_NAME, RunLock
 from lora_megatron.config import Config
-from lora_megatron.errors import CheckpointError, ConfigError, LostRankError, Preempted
+from lora_megatron.errors import CheckpointError, ConfigError, LostRankError, Preempted, UserError
 from lora_megatron.measure.atomic import write_json, write_json_even_if_full, write_text
 from lora_megatron.measure.environment import describe_environment
+from lora_megatron.measure.html_report import write_html_report
+from lora_megatron.measure.metrics import METRICS_NAME
 from lora_megatron.parallel.agree import gather_text, is_main
 from lora_megatron.parallel.launcher import restart_count
+from lora_megatron.parallel.watchdog import BEATS_NAME
 
 _STATUS = "status.json"
 _STATES = ("running", "done", "failed", "preempted")
+_TRACE = re.compile(rf"{re.escape(LOCK_NAME)}$|{re.escape(BEATS_NAME)}$|\.{re.escape(_STATUS)}\..*\.tmp$")
 
 
 def claim(config: Config, *, restarted: bool = False) -> RunLock:
@@ -62,7 +67,8 @@ def _require_free(folder: Path, resume: str) -> None:
         raise ConfigError(f"run.dir = {folder} is a file; choose a folder")
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     has_status = _STATUS in names and _is_ours(folder)
-    names = [name for name in names if name != LOCK_NAME and not (name == _STATUS and has_status)]
+    # What a run leaves that was killed before its first status is nobody's work.
+    names = [name for name in names if not (_TRACE.match(name) or (name == _STATUS and has_status))]
     if resume not in ("never", "auto"):
         _require_checkpoint_of(folder if names else None, resume)
     elif names and resume == "never":
@@ -173,10 +179,19 @@ def ending_recorded(config: Config, *, enabled: bool) -> Iterator[None]:
         if enabled:
             with contextlib.suppress(OSError):
                 set_status(config, "preempted", exit_status=preempted.exit_status, **facts)
+                _show(folder)
         raise
     except Exception as error:  # whatever it is, it is recorded and goes on
         is_lost = isinstance(error, LostRankError) and _old_status(folder).get("state") == "running"
         if enabled or is_lost:
             with contextlib.suppress(OSError):  # the folder itself may be gone
                 set_status(config, "failed", exit_status=getattr(error, "exit_status", 1), error=str(error))
+                _show(folder)
         raise
+
+
+def _show(folder: Path) -> None:
+    """report.html of what there is, once there is anything; a folder with no more than a status stays free."""
+    if (folder / METRICS_NAME).is_file():
+        with contextlib.suppress(UserError):  # a damaged log is no reason to hide why the run ended
+            write_html_report(folder)

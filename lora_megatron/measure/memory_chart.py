@@ -55,7 +55,7 @@ def draw_memory(
             bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
         for place, top in zip(places, bottoms, strict=True):
             axes.annotate(
-                f"{bars.name} {top:,.3g}",
+                f"{bars.name} {top:,.0f}" if top >= 100 else f"{bars.name} {top:.3g}",
                 (place, top),
                 xytext=(0, 5),
                 textcoords="offset points",

@@ -48,6 +48,13 @@ class BuildOptions:
     """Build without storage, to count parameters of a model of any size."""
 
 
+class _ShapesOnly(GPTModel):
+    """A GPTModel whose weights are never there: its two copies of a tied embedding have nothing to send each other."""
+
+    def _is_in_embd_group(self) -> bool:
+        return False
+
+
 def _activation(name: str) -> object:
     if name == "gelu_tanh":
         return lambda x: functional.gelu(x, approximate="tanh")
@@ -135,7 +142,7 @@ def build(shape: ModelShape, method: Method, layout: Layout, options: BuildOptio
         first = get_transformer_layer_offset(config, vp_stage)
         layers = range(first, first + get_num_layers_to_build(config, vp_stage))
         with torch.device("meta") if options.meta else contextlib.nullcontext():
-            chunk = GPTModel(
+            chunk = (_ShapesOnly if options.meta else GPTModel)(
                 config=config,
                 transformer_layer_spec=block_spec(
                     shape,

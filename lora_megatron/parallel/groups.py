@@ -8,6 +8,7 @@ explicit timeout.
 
 from __future__ import annotations
 
+import gc
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,7 +18,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from megatron.core import tensor_parallel
 
-from lora_megatron.errors import ConfigError
+from lora_megatron.errors import ConfigError, JoinError
 from lora_megatron.parallel import cpu_backend
 
 if not torch.cuda.is_available():
@@ -76,7 +77,7 @@ def join_world(*, timeout_minutes: float = 30.0) -> None:
     """Join the world torchrun announced, or make a world of one; nothing when this process is in a world already.
 
     Raises:
-        ConfigError: the environment announces a world that cannot be joined, or fewer GPUs are there than processes.
+        JoinError: the environment announces a world that cannot be joined, or fewer GPUs are there than processes.
     """
     if dist.is_initialized():
         return
@@ -91,7 +92,7 @@ def join_world(*, timeout_minutes: float = 30.0) -> None:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         return
     if missing := [name for name in _WORLD if not os.environ.get(name)]:
-        raise ConfigError(f"RANK is set and {missing[0]} is not: start with torchrun, or unset RANK for one process")
+        raise JoinError(f"RANK is set and {missing[0]} is not: start with torchrun, or unset RANK for one process")
     try:
         store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
         # A restarted attempt must not read the keys of the one that died (stale keys lose 7 restarts of 8).
@@ -100,7 +101,10 @@ def join_world(*, timeout_minutes: float = 30.0) -> None:
     except (ValueError, dist.DistError) as error:
         announced = ", ".join(f"{name}={os.environ[name]}" for name in ("RANK", *_WORLD))
         reason = str(error).splitlines()[0]
-        raise ConfigError(f"cannot join the processes of {announced} ({reason}): start with torchrun") from error
+        raise JoinError(
+            f"cannot join the processes of {announced} ({reason}): start every one of them with torchrun, with the "
+            "same address and a free port"
+        ) from error
 
 
 def _own_gpu() -> int:
@@ -109,9 +113,9 @@ def _own_gpu() -> int:
     try:
         rank, processes = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     except ValueError:
-        raise ConfigError("LOCAL_RANK and LOCAL_WORLD_SIZE must be numbers: torchrun sets them") from None
+        raise JoinError("LOCAL_RANK and LOCAL_WORLD_SIZE must be numbers: torchrun sets them") from None
     if max(rank + 1, processes) > count:
-        raise ConfigError(
+        raise JoinError(
             f"{max(rank + 1, processes)} processes on a machine with {count} GPUs: start at most {count} "
             f'(torchrun --nproc-per-node {count}), or set CUDA_VISIBLE_DEVICES="" to use the CPU'
         )
@@ -141,7 +145,7 @@ def build_mesh(layout: Layout, *, seed: int, timeout_minutes: float = 30.0) -> R
         pipeline_model_parallel_size=layout.pipeline,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
         context_parallel_size=layout.context,
-        distributed_timeout_minutes=max(1, round(timeout_minutes)),
+        distributed_timeout_minutes=timeout_minutes,  # goes into a timedelta: fractions are fine
         create_gloo_process_groups=False,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
@@ -160,7 +164,12 @@ def build_mesh(layout: Layout, *, seed: int, timeout_minutes: float = 30.0) -> R
 
 
 def stop() -> None:
-    """Leave every group."""
+    """Leave every group, and end its threads.
+
+    A group lives until nothing refers to it, and a model that does refers to itself in cycles. Gloo's threads of a group
+    whose peers have gone never sleep again: a dozen of them take a core.
+    """
     mpu.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
+    gc.collect()

@@ -27,7 +27,7 @@ from lora_megatron.parallel.hang import Peer, explain_hang, speaker
 from lora_megatron.parallel.heartbeat import beat, last_beat
 
 STACKS = "stacks"
-_BEATS = ".heartbeats"
+BEATS_NAME = ".heartbeats"
 _LONGEST_PERIOD = 10.0
 _PERIODS = 6  # in the time allowed
 _LINE_BYTES = 160  # one line of one size, written in place: a reader never sees half of it
@@ -74,11 +74,11 @@ class Watchdog:
         for thread in self._threads:
             thread.join(timeout=self._period)
         with contextlib.suppress(OSError):
-            self._file(self._rank).unlink()
-            (self._folder / _BEATS).rmdir()  # by the last
+            self._file(self._rank).unlink(missing_ok=True)  # not written yet in a run that ends at once
+            (self._folder / BEATS_NAME).rmdir()  # by the last
 
     def _file(self, rank: int) -> Path:
-        return self._folder / _BEATS / f"rank-{rank}.json"
+        return self._folder / BEATS_NAME / f"rank-{rank}.json"
 
     def _is_stale(self, seconds: float) -> bool:
         return time.monotonic() - last_beat().seconds >= seconds
@@ -87,7 +87,7 @@ class Watchdog:
         """Write the own beat; read those of the others once it is old."""
         tick = 0
         with contextlib.suppress(OSError):
-            (self._folder / _BEATS).mkdir(exist_ok=True)
+            (self._folder / BEATS_NAME).mkdir(exist_ok=True)
         while not self._done.is_set():
             tick += 1
             own, line = last_beat(), ""

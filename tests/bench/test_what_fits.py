@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,7 +19,10 @@ import torch
 from lora_megatron.bench import measurement, plans
 from lora_megatron.bench.measurement import Case
 from lora_megatron.bench.timing import StepSeconds, timed_step
+from lora_megatron.checkpoint.base import save_model
 from lora_megatron.config import parse_config
+from lora_megatron.methods.choose import choose_method
+from lora_megatron.model.build import BuildOptions, build
 from lora_megatron.model.checks import layout_of
 from lora_megatron.model.presets import resolve_shape
 from lora_megatron.parallel.groups import build_mesh
@@ -113,6 +117,34 @@ def test_a_method_of_which_not_one_layer_fits_is_tried_and_the_others_get_two_sl
     assert ("full", 1) in measured
     assert len([layers for method, layers in measured if method == "lora"]) == 2
     assert row_of(report, "lora", LAYERS)["extrapolated_from"]
+
+
+def save_base_of_zeros(tree: dict[str, Any], folder: str) -> None:
+    """A model whose logits are all zero: its loss is log V, whatever the tokens."""
+    config = parse_config(tree)
+    build_mesh(layout_of(config), seed=1)
+    shape = resolve_shape(config.model, tokenizer_vocab_size=VOCABULARY)
+    chunks = build(shape, choose_method(config.method, num_layers=LAYERS), layout_of(config), BuildOptions())
+    for chunk in chunks:
+        for parameter in chunk.parameters():
+            parameter.detach().zero_()
+    save_model(Path(folder), chunks, shape, {})
+
+
+def test_a_stored_base_is_measured_whole_and_never_in_slices(pool: Pool, tmp_path: Path) -> None:
+    folder = str(tmp_path / "zeros")
+    pool.run(1, save_base_of_zeros, tree=make_tree(), folder=folder)
+    tree = make_tree(base={"weights": folder})
+    out = str(tmp_path / "out")
+    assert pool.run(1, bench, tree=tree, out=out, methods=["lora"], steps=1) == [Outcome()]
+    whole = report_of(Path(out))
+    assert whole["rows"][0]["first_loss"] == pytest.approx(math.log(VOCABULARY), rel=1e-6)
+    assert whole["weights"] == folder
+    assert pool.run(1, bench, tree=tree, out=out, methods=["lora"], steps=1, layers=1) == [Outcome()]
+    assert report_of(Path(out))["rows"][0]["first_loss"] != pytest.approx(math.log(VOCABULARY), rel=1e-6)
+    (refused,) = pool.run(1, bench, tree=make_tree(base={"weights": folder}, model={"hidden_size": 64}), out=out)
+    assert refused.status == 4
+    assert "hidden_size is 32, not 64" in refused.message
 
 
 def test_nothing_that_fits_is_one_clear_line(pool: Pool, tmp_path: Path) -> None:

@@ -3,12 +3,18 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from lora_megatron.parallel import groups
 from tests.commands.conftest import corpus, one_thread
-from tests.faults.recovery import Undisturbed
+from tests.commands.runs import checkpoint_of, names_in
+from tests.faults.finished_run import FILES, NEWEST
+from tests.faults.ranks import train_ranks
+from tests.faults.recovery import Undisturbed, tree_of
 
 __all__ = ["corpus", "one_thread"]
 
@@ -17,3 +23,27 @@ __all__ = ["corpus", "one_thread"]
 def undisturbed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
     """What each layout's run comes to when nothing happens to it."""
     return Undisturbed(corpus, tmp_path_factory.mktemp("undisturbed"))
+
+
+@pytest.fixture(scope="session")
+def finished(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two pipeline stages with the checkpoints of steps 6 and 8; copy it before changing it."""
+    run = tmp_path_factory.mktemp("finished") / "run"
+    with train_ranks(tree_of("PP2", corpus, run), world=2, folder=run.parent) as ranks:
+        assert ranks.statuses() == [0, 0], ranks.logs()
+    assert names_in(checkpoint_of(run, NEWEST)) == sorted(FILES)
+    return run
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """A world of one process."""
+    groups.join_world()
+    yield
+    groups.stop()

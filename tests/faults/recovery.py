@@ -33,7 +33,7 @@ def result_of(run: Path) -> Result:
     return Result(losses_of(run), evaluations_of(run), (run / "adapter" / "adapter_model.safetensors").read_bytes())
 
 
-def tree_of(layout: str, corpus: Path, run: Path, **sections: Tree) -> Tree:
+def tree_of(layout: str, corpus: Path, run: Path, /, **sections: Tree) -> Tree:
     """The configuration of a run of eight steps that saves at every second, in this layout."""
     given = {**LAYOUTS[layout][1]}
     for name, values in sections.items():

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from lora_megatron.checkpoint import state
-from tests.commands.runs import checkpoint_of, losses_of, names_in
+from lora_megatron.checkpoint import state, tensors
+from tests.commands.runs import Outcome, attempt, checkpoint_of, losses_of, names_in
 from tests.faults.ranks import PATIENCE_S, train_ranks
 from tests.faults.recovery import LAYOUTS, Undisturbed, named_checkpoints, result_of, tree_of
 
@@ -126,3 +127,34 @@ def spoil_and_hold_back(gate: Path) -> None:
         return type(loss)(float("nan"), loss.tokens, (0,)) if len(steps) == 5 else loss
 
     loop.run_microbatches = run_microbatches
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("page_locked", [0, 2**30], ids=["pageable", "page-locked"])
+def test_copies_of_a_gpu_are_of_the_step(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, page_locked: int
+) -> None:
+    """Queued copies are waited for, and nothing that training does next reaches them."""
+    monkeypatch.setattr(tensors, "_MOST_PAGE_LOCKED", page_locked)
+    contents = []
+    for async_save in (False, True):
+        run = tmp_path / f"async-{async_save}"
+        train = {"steps": 6, "save_every": 3, "precision": "bf16", "async_save": async_save}
+        if async_save:
+            hold_back_until_logged(run, 6, monkeypatch)
+        assert attempt(tree_of("alone", corpus, run, train=train)) == Outcome()
+        contents.append([content(checkpoint_of(run, step)) for step in (3, 6)])
+    assert contents[0] == contents[1]
+
+
+def hold_back_until_logged(run: Path, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = state.save_tensors
+
+    def save_tensors(*arguments: Any, **named: Any) -> Any:
+        deadline = time.monotonic() + PATIENCE_S
+        while step not in steps_logged(run) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return write(*arguments, **named)
+
+    monkeypatch.setattr(state, "save_tensors", save_tensors)

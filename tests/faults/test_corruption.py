@@ -3,61 +3,22 @@
 
 from __future__ import annotations
 
-import json
 import os
-import pickle
 import random
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 
 from lora_megatron.checkpoint import state
 from lora_megatron.checkpoint.folder import read_manifest
-from lora_megatron.checkpoint.state import Progress, newest_good, read_progress
+from lora_megatron.checkpoint.state import read_progress
 from lora_megatron.errors import CheckpointError
-from lora_megatron.parallel import groups
-from lora_megatron.strict_json import load_json_object
-from tests.checkpoint.seal import reseal
-from tests.commands.runs import Tree, checkpoint_of, names_in
+from tests.commands.runs import Tree, checkpoint_of
+from tests.faults.finished_run import BEFORE, FILES, NEWEST, find
 from tests.faults.ranks import train_ranks
 from tests.faults.recovery import LAYOUTS, Undisturbed, result_of, resumed, tree_of
-
-FILES = [
-    "manifest.json",
-    "state-00001-of-00002.safetensors",
-    "state-00002-of-00002.safetensors",
-    "adapter_model.safetensors",
-    "adapter_config.json",
-]
-NEWEST, BEFORE = 8, 6
-
-
-@pytest.fixture(scope="module")
-def finished(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two pipeline stages with the checkpoints of steps 6 and 8; copy it before changing it."""
-    run = tmp_path_factory.mktemp("finished") / "run"
-    with train_ranks(tree_of("PP2", corpus, run), world=2, folder=run.parent) as ranks:
-        assert ranks.statuses() == [0, 0], ranks.logs()
-    assert names_in(checkpoint_of(run, NEWEST)) == sorted(FILES)
-    return run
-
-
-@pytest.fixture
-def run(finished: Path, tmp_path: Path) -> Path:
-    """A copy of it."""
-    return Path(shutil.copytree(finished, tmp_path / "run"))
-
-
-@pytest.fixture
-def alone() -> Iterator[None]:
-    """A world of one process."""
-    groups.join_world()
-    yield
-    groups.stop()
 
 
 def flip(path: Path, other: Path) -> None:
@@ -109,16 +70,6 @@ def damages() -> Iterator[tuple[str, Callable[[Path, Path], None]]]:
         for damage in DAMAGES:
             if damage is not mix or name not in SAME_IN_BOTH:
                 yield name, damage
-
-
-def find(run: Path) -> tuple[int, str]:
-    """The step that `run.resume=auto` finds, and what it says meanwhile."""
-    said: list[str] = []
-    identity = read_manifest(checkpoint_of(run, BEFORE))["identity"]
-    found = newest_good(run, identity, said.append)
-    assert found is not None
-    assert found[0] == checkpoint_of(run, found[1].step)
-    return found[1].step, "\n".join(said)
 
 
 @pytest.mark.parametrize(("name", "damage"), list(damages()))
@@ -194,73 +145,6 @@ def test_stale_pointers_and_garbage_beside_checkpoints(
     assert step == NEWEST
     assert passed_over in said
     assert bool(said) == bool(passed_over)
-
-
-@pytest.mark.usefixtures("alone")
-def test_values_that_are_not_finite_are_passed_over_although_the_hashes_fit(run: Path) -> None:
-    path = checkpoint_of(run, NEWEST) / FILES[2]
-    tensors = load_file(path)
-    name = sorted(tensors)[0]
-    tensors[name].view(-1)[-1] = torch.nan
-    save_file(tensors, path, metadata={"format": "pt"})
-    reseal(checkpoint_of(run, NEWEST))
-    step, said = find(run)
-    assert (step, f"{path}: {name} holds values that are not finite" in said) == (BEFORE, True)
-
-
-class Payload:
-    """What a pickle would do to whoever loads it."""
-
-    def __init__(self, trace: Path) -> None:
-        self.trace = trace
-
-    def __reduce__(self) -> tuple[Callable[[str], object], tuple[str]]:
-        return os.mkdir, (str(self.trace),)
-
-
-@pytest.mark.parametrize("name", FILES[1:])
-@pytest.mark.usefixtures("alone")
-def test_a_pickle_in_a_checkpoint_never_runs(run: Path, tmp_path: Path, name: str) -> None:
-    """Even where the manifest has been made to fit."""
-    trace, path = tmp_path / "trace", checkpoint_of(run, NEWEST) / name
-    path.write_bytes(pickle.dumps(Payload(trace)))
-    reseal(checkpoint_of(run, NEWEST))
-    if name.endswith(".safetensors"):
-        step, said = find(run)
-        assert (step, f"{path} is not a readable safetensors file" in said) == (BEFORE, True)
-    else:
-        assert find(run) == (NEWEST, "")  # resuming does not read it
-        with pytest.raises(CheckpointError, match=str(path)):
-            load_json_object(path, "an adapter's configuration", CheckpointError)
-    assert not trace.exists()
-    pickle.loads((checkpoint_of(run, NEWEST) / name).read_bytes())
-    assert trace.exists()  # it would have
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"step": 6}, "holds step 6"),
-        ({"step": "8"}, "holds step '8'"),
-        ({"step": 8.0}, "is not a training checkpoint"),
-        ({"consumed_samples": -4}, "is not a training checkpoint"),
-        ({"consumed_samples": True}, "is not a training checkpoint"),
-        ({"kind": "adapter"}, "is not a training checkpoint"),
-        ({"identity": None}, "is not a training checkpoint"),
-        ({"identity": {}}, "is another run's"),
-    ],
-)
-@pytest.mark.usefixtures("alone")
-def test_a_manifest_edited_and_sealed_again_is_refused(run: Path, change: Tree, words: str) -> None:
-    folder = checkpoint_of(run, NEWEST)
-    identity = read_manifest(folder)["identity"]
-    assert read_progress(folder, identity) == Progress(NEWEST, 4 * NEWEST)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps({**manifest, **change}))
-    reseal(folder)
-    with pytest.raises(CheckpointError) as caught:
-        read_progress(folder, identity)
-    assert words in str(caught.value)
 
 
 @pytest.mark.parametrize("damage", [flip, delete], ids=lambda damage: damage.__name__)

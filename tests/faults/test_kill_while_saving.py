@@ -7,15 +7,16 @@ killed.
 
 from __future__ import annotations
 
+import os
 import signal
 from pathlib import Path
 
 import pytest
 
-from tests.commands.runs import Tree, checkpoint_of
+from tests.commands.runs import Tree, checkpoint_of, names_in
 from tests.faults.ranks import train_ranks
-from tests.faults.recovery import LAYOUTS, Undisturbed, check_recovery, named_checkpoints, tree_of
-from tests.faults.save_points import POINTS, die_at
+from tests.faults.recovery import LAYOUTS, Undisturbed, check_recovery, named_checkpoints, result_of, tree_of
+from tests.faults.save_points import POINTS, die, die_at
 
 
 def kill_at(name: str, layout: str, tree: Tree, folder: Path, *, victim: int, both: bool = False) -> None:
@@ -77,3 +78,31 @@ def test_a_kill_of_both_ranks(
     corpus: Path, tmp_path: Path, undisturbed: Undisturbed, layout: str, name: str, victim: int
 ) -> None:
     check_kill(name, layout, corpus, tmp_path, undisturbed, victim=victim, both=True)
+
+
+@pytest.mark.parametrize("resume", ["auto", "never"])
+def test_a_kill_before_the_first_status_leaves_the_folder_free(
+    corpus: Path, tmp_path: Path, undisturbed: Undisturbed, resume: str
+) -> None:
+    expected, run = undisturbed("TP2"), tmp_path / "run"
+    tree = tree_of("TP2", corpus, run, run={"dir": str(run), "resume": resume})
+    with train_ranks(tree, world=2, folder=tmp_path, before=die_with_half_a_status) as ranks:
+        assert -signal.SIGKILL in ranks.statuses(seconds=60)
+    assert ".heartbeats" in names_in(run)
+    assert [name for name in names_in(run) if name.startswith(".status.json.") and name.endswith(".tmp")]
+    assert "status.json" not in names_in(run)
+    with train_ranks(tree, world=2, folder=tmp_path) as ranks:
+        assert ranks.statuses() == [0, 0], ranks.logs()
+    assert result_of(run) == expected
+
+
+def die_with_half_a_status() -> None:
+    """Written under another name and not yet renamed."""
+    replace = os.replace
+
+    def deadly(source: str, target: Path) -> None:
+        if Path(target).name == "status.json":
+            die()
+        replace(source, target)
+
+    os.replace = deadly

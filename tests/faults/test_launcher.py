@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -149,3 +150,32 @@ def test_the_grace_is_read_off_the_launchers_command(
     monkeypatch.delenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", raising=False)
     monkeypatch.setattr(Path, "read_bytes", lambda self: "\0".join(command.split()).encode() + b"\0")
     assert grace_of_torchrun("2.13.0") == seconds
+
+
+def _take_own_port() -> None:
+    busy = socket.socket(socket.AF_INET6)  # as the store does, for both families
+    busy.bind(("::", int(os.environ["MASTER_PORT"])))
+    busy.listen()
+    busy.detach()  # open until this process ends
+
+
+@pytest.mark.parametrize(
+    ("environment", "before", "speaks"),
+    [
+        ({"WORLD_SIZE": "2"}, None, "error: cannot join"),  # rank 1 never comes
+        ({"WORLD_SIZE": "2", "RANK": "1"}, None, "rank 1: error: cannot join"),  # rank 0 never comes
+        ({}, _take_own_port, "error: cannot join"),
+    ],
+    ids=["a missing node", "a missing first node", "a busy port"],
+)
+def test_a_world_that_does_not_come_together_is_one_line(
+    corpus: Path, tmp_path: Path, environment: dict[str, str], before: Any, speaks: str
+) -> None:
+    tree = make_tree(corpus, tmp_path / "run", parallel={"timeout_minutes": 0.02})
+    with train_ranks(tree, world=1, folder=tmp_path, environment=environment, before=before) as ranks:
+        assert ranks.statuses() == [2]
+        said = [line for line in ranks.log().splitlines() if "error:" in line]
+    assert len(said) == 1
+    assert said[0].startswith(f"{speaks} the processes of RANK=")
+    assert said[0].endswith("start every one of them with torchrun, with the same address and a free port")
+    assert not (tmp_path / "run").exists()

@@ -123,6 +123,7 @@ class Cluster:
         for process in self.processes():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
+        await_(lambda: not self.processes(), "everything of the cluster is gone")
 
     def processes(self) -> list[int]:
         """Everything that has this cluster's configuration in its environment: daemons, steps, what they started."""

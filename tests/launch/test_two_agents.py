@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands.runs import log_of, losses_of
+from tests.commands.runs import checkpoint_of, log_of, losses_of, status_of
 from tests.launch.conftest import STEPS, slow_tree, uninterrupted_losses, write_tree
 from tests.launch.slurm_cluster import await_
 from tests.pool import Pool
@@ -74,6 +74,22 @@ def test_two_agents_train_the_same_losses_though_a_worker_is_killed(pool: Pool, 
     assert any("resumed from" in output for output in outputs), outputs
     assert [line["step"] for line in log_of(tmp_path / "run")] == list(range(1, STEPS + 1))
     assert losses_of(tmp_path / "run") == expected, "and after the restart"
+
+
+@pytest.mark.timeout(300)
+def test_a_signal_to_the_launcher_saves_and_is_no_crash_to_restart_after(corpus: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    config = write_tree(tmp_path / "run.yaml", slow_tree(corpus, run))
+    launcher = start(str(config), "train.steps=100000", MAX_RESTARTS="2")
+    with ended([launcher]):
+        await_((run / "metrics.jsonl").exists, "the first step")
+        launcher.send_signal(signal.SIGUSR1)  # torchrun's own agent dies of it, and its workers with it
+        output = launcher.communicate(timeout=120)[0]
+    assert launcher.returncode == 75, output
+    status = status_of(run)
+    assert (status["state"], status["signal"]) == ("preempted", "SIGUSR1")
+    assert checkpoint_of(run, status["step"]).is_dir()
+    assert output.splitlines()[-1].startswith("preempted: SIGUSR1 stopped the run at step"), output
 
 
 def _line(words: list[str], **variables: str) -> tuple[int, str]:
