@@ -166,8 +166,8 @@ def build_mesh(layout: Layout, *, seed: int, timeout_minutes: float = 30.0) -> R
 def stop() -> None:
     """Leave every group, and end its threads.
 
-    A group lives until nothing refers to it, and a model that does refers to itself in cycles. Gloo's threads of a group
-    whose peers have gone never sleep again: a dozen of them take a core.
+    A group lives until nothing refers to it, and a model that does refers to itself in cycles. Gloo's threads of a
+    group whose peers have gone never sleep again: a dozen of them take a core.
     """
     mpu.destroy_model_parallel()
     if dist.is_initialized():
