@@ -67,9 +67,14 @@ class RandomTokens:
 
 
 def bench_config(config: Config, method: str) -> Config:
-    """The same run with `method`, at a constant learning rate from the first step."""
+    """The same run with `method`, at a constant learning rate from the first step.
+
+    Full fine-tuning has no frozen weights to keep in another format: it runs in `train.precision`.
+    """
+    whole = {"storage": None, "gemm": None} if method == "full" else {}
     return config.model_copy(
         update={
+            "base": config.base.model_copy(update=whole),
             "method": config.method.model_copy(update={"name": method, "start_from": None}),
             "train": config.train.model_copy(update={"warmup_steps": 0, "schedule": "constant", "spike_factor": 0.0}),
         }
