@@ -18,6 +18,7 @@ from megatron.core import parallel_state as mpu
 from lora_megatron.config import MethodSection, ModelSection, OptimizerSection
 from lora_megatron.layers.lora import seed_from
 from lora_megatron.layers.sharding import shard_of
+from lora_megatron.layers.storage.choose import StorageFormat
 from lora_megatron.methods.choose import choose_method
 from lora_megatron.model.build import BuildOptions, build
 from lora_megatron.model.initialise import initialise_base
@@ -51,6 +52,7 @@ class Experiment:
     )
     precision: str = "fp32"
     recompute: str = "none"
+    storage: StorageFormat | None = None
     dropout: float = 0.0
     steps: int = 3
     sequence_length: int = 16
@@ -99,7 +101,7 @@ def build_chunks(experiment: Experiment) -> tuple[list[Any], Record | None]:
     """
     shape = resolve_shape(ModelSection(**experiment.model), tokenizer_vocab_size=VOCABULARY)
     method = choose_method(MethodSection(**experiment.method), num_layers=shape.num_layers)
-    options = BuildOptions(experiment.precision, experiment.recompute, experiment.dropout, adapter_seed=7)
+    options = BuildOptions(experiment.precision, experiment.recompute, experiment.dropout, 7, experiment.storage)
     chunks = build(shape, method, experiment.layout, options)
     initialise_base(chunks, seed=3, num_layers=shape.num_layers)
     born, _ = gather(chunks, "value")

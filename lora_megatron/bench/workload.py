@@ -19,11 +19,12 @@ from torch import nn
 from lora_megatron.config import Config
 from lora_megatron.data.batches import BatchSource, Microbatch
 from lora_megatron.layers.lora import seed_from
+from lora_megatron.layers.storage.stored import writable
 from lora_megatron.measure.memory import ActivationMeter
 from lora_megatron.methods.choose import choose_method
 from lora_megatron.methods.method import Method
-from lora_megatron.model.build import BuildOptions, build
-from lora_megatron.model.checks import layout_of
+from lora_megatron.model.build import build
+from lora_megatron.model.checks import layout_of, options_of
 from lora_megatron.model.names import named_parameters
 from lora_megatron.model.shape import ModelShape
 from lora_megatron.training.choose_optimizer import choose_optimizer
@@ -66,9 +67,14 @@ class RandomTokens:
 
 
 def bench_config(config: Config, method: str) -> Config:
-    """The same run with `method`, at a constant learning rate from the first step."""
+    """The same run with `method`, at a constant learning rate from the first step.
+
+    Full fine-tuning has no frozen weights to keep in another format: it runs in `train.precision`.
+    """
+    whole = {"storage": None, "gemm": None} if method == "full" else {}
     return config.model_copy(
         update={
+            "base": config.base.model_copy(update=whole),
             "method": config.method.model_copy(update={"name": method, "start_from": None}),
             "train": config.train.model_copy(update={"warmup_steps": 0, "schedule": "constant", "spike_factor": 0.0}),
         }
@@ -92,13 +98,7 @@ def build_trainer(config: Config, shape: ModelShape, *, load: Load | None) -> Tr
         CheckpointError: the stored base is damaged.
     """
     method = method_of(config, shape)
-    options = BuildOptions(
-        precision=config.train.precision,
-        recompute=config.train.recompute,
-        dropout=config.method.dropout,
-        adapter_seed=config.train.seed,
-    )
-    chunks = build(shape, method, layout_of(config), options)
+    chunks = build(shape, method, layout_of(config), options_of(config))
     draw_weights(chunks, seed=config.base.seed) if load is None else load(chunks)
     ddp = wrap_ddp(chunks, sharding=config.optimizer.sharding, precision=config.train.precision)
     return Trainer(
@@ -119,16 +119,16 @@ def draw_weights(chunks: Sequence[nn.Module], *, seed: int) -> None:
     can be drawn. The result depends on the layout, which no speed does; what is replicated is equal on all ranks.
     """
     for named in named_parameters(chunks):
-        parameter = named.parameter
         if ".adapters." in named.name:
             continue
-        if named.name.endswith(".bias"):
-            parameter.zero_()
-        elif parameter.dim() == 1:
-            parameter.fill_(1.0)
-        else:
-            generator = torch.Generator(parameter.device).manual_seed(seed_from(seed, named.name))
-            parameter.normal_(0.0, _STANDARD_DEVIATION, generator=generator)
+        with writable(named.parameter) as target:
+            if named.name.endswith(".bias"):
+                target.zero_()
+            elif target.dim() == 1:
+                target.fill_(1.0)
+            else:
+                generator = torch.Generator(target.device).manual_seed(seed_from(seed, named.name))
+                target.normal_(0.0, _STANDARD_DEVIATION, generator=generator)
 
 
 def free() -> None:

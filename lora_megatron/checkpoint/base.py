@@ -22,6 +22,7 @@ from lora_megatron.checkpoint.folder import read_manifest, write_folder, write_j
 from lora_megatron.checkpoint.tensors import TensorFiles, fingerprint, is_writer, write_stage_file
 from lora_megatron.errors import CheckpointError
 from lora_megatron.layers.sharding import shard_of
+from lora_megatron.layers.storage.stored import writable
 from lora_megatron.model.initialise import initialise_base
 from lora_megatron.model.names import named_parameters
 from lora_megatron.model.shape import ModelShape
@@ -97,7 +98,8 @@ def load_base(folder: Path, chunks: Sequence[nn.Module]) -> None:
                 continue
             shard = shard_of(named.parameter)
             full = shard.full_shape(named.parameter.shape, size)
-            named.parameter.copy_(tensors.part(named.name, shard, shape=full))
+            with writable(named.parameter) as target:
+                target.copy_(tensors.part(named.name, shard, shape=full))
             beat()
 
 

@@ -33,8 +33,8 @@ from lora_megatron.measure.memory import ActivationMeter
 from lora_megatron.measure.report import write_report
 from lora_megatron.methods.choose import choose_method
 from lora_megatron.methods.method import Method
-from lora_megatron.model.build import BuildOptions, build
-from lora_megatron.model.checks import check, layout_of
+from lora_megatron.model.build import build
+from lora_megatron.model.checks import check, layout_of, options_of, storage_of
 from lora_megatron.parallel import groups, stopping
 from lora_megatron.parallel.agree import gather_text, is_main, require_equal, together
 from lora_megatron.parallel.groups import Ranks
@@ -211,13 +211,7 @@ def _build_trainer(
     table: ExampleTable,
     held_out_table: ExampleTable | None,
 ) -> Trainer:
-    options = BuildOptions(
-        precision=config.train.precision,
-        recompute=config.train.recompute,
-        dropout=config.method.dropout,
-        adapter_seed=config.train.seed,
-    )
-    chunks = build(base.shape, method, layout_of(config), options)
+    chunks = build(base.shape, method, layout_of(config), options_of(config))
     together(lambda: base.load(chunks))
     if config.method.start_from is not None:
         load_adapter(Path(config.method.start_from), chunks, method, base.shape, base_fingerprint=base.fingerprint)
@@ -247,6 +241,7 @@ def _identity(config: Config, base: Base, method: Method, table: ExampleTable, t
         "packing": data.packing,
         "seed": config.train.seed,
         "precision": config.train.precision,
+        **({"storage": config.base.storage, "gemm": config.base.gemm} if storage_of(config) else {}),
     }
 
 

@@ -79,7 +79,9 @@ class BaseSection(Section):
     seed: int = 1234
     """What random base weights are a function of."""
     storage: Literal["bf16", "fp8", "nf4"] | None = None
-    """How frozen weights are kept; not given: in `train.precision`."""
+    """How frozen linear weights are kept; not given: in `train.precision`."""
+    gemm: Literal["bf16", "fp8"] | None = None
+    """What NF4 weights are multiplied in; not given: in `train.precision`. FP8 weights always are in FP8."""
 
 
 class MethodSection(Section):

@@ -21,6 +21,7 @@ from lora_megatron.errors import CheckpointError
 from lora_megatron.huggingface.checkpoint import HfCheckpoint, is_checkpoint
 from lora_megatron.huggingface.layout import Piece, fused_rows, pieces_of
 from lora_megatron.layers.sharding import Shard, shard_of
+from lora_megatron.layers.storage.stored import writable
 from lora_megatron.measure.console import BytesProgress
 from lora_megatron.model.names import Named, named_parameters
 from lora_megatron.parallel.agree import is_main
@@ -76,16 +77,20 @@ class _Loader:
         return named.parameter.numel() * dtype.itemsize
 
     def fill(self, named: Named, advance: Callable[[int], None]) -> None:
-        parameter, pieces = named.parameter, self.pieces(named)
+        with writable(named.parameter) as target:
+            self._fill(named, target, advance)
+
+    def _fill(self, named: Named, values: Tensor, advance: Callable[[int], None]) -> None:
+        pieces = self.pieces(named)
         if len(pieces) == 1:
-            shard = shard_of(parameter)
-            full = shard.full_shape(parameter.shape, self.size)
-            parameter.copy_(self._part(pieces[0][1], shard, full, advance))
+            shard = shard_of(named.parameter)
+            full = shard.full_shape(values.shape, self.size)
+            values.copy_(self._part(pieces[0][1], shard, full, advance))
             return
         module = named.name.split(".")[-2]
         rows = fused_rows(module, self.checkpoint.shape, tensor_size=self.size)
         for projection, piece in pieces:
-            target = rows[projection].rows_of(parameter)
+            target = rows[projection].rows_of(values)
             target.copy_(self._part(piece, Shard(0), piece.shape, advance).view_as(target))
 
     def _part(self, piece: Piece, shard: Shard, full: tuple[int, ...], advance: Callable[[int], None]) -> Tensor:

@@ -11,7 +11,7 @@ second each rank sees its tokens only, so dA must be summed over the tensor-para
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -24,8 +24,11 @@ from torch import Tensor, nn
 
 from lora_megatron.layers.frozen import frozen_linear
 from lora_megatron.layers.lora import AdapterSet, LoraFactors, dropout, seed_from
-from lora_megatron.layers.qkv import Part, add_parts
+from lora_megatron.layers.low_rank import add_low_rank
+from lora_megatron.layers.qkv import Part
 from lora_megatron.layers.sharding import REPLICATED, Shard, declare
+from lora_megatron.layers.storage.choose import StorageFormat
+from lora_megatron.layers.storage.stored import device_of, hand_over, handle_put_aside
 
 
 class LoraColumnParallelLinear(ColumnParallelLinear):
@@ -36,6 +39,7 @@ class LoraColumnParallelLinear(ColumnParallelLinear):
         adapters: which of them are adapted.
         has_bias: whether there is a bias; megatron-core's one switch for all linear layers is not asked.
         blocks: 2 for a gated fc1, whose gate and up halves are cut separately.
+        storage: the format of a frozen weight; None keeps it as a parameter.
         The rest is megatron-core's.
     """
 
@@ -48,6 +52,7 @@ class LoraColumnParallelLinear(ColumnParallelLinear):
         adapters: AdapterSet,
         has_bias: bool,
         blocks: int = 1,
+        storage: StorageFormat | None = None,
         **megatron: Any,
     ) -> None:
         super().__init__(input_size, output_size, **{**megatron, "bias": has_bias})
@@ -58,6 +63,10 @@ class LoraColumnParallelLinear(ColumnParallelLinear):
         self.dropout_seed = seed_from(adapters.seed, "dropout", adapters.name)
         self.parts = {part.name: part for part in parts(self.output_size_per_partition)}
         self.adapters = self.make_adapters(adapters)
+        if storage is not None:
+            rows, columns = self.weight.shape
+            device = self.weight.device
+            hand_over(self, storage.make(rows, columns, device=device, axis=0, group=self.tp_group))
 
     def make_adapters(self, adapters: AdapterSet) -> nn.ModuleDict:
         """New factors for this layer's projections; assigned to `self.adapters` they are what it computes with."""
@@ -76,11 +85,16 @@ class LoraColumnParallelLinear(ColumnParallelLinear):
                     seed=adapters.seed,
                     name=f"{adapters.name}.{adapter.target}",
                     dtype=self.weight.dtype,
-                    device=self.weight.device,
+                    device=device_of(self.weight),
                 )
                 for adapter in adapters.adapters
             }
         )
+
+    def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
+        with handle_put_aside(self):
+            moved: nn.Module = super()._apply(*args, **kwargs)
+        return moved
 
     def _forward_impl(self, input: Tensor, weight: Tensor, bias: Tensor | None, **kwargs: Any) -> Tensor:
         """The seam megatron-core leaves for the GEMM: dgrad-only when the weight is frozen."""
@@ -89,28 +103,27 @@ class LoraColumnParallelLinear(ColumnParallelLinear):
             return result
         if kwargs["sequence_parallel"]:
             input = gather_from_sequence_parallel_region(input, group=self.tp_group)
-        output = frozen_linear(
-            input, weight, sum_input_gradient_over=self.tp_group if kwargs["allreduce_dgrad"] else None
-        )
-        return output if bias is None else output + bias  # a bias may be trained above a frozen weight (BitFit)
+        group = self.tp_group if kwargs["allreduce_dgrad"] else None
+        if bias is not None and bias.requires_grad:  # trained above a frozen weight: BitFit
+            return frozen_linear(input, weight, sum_input_gradient_over=group) + bias
+        return frozen_linear(input, weight, bias, sum_input_gradient_over=group)
 
     def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """[s or s/t, b, in] -> [s, b, out / t], and the bias where it is left to the caller."""
         output, bias = super().forward(input_, *args, **kwargs)
         if self.adapters:
-            output = add_parts(output, [self.parts[target] for target in self.adapters], self._deltas(input_))
+            pairs = [cast(LoraFactors, pair) for pair in self.adapters.values()]
+            parts, scales = [self.parts[target] for target in self.adapters], [pair.scale for pair in pairs]
+            u = self._low_rank_input(input_, pairs)
+            output = add_low_rank(output, parts, scales, u, [pair.lora_B for pair in pairs], in_place=True)
         return output, bias
 
-    def _deltas(self, x: Tensor) -> list[Tensor]:
+    def _low_rank_input(self, x: Tensor, pairs: Sequence[LoraFactors]) -> Tensor:
         if self.dropout and self.training:
             cut = (self.tp_group.rank(), self.tp_group.size()) if self.sequence_parallel else (0, 1)
             x = dropout(x, self.dropout, seed=self.dropout_seed, sequence=cut)
-        pairs = [cast(LoraFactors, pair) for pair in self.adapters.values()]
         # x is read once for all A's of the layer, and one collective serves them all.
         u = torch.matmul(x, torch.cat([pair.lora_A for pair in pairs]).t())  # [s or s/t, b, sum of r]
         if self.sequence_parallel:
-            u = gather_from_sequence_parallel_region(u, group=self.tp_group)  # g
-        else:
-            u = copy_to_tensor_model_parallel_region(u, group=self.tp_group)  # f
-        pieces = u.split([pair.lora_A.shape[0] for pair in pairs], dim=-1)  # each [s, b, r]
-        return [torch.matmul(piece * pair.scale, pair.lora_B.t()) for piece, pair in zip(pieces, pairs, strict=True)]
+            return gather_from_sequence_parallel_region(u, group=self.tp_group)  # g
+        return copy_to_tensor_model_parallel_region(u, group=self.tp_group)  # f

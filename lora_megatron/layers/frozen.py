@@ -5,7 +5,8 @@
     dL/dx = dL/dy W      summed over the tensor-parallel group where the input is replicated (Megatron's "f")
 
 Only the weight is kept for the backward pass, and it is a parameter anyway: a frozen layer stores no activation. That
-is where LoRA's 4N executed FLOPs per token come from, against 6N of full fine-tuning (N: linear weights).
+is where LoRA's 4N executed FLOPs per token come from, against 6N of full fine-tuning (N: linear weights). A weight in
+another format (`layers.storage`) is unpacked, or multiplied as it is, in each of the two products anew.
 """
 
 from __future__ import annotations
@@ -15,32 +16,75 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import functional
+
+from lora_megatron.layers.storage.stored import Stored, stored_of
+
+
+def _shaped(output: Tensor, x: Tensor) -> Tensor:
+    """output [m, n] with the leading dimensions of x. A view for us alone, as in torch's own matmul: adapters add to it
+    in place, which autograd refuses for a view made in a function."""
+    result: Tensor = torch.ops.aten._unsafe_view(output, [*x.shape[:-1], output.shape[-1]])
+    return result
 
 
 class _FrozenLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, sum_input_gradient_over: dist.ProcessGroup | None) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, sum_input_gradient_over: dist.ProcessGroup | None
+    ) -> Tensor:
         ctx.save_for_backward(weight)
         ctx.group = sum_input_gradient_over
-        return torch.matmul(x, weight.t())
+        return _shaped(functional.linear(x.reshape(-1, x.shape[-1]), weight, bias), x)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (weight,) = ctx.saved_tensors
         grad = grads[0]
         # Two dimensions: one GEMM, also where the incoming gradient is an expanded or transposed view.
         grad_x = (grad.reshape(-1, grad.shape[-1]) @ weight).view(*grad.shape[:-1], weight.shape[1])
         if ctx.group is not None:
             dist.all_reduce(grad_x, group=ctx.group)
-        return grad_x, None, None
+        return grad_x, None, None, None
 
 
-def frozen_linear(x: Tensor, weight: Tensor, *, sum_input_gradient_over: dist.ProcessGroup | None = None) -> Tensor:
-    """y = x W^T with W frozen: x [..., in], weight [out, in] -> [..., out].
+class _StoredLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, stored: Stored, bias: Tensor | None, sum_input_gradient_over: dist.ProcessGroup | None
+    ) -> Tensor:
+        ctx.stored = stored
+        ctx.group = sum_input_gradient_over
+        return _shaped(stored.linear(x.reshape(-1, x.shape[-1]), bias), x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        grad = grads[0]
+        grad_x = ctx.stored.input_gradient(grad.reshape(-1, grad.shape[-1]))
+        grad_x = grad_x.view(*grad.shape[:-1], ctx.stored.shape[1])
+        if ctx.group is not None:
+            dist.all_reduce(grad_x, group=ctx.group)
+        return grad_x, None, None, None
+
+
+def frozen_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    sum_input_gradient_over: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """y = x W^T + bias with both frozen: x [..., in], weight [out, in], bias [out] -> [..., out].
 
     `sum_input_gradient_over`: the tensor-parallel group when `x` is replicated over it and `weight` is this rank's
     rows, so that each rank computes only a partial dL/dx.
     """
     assert not weight.requires_grad
-    result: Tensor = _FrozenLinear.apply(x, weight, sum_input_gradient_over)
+    assert bias is None or not bias.requires_grad
+    stored = stored_of(weight)
+    result: Tensor = (
+        _FrozenLinear.apply(x, weight, bias, sum_input_gradient_over)
+        if stored is None
+        else _StoredLinear.apply(x, stored, bias, sum_input_gradient_over)
+    )
     return result

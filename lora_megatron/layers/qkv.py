@@ -12,11 +12,8 @@ rows, of which one projection owns rows start..stop"; tensor ranks hold whole gr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch import Tensor
 
 
@@ -63,26 +60,3 @@ def gated_parts(rows: int) -> tuple[Part, Part]:
 def whole(name: str, rows: int) -> tuple[Part]:
     """The single projection of an unfused layer."""
     return (Part(name, 1, 0, rows, rows),)
-
-
-class _AddParts(torch.autograd.Function):
-    """fused[part] += delta for every part, in place; the gradient of a delta is the gradient at its rows."""
-
-    @staticmethod
-    def forward(ctx: Any, fused: Tensor, parts: Sequence[Part], *deltas: Tensor) -> Tensor:
-        ctx.mark_dirty(fused)
-        ctx.parts = parts
-        for part, delta in zip(parts, deltas, strict=True):
-            part.of(fused).add_(delta.unflatten(-1, (part.groups, -1)))
-        return fused
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        (grad,) = grads
-        return grad, None, *(part.of(grad).flatten(-2) for part in ctx.parts)
-
-
-def add_parts(fused: Tensor, parts: Sequence[Part], deltas: Sequence[Tensor]) -> Tensor:
-    """Add each part's delta [s, b, part.rows] to its rows of `fused` [s, b, groups * stride], in place."""
-    result: Tensor = _AddParts.apply(fused, tuple(parts), *deltas)
-    return result

@@ -23,7 +23,11 @@ from torch import Tensor, nn
 
 from lora_megatron.layers.frozen import frozen_linear
 from lora_megatron.layers.lora import AdapterSet, LoraFactors, dropout, seed_from
+from lora_megatron.layers.low_rank import add_low_rank
+from lora_megatron.layers.qkv import whole
 from lora_megatron.layers.sharding import REPLICATED, Shard, declare
+from lora_megatron.layers.storage.choose import StorageFormat
+from lora_megatron.layers.storage.stored import device_of, hand_over, handle_put_aside
 
 
 class LoraRowParallelLinear(RowParallelLinear):
@@ -32,11 +36,19 @@ class LoraRowParallelLinear(RowParallelLinear):
     Args:
         adapters: the adapter, if any.
         has_bias: whether there is a bias; megatron-core's one switch for all linear layers is not asked.
+        storage: the format of a frozen weight; None keeps it as a parameter.
         The rest is megatron-core's.
     """
 
     def __init__(
-        self, input_size: int, output_size: int, *, adapters: AdapterSet, has_bias: bool, **megatron: Any
+        self,
+        input_size: int,
+        output_size: int,
+        *,
+        adapters: AdapterSet,
+        has_bias: bool,
+        storage: StorageFormat | None = None,
+        **megatron: Any,
     ) -> None:
         super().__init__(input_size, output_size, **{**megatron, "bias": has_bias})
         declare(self.weight, Shard(1))
@@ -45,6 +57,10 @@ class LoraRowParallelLinear(RowParallelLinear):
         self.dropout = adapters.dropout
         self.dropout_seed = seed_from(adapters.seed, "dropout", adapters.name)
         self.adapters = self.make_adapters(adapters)
+        if storage is not None:
+            rows, columns = self.weight.shape
+            device = self.weight.device
+            hand_over(self, storage.make(rows, columns, device=device, axis=1, group=self.tp_group))
 
     def make_adapters(self, adapters: AdapterSet) -> nn.ModuleDict:
         """New factors for this layer; assigned to `self.adapters` they are what it computes with."""
@@ -64,11 +80,16 @@ class LoraRowParallelLinear(RowParallelLinear):
                     seed=adapters.seed,
                     name=f"{adapters.name}.{adapter.target}",
                     dtype=self.weight.dtype,
-                    device=self.weight.device,
+                    device=device_of(self.weight),
                 )
                 for adapter in adapters.adapters
             }
         )
+
+    def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
+        with handle_put_aside(self):
+            moved: nn.Module = super()._apply(*args, **kwargs)
+        return moved
 
     def _forward_impl(self, input: Tensor, weight: Tensor, bias: Tensor | None = None, **kwargs: Any) -> Tensor:
         """The seam megatron-core leaves for the GEMM: dgrad-only when the weight is frozen."""
@@ -82,16 +103,20 @@ class LoraRowParallelLinear(RowParallelLinear):
         """[s, b, in / t] -> [s or s/t, b, out], and the bias where it is left to the caller."""
         output, bias = super().forward(input_)
         for pair in self.adapters.values():
-            output = output + self._delta(input_, cast(LoraFactors, pair))
+            factors = cast(LoraFactors, pair)
+            u = self._low_rank_input(input_, factors)
+            part = whole("", output.shape[-1])
+            # Not in place: the sum over ranks may hand on its input as it is.
+            output = add_low_rank(output, part, [factors.scale], u, [factors.lora_B], in_place=False)
         return output, bias
 
-    def _delta(self, x: Tensor, pair: LoraFactors) -> Tensor:
+    def _low_rank_input(self, x: Tensor, pair: LoraFactors) -> Tensor:
         if self.dropout and self.training:
             cut = (self.tp_group.rank(), self.tp_group.size())
             x = dropout(x, self.dropout, seed=self.dropout_seed, features=cut)
         u = torch.matmul(x, pair.lora_A.t())  # [s, b, r], a partial sum over the ranks' inputs
         if self.sequence_parallel:
-            u = reduce_scatter_to_sequence_parallel_region(u, group=self.tp_group)  # [s/t, b, r]
-        else:
-            u = reduce_from_tensor_model_parallel_region(u, group=self.tp_group)
-        return torch.matmul(u * pair.scale, pair.lora_B.t())
+            scattered: Tensor = reduce_scatter_to_sequence_parallel_region(u, group=self.tp_group)  # [s/t, b, r]
+            return scattered
+        summed: Tensor = reduce_from_tensor_model_parallel_region(u, group=self.tp_group)
+        return summed

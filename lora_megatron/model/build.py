@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from lora_megatron.layers.rope import attention_factor, inverse_frequencies
 from lora_megatron.layers.sharding import REPLICATED, Shard, declare
+from lora_megatron.layers.storage.choose import StorageFormat
 from lora_megatron.methods.method import Method
 from lora_megatron.model.names import EMBEDDING, OUTPUT, POSITIONS, named_parameters
 from lora_megatron.model.shape import ModelShape
@@ -41,6 +42,8 @@ class BuildOptions:
     recompute: str = "none"
     dropout: float = 0.0
     adapter_seed: int = 0
+    storage: StorageFormat | None = None
+    """Format of the linear weights that are frozen; None keeps them in `precision`."""
     meta: bool = False
     """Build without storage, to count parameters of a model of any size."""
 
@@ -96,7 +99,7 @@ def megatron_config(shape: ModelShape, layout: Layout, options: BuildOptions) ->
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
         bias_activation_fusion=False,
-        bias_dropout_fusion=False,
+        bias_dropout_fusion=torch.cuda.is_available() and not options.meta,  # compiled; on a CPU that costs a compiler
         apply_rope_fusion=False,
         **_RECOMPUTE[options.recompute],
     )
@@ -142,7 +145,12 @@ def build(shape: ModelShape, method: Method, layout: Layout, options: BuildOptio
             chunk = (_ShapesOnly if options.meta else GPTModel)(
                 config=config,
                 transformer_layer_spec=block_spec(
-                    shape, method, layers, dropout=options.dropout, seed=options.adapter_seed
+                    shape,
+                    method,
+                    layers,
+                    dropout=options.dropout,
+                    seed=options.adapter_seed,
+                    storage=options.storage,
                 ),
                 vocab_size=padded,
                 max_sequence_length=shape.max_position_embeddings,

@@ -5,7 +5,10 @@ from __future__ import annotations
 
 from lora_megatron.config import Config
 from lora_megatron.errors import ConfigError
+from lora_megatron.layers.storage.choose import StorageFormat
+from lora_megatron.layers.storage.nf4 import BLOCK
 from lora_megatron.methods.method import Method
+from lora_megatron.model.build import BuildOptions
 from lora_megatron.model.shape import ModelShape
 from lora_megatron.parallel.groups import Layout, check_world_size, device_memory_bytes
 
@@ -16,10 +19,21 @@ def layout_of(config: Config) -> Layout:
     return Layout(section.tensor, section.pipeline, section.virtual_pipeline, section.context, section.sequence)
 
 
+def options_of(config: Config, *, meta: bool = False) -> BuildOptions:
+    """How the configuration has its model built. Raises ConfigError, see `storage_of`."""
+    return BuildOptions(
+        precision=config.train.precision,
+        recompute=config.train.recompute,
+        dropout=config.method.dropout,
+        adapter_seed=config.train.seed,
+        storage=storage_of(config),
+        meta=meta,
+    )
+
+
 def check(config: Config, shape: ModelShape, method: Method, world_size: int) -> None:
     """Raise ConfigError for the first thing that cannot work, this machine's memory included."""
     check_plan(config, shape, method, world_size)
-    _check_storage(config)
     _check_memory(config, layout_of(config), shape)
 
 
@@ -30,6 +44,7 @@ def check_plan(config: Config, shape: ModelShape, method: Method, world_size: in
     check_world_size(layout, world_size)
     _check_batches(config, layout, world_size)
     _check_lengths(config, layout, shape)
+    _check_storage(config, layout, shape)
     _check_targets(config, shape)
     _check_ranks(shape, method)
     has_bias = shape.linear_bias or shape.qkv_bias or shape.proj_bias or shape.normalization == "LayerNorm"
@@ -101,17 +116,44 @@ def _check_lengths(config: Config, layout: Layout, shape: ModelShape) -> None:
         )
 
 
-def _check_storage(config: Config) -> None:
-    storage, precision = config.base.storage, config.train.precision
-    if storage in ("fp8", "nf4"):
+def storage_of(config: Config) -> StorageFormat | None:
+    """The configuration's format of frozen linear weights, None for that of `train.precision`.
+
+    Raises:
+        ConfigError: it contradicts `train.precision` or the method, or `base.gemm` has nothing to say.
+    """
+    storage, gemm, precision = config.base.storage, config.base.gemm, config.train.precision
+    if gemm is not None and storage != "nf4":
         raise ConfigError(
-            f"base.storage = {storage} is planned only, training keeps frozen weights in train.precision: leave it out"
+            f"base.gemm = {gemm} says what NF4 weights are multiplied in: set base.storage=nf4, or drop it"
         )
-    if storage not in (None, precision):
+    if storage in (None, precision):
+        return None
+    assert storage is not None
+    if storage == "bf16":
+        raise ConfigError(f"base.storage = bf16 is not train.precision = {precision}: make them the same, or drop it")
+    if config.method.name == "full":
         raise ConfigError(
-            f"base.storage = {storage} is not train.precision = {precision}, in which training keeps frozen weights: "
-            "leave it out"
+            f"base.storage = {storage} keeps frozen weights, and method.name = full freezes none: drop it"
         )
+    return StorageFormat(storage, "fp8" if gemm == "fp8" else "bf16")
+
+
+def _check_storage(config: Config, layout: Layout, shape: ModelShape) -> None:
+    storage = storage_of(config)
+    if storage is None or storage.kind != "nf4":
+        return
+    inputs = {
+        "hidden_size": shape.hidden_size,
+        "num_attention_heads x head_dim": shape.num_attention_heads * shape.head_dim // layout.tensor,
+        "ffn_hidden_size": shape.ffn_hidden_size // layout.tensor,
+    }
+    for name, size in inputs.items():
+        if size % BLOCK:
+            raise ConfigError(
+                f"base.storage = nf4 packs blocks of {BLOCK} inputs, and a rank has {size} of model.{name}: choose "
+                "fp8, or another parallel.tensor"
+            )
 
 
 def _check_memory(config: Config, layout: Layout, shape: ModelShape) -> None:
@@ -120,11 +162,12 @@ def _check_memory(config: Config, layout: Layout, shape: ModelShape) -> None:
     if available is None:
         return
     size = 2 if config.train.precision == "bf16" else 4
+    linear = {"fp8": 1.0, "nf4": 0.5}.get(config.base.storage or "", size)
     layer = sum(out * features for out, features in map(shape.projection, shape.projections))
-    stage = shape.num_layers // layout.pipeline * layer + shape.vocab_size * shape.hidden_size
+    stage = shape.num_layers // layout.pipeline * layer * linear + shape.vocab_size * shape.hidden_size * size
     tokens = config.data.micro_batch_size * config.data.sequence_length
     for what, needed in (
-        ("the weights of this model", stage * size // layout.tensor),
+        ("the weights of this model", stage // layout.tensor),
         ("a microbatch of data.micro_batch_size x sequence_length", tokens * shape.hidden_size * size // layout.tensor),
     ):
         if needed > available:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lora_megatron.layers.lora import seed_from
 from lora_megatron.layers.sharding import shard_of
+from lora_megatron.layers.storage.stored import writable
 from lora_megatron.model.names import named_parameters
 from lora_megatron.parallel.heartbeat import beat
 
@@ -32,8 +33,9 @@ def initialise_base(chunks: Sequence[nn.Module], *, seed: int, num_layers: int) 
                 continue
             shard = shard_of(named.parameter)
             shape = shard.full_shape(named.parameter.shape, size)
-            full = _draw(named.name, shape, seed, num_layers, named.parameter)
-            named.parameter.copy_(shard.part(full, shape, rank, size))
+            with writable(named.parameter) as target:
+                full = _draw(named.name, shape, seed, num_layers, target)
+                target.copy_(shard.part(full, shape, rank, size))
             beat()
 
 

@@ -25,6 +25,7 @@ from lora_megatron.layers.norm import RMSNorm, norm_class
 from lora_megatron.layers.parallel_residual import ParallelResidualLayer
 from lora_megatron.layers.qkv import Part, gated_parts, qkv_parts, whole
 from lora_megatron.layers.row import LoraRowParallelLinear
+from lora_megatron.layers.storage.choose import StorageFormat
 from lora_megatron.methods.method import Method
 from lora_megatron.model.shape import ModelShape
 
@@ -39,12 +40,19 @@ def _fc1_rows(rows: int, *, gated: bool) -> tuple[Part, ...]:
     return gated_parts(rows // 2) if gated else whole("fc1", rows)
 
 
-def layer_spec(shape: ModelShape, method: Method, layer: int, *, dropout: float, seed: int) -> ModuleSpec:
-    """One transformer layer, `layer` being its global index; `dropout` and `seed` are the adapters'."""
+def layer_spec(
+    shape: ModelShape, method: Method, layer: int, *, dropout: float, seed: int, storage: StorageFormat | None
+) -> ModuleSpec:
+    """One transformer layer, `layer` being its global index; `dropout` and `seed` are the adapters', `storage` that
+    of frozen weights."""
 
     def adapters(linear: str, *projections: str) -> AdapterSet:
         chosen = tuple(adapter for name in projections for adapter in method.adapters(layer, name))
         return AdapterSet(f"decoder.layers.{layer}.{linear}", chosen, dropout, seed)
+
+    def kept(linear: str) -> StorageFormat | None:
+        trained = method.is_trainable(f"decoder.layers.{layer}.{linear}.weight")
+        return None if trained else storage
 
     norm = norm_class(shape.normalization)
     attention = SelfAttentionSubmodules(
@@ -54,12 +62,17 @@ def layer_spec(shape: ModelShape, method: Method, layer: int, *, dropout: float,
                 "parts": partial(_qkv_rows, shape=shape),
                 "adapters": adapters("self_attention.linear_qkv", "q", "k", "v"),
                 "has_bias": shape.qkv_bias,
+                "storage": kept("self_attention.linear_qkv"),
             },
         ),
         core_attention=SdpaAttention,
         linear_proj=ModuleSpec(
             LoraRowParallelLinear,
-            params={"adapters": adapters("self_attention.linear_proj", "o"), "has_bias": shape.proj_bias},
+            params={
+                "adapters": adapters("self_attention.linear_proj", "o"),
+                "has_bias": shape.proj_bias,
+                "storage": kept("self_attention.linear_proj"),
+            },
         ),
         q_layernorm=RMSNorm if shape.qk_norm else IdentityOp,
         k_layernorm=RMSNorm if shape.qk_norm else IdentityOp,
@@ -72,11 +85,16 @@ def layer_spec(shape: ModelShape, method: Method, layer: int, *, dropout: float,
                 "adapters": adapters("mlp.linear_fc1", *(("gate", "up") if shape.gated_mlp else ("fc1",))),
                 "has_bias": shape.linear_bias,
                 "blocks": 2 if shape.gated_mlp else 1,
+                "storage": kept("mlp.linear_fc1"),
             },
         ),
         linear_fc2=ModuleSpec(
             LoraRowParallelLinear,
-            params={"adapters": adapters("mlp.linear_fc2", "fc2"), "has_bias": shape.linear_bias},
+            params={
+                "adapters": adapters("mlp.linear_fc2", "fc2"),
+                "has_bias": shape.linear_bias,
+                "storage": kept("mlp.linear_fc2"),
+            },
         ),
     )
     return ModuleSpec(
@@ -95,10 +113,10 @@ def layer_spec(shape: ModelShape, method: Method, layer: int, *, dropout: float,
 
 
 def block_spec(
-    shape: ModelShape, method: Method, layers: range, *, dropout: float, seed: int
+    shape: ModelShape, method: Method, layers: range, *, dropout: float, seed: int, storage: StorageFormat | None = None
 ) -> TransformerBlockSubmodules:
     """The layers `layers` (global indices) of one model chunk and the final norm's class."""
     return TransformerBlockSubmodules(
-        layer_specs=[layer_spec(shape, method, layer, dropout=dropout, seed=seed) for layer in layers],
+        layer_specs=[layer_spec(shape, method, layer, dropout=dropout, seed=seed, storage=storage) for layer in layers],
         layer_norm=norm_class(shape.normalization),
     )

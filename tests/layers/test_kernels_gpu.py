@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Triton kernels against their references in plain torch, on a GPU; elsewhere only the references run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from lora_megatron.layers.low_rank import add_low_rank
+from lora_megatron.layers.qkv import qkv_parts, whole
+from lora_megatron.layers.storage.choose import StorageFormat
+from lora_megatron.layers.storage.fp8 import quantise_tokens, transposed_fp8
+from lora_megatron.layers.storage.stored import Stored
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: the kernels are Triton's"),
+]
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+def same_bytes(got: Tensor, want: Tensor) -> bool:
+    return torch.equal(got.cpu().contiguous().view(torch.uint8), want.contiguous().view(torch.uint8))
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_nf4_is_packed_and_unpacked_as_on_a_cpu(axis: int) -> None:
+    weight = torch.randn(320, 512, generator=torch.Generator().manual_seed(0)) * 0.02
+    pair: list[Stored] = []
+    for device in (CPU, GPU):
+        one = StorageFormat("nf4", "fp8").make(320, 512, device=device, axis=axis, group=None)
+        one.store(weight.to(device))
+        pair.append(one)
+    cpu, gpu = pair
+    for ours, theirs in zip(gpu.buffers(), cpu.buffers(), strict=True):
+        torch.testing.assert_close(ours.cpu(), theirs, rtol=1e-6, atol=0)
+    assert (gpu.unpacked(torch.bfloat16).cpu() != cpu.unpacked(torch.bfloat16)).float().mean() < 1e-4
+    x, grad = torch.randn(40, 512), torch.randn(40, 320)
+    for name, value in (("linear", x), ("input_gradient", grad)):
+        extra = (None,) if name == "linear" else ()
+        want = getattr(cpu, name)(value, *extra)
+        got = getattr(gpu, name)(value.to(GPU, torch.bfloat16), *extra)
+        assert float((got.cpu().float() - want).norm() / want.norm()) < 0.02
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("columns", [512, 5000, 49152])
+def test_rows_are_quantised_as_on_a_cpu(columns: int, scaled: bool) -> None:
+    x = torch.randn(70, columns, dtype=torch.bfloat16)
+    x[3] = 0
+    factor = torch.rand(columns) if scaled else None
+    codes, scales = quantise_tokens(x, factor=factor, group=None)
+    got, got_scales = quantise_tokens(x.to(GPU), factor=None if factor is None else factor.to(GPU), group=None)
+    torch.testing.assert_close(got_scales.cpu(), scales, rtol=1e-6, atol=0)
+    assert same_bytes(got, codes)
+
+
+def test_fp8_is_transposed() -> None:
+    codes = torch.randn(300, 515, device=GPU).to(torch.float8_e4m3fn)
+    assert same_bytes(transposed_fp8(codes), codes.cpu().view(torch.uint8).t().contiguous())
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
+@pytest.mark.parametrize("which", ["q", "v", "whole"])
+def test_the_low_rank_update_and_its_gradients(which: str, dtype: torch.dtype, bound: float) -> None:
+    q, _, v = qkv_parts(8, 4, 32)
+    part = {"q": q, "v": v, "whole": whole("o", 200)[0]}[which]
+    fused = torch.randn(100, part.groups * part.stride, dtype=dtype)
+    u, b = torch.randn(100, 5, dtype=dtype), torch.randn(part.rows, 5, dtype=dtype)
+    grad = torch.randn_like(fused)
+    results = []
+    for device, kind in ((CPU, torch.float64), (GPU, dtype)):
+        leaves = [t.to(device, kind, copy=True).requires_grad_() for t in (fused, u, b)]
+        out = add_low_rank(leaves[0] * 1, [part], [1.7], leaves[1], [leaves[2]], in_place=True)
+        results.append([out, *torch.autograd.grad(out, leaves, grad.to(device, kind))])
+    for want, got in zip(*results, strict=True):
+        assert float((got.detach().cpu().double() - want).norm() / want.norm()) < bound
