@@ -11,19 +11,28 @@ import hashlib
 import json
 import math
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from lora_megatron.errors import UserError
 
 MAX_JSON_BYTES = 64 * 2**20
+_BLOCK = 8 * 2**20  # bytes hashed between two signs of progress
 
 
-def file_sha256(path: Path, error: type[UserError]) -> str:
-    """SHA-256 of the file's content in hex, read in blocks. Raises `error` when it cannot be read."""
+def file_sha256(path: Path, error: type[UserError], *, progress: Callable[[], None] = lambda: None) -> str:
+    """SHA-256 of the file's content in hex, read in blocks, `progress` called after each.
+
+    Raises `error` when it cannot be read.
+    """
+    digest = hashlib.sha256()
     try:
-        with open(path, "rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
+        with open(path, "rb", buffering=0) as stream:
+            while block := stream.read(_BLOCK):
+                digest.update(block)
+                progress()
+        return digest.hexdigest()
     except OSError as problem:
         raise error(f"cannot read {path}: {problem.strerror}") from problem
 

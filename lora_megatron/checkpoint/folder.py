@@ -25,6 +25,7 @@ import torch.distributed as dist
 
 from lora_megatron.errors import CheckpointError
 from lora_megatron.parallel.agree import gather_text, together
+from lora_megatron.parallel.heartbeat import beat
 from lora_megatron.strict_json import file_sha256, load_json_object
 
 MANIFEST = "manifest.json"
@@ -145,7 +146,9 @@ def write_manifest(folder: Path, facts: dict[str, Any], *, receipts: Mapping[str
     """
     known, files = receipts or {}, {}
     for path in sorted(folder.iterdir()):
-        receipt = known.get(path.name) or Receipt(file_sha256(path, CheckpointError), path.stat().st_size)
+        receipt = known.get(path.name) or Receipt(
+            file_sha256(path, CheckpointError, progress=beat), path.stat().st_size
+        )
         if path.stat().st_size != receipt.bytes:
             raise CheckpointError(f"{path} has {path.stat().st_size} bytes and {receipt.bytes} were written")
         files[path.name] = asdict(receipt)
@@ -220,7 +223,7 @@ def read_manifest(folder: Path, *, verify: bool = True) -> dict[str, Any]:
 
 def verify_file(folder: Path, manifest: dict[str, Any], name: str) -> None:
     """Raise CheckpointError unless the content of this file is what the manifest says."""
-    if file_sha256(folder / name, CheckpointError) != manifest["files"][name]["sha256"]:
+    if file_sha256(folder / name, CheckpointError, progress=beat) != manifest["files"][name]["sha256"]:
         raise CheckpointError(f"{folder / name} is damaged: its SHA-256 is not the manifest's")
 
 

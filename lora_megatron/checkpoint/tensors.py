@@ -120,7 +120,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor | TensorSlice], metada
                 writer.write_raw(name, tensor)
             else:
                 writer.write(name, tensor)
-    if file_sha256(path, CheckpointError) != writer.sha256:
+    if file_sha256(path, CheckpointError, progress=beat) != writer.sha256:
         raise CheckpointError(f"{path} does not read back as it was written: check the disk, or choose another run.dir")
     return Receipt(writer.sha256, path.stat().st_size)
 

@@ -40,10 +40,11 @@ def print_plan(plan: Plan, gpu: Gpu, memory: float, *, nearest: Candidate | None
     print_table(f"{_layout(plan)} on {gpu.name}", _titles(plan), [*_comparison(plan, gpu, memory)])
     storage = plan.config.base.storage
     if storage in STORAGE:
-        print(f"Frozen linear weights in {storage}: {STORAGE[storage]}. Training in it is not there yet.")
+        print(f"Frozen linear weights in {storage}: {STORAGE[storage]}.")
     print(
         f"Weights, gradients and optimizer state are exact. Speed is an estimate: {EFFICIENCY:.0%} of the dense peak, "
-        "collectives not overlapped."
+        "collectives not overlapped. It leaves out the optimizer's step and the launching of kernels, which bound "
+        "small models and batches."
     )
     print(_verdict(plan, gpu, memory, nearest))
 

@@ -152,7 +152,9 @@ def available_host_memory() -> int | None:
         limits += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
     with contextlib.suppress(OSError, ValueError):  # no cgroup of version 2, or no limit ("max")
         cgroup = Path("/sys/fs/cgroup")
-        limits.append(int((cgroup / "memory.max").read_text()) - int((cgroup / "memory.current").read_text()))
+        limit, used = (int((cgroup / name).read_text()) for name in ("memory.max", "memory.current"))
+        stat = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+        limits.append(limit - used + int(stat["file"]))  # cached files make room
     return min(limits, default=None)
 
 
@@ -212,12 +214,15 @@ def check_disk(config: Config, checkpoint: int) -> str:
         CheckpointError: there is not. Quotas of a user cannot be seen.
     """
     run, keep = Path(config.run.dir), max(2, config.train.keep_checkpoints)
+    if not config.train.save_every:
+        keep = 1  # the last step's, and one more if a signal comes before
     have = sum(file.stat().st_size for folder in checkpoints(run) for file in folder.iterdir())
     needed = max(0, (keep + 1) * checkpoint - have)
     free = shutil.disk_usage(run).free
     if needed > free:
+        remedy = ", or lower train.keep_checkpoints" if keep > 2 else ""
         raise CheckpointError(
             f"run.dir = {run} has {show_bytes(free)} free, and {keep + 1} checkpoints of {show_bytes(checkpoint)} need "
-            f"{show_bytes(needed)} more: free some space, choose another run.dir or lower train.keep_checkpoints"
+            f"{show_bytes(needed)} more: free some space or choose another run.dir{remedy}"
         )
     return f"checkpoints {show_bytes(needed)} of {show_bytes(free)} disk"

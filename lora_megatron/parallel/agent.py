@@ -21,6 +21,7 @@ from typing import Any, ClassVar
 from torch.distributed.elastic.agent.server import WorkerGroup, WorkerState
 from torch.distributed.elastic.agent.server.api import RunResult
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing.api import SignalException
 
 from lora_megatron.errors import EXIT_PREEMPTED, EXIT_STATUS_BY_NAME, LostRankError
 
@@ -50,7 +51,9 @@ class Agent(LocalElasticAgent):
         A node that only hears of another's failure does not count a restart, and the workers would disagree on
         TORCHELASTIC_RESTART_COUNT, under which they look for each other.
         """
+        self._stop_if_signalled()
         super()._rendezvous(worker_group)
+        self._stop_if_signalled()
         most, store, nodes = worker_group.spec.max_restarts, worker_group.store, worker_group.group_world_size
         assert store is not None
         assert nodes is not None
@@ -62,6 +65,11 @@ class Agent(LocalElasticAgent):
         for number in FORWARDED:
             signal.signal(number, self._forward)
         return workers
+
+    def _stop_if_signalled(self) -> None:
+        """A signal that came between two starts finds no workers: nothing is started after it."""
+        if self.signalled:
+            raise SignalException("told to stop between two starts", signal.SIGTERM)
 
     def _forward(self, number: int, frame: FrameType | None) -> None:
         type(self).signalled = True
@@ -96,8 +104,8 @@ def status_of_workers(exit_codes: Iterable[int], *, signalled: bool) -> int:
             return code
     if not codes:
         return EXIT_LOST_RANK
-    if signalled and all(-code in FORWARDED.values() for code in codes):
-        return EXIT_PREEMPTED
+    if signalled and all(-code in FORWARDED.values() or code == EXIT_LOST_RANK for code in codes):
+        return EXIT_PREEMPTED  # a rank that lost one which had not begun to listen is none the worse
     if EXIT_LOST_RANK in codes:
         return EXIT_LOST_RANK
     return 128 - codes[0] if codes[0] < 0 else codes[0]

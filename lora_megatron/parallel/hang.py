@@ -20,6 +20,8 @@ class Peer:
     count: int
     phase: str
     changed: float
+    age: float = 0.0
+    """Seconds since its last sign of progress, when it said so."""
 
     @property
     def place(self) -> str:

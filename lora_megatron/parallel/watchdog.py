@@ -92,7 +92,10 @@ class Watchdog:
             tick += 1
             own, line = last_beat(), ""
             with contextlib.suppress(OSError):
-                line = json.dumps({"tick": tick, "step": own.step, "count": own.count_in_step, "phase": own.phase})
+                age = round(time.monotonic() - own.seconds, 2)
+                line = json.dumps(
+                    {"tick": tick, "step": own.step, "count": own.count_in_step, "phase": own.phase, "age": age}
+                )
                 file = os.open(self._file(self._rank), os.O_WRONLY | os.O_CREAT, 0o644)
                 try:
                     os.pwrite(file, line.ljust(_LINE_BYTES - 1).encode() + b"\n", 0)
@@ -124,8 +127,17 @@ class Watchdog:
             if now - ticked > 4 * self._period:
                 beat()  # this process did not run: the time was not its own
             ticked = now
-            if self._is_stale(self._hang_seconds) and now - self._observed_since > 3.5 * self._period:
+            observed_long = now - self._observed_since > 3.5 * self._period
+            if self._is_stale(self._hang_seconds) and observed_long and not self._another_gets_on(now):
                 self._conclude()
+
+    def _another_gets_on(self, now: float) -> bool:
+        """Whether this rank waits for one that is busy by itself, such as the one that writes a large file."""
+        others = (peer for rank, peer in dict(self._peers).items() if rank != self._rank)
+        return any(
+            peer.changed > self._observed_since and now - (peer.changed - peer.age) < self._hang_seconds
+            for peer in others
+        )
 
     def _conclude(self) -> None:
         """Dump the stacks; the speaker tells; all end. Nothing of it may keep the process alive."""

@@ -3,7 +3,7 @@
 
     python -m tests.faults.restarts [--deaths 8] [--rendezvous standalone|c10d|static]
 
-A script, as each attempt imports torch anew; `test_restart.py` runs it with one death.
+A script, as each attempt imports torch anew; `test_launcher.py` runs it with one death.
 """
 
 from __future__ import annotations

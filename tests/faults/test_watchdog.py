@@ -18,6 +18,7 @@ import torch.distributed as dist
 from lora_megatron.data.batches import BatchSource
 from lora_megatron.parallel.hang import Peer, explain_hang, show_ranks
 from lora_megatron.parallel.peers import is_lost_contact
+from lora_megatron.parallel.watchdog import Watchdog
 from lora_megatron.training import loop
 from tests.commands.runs import Tree, losses_of, make_tree, names_in, status_of
 from tests.faults.ranks import Ranks, train_ranks
@@ -183,3 +184,22 @@ def test_the_rank_behind_is_blamed_in_worlds_of_any_size() -> None:
 def test_ranks_in_words() -> None:
     assert show_ranks([3]) == "rank 3"
     assert show_ranks([0, 1, 2, 5]) == "ranks 0-2, 5"
+
+
+@pytest.mark.parametrize(
+    ("changed", "age", "gets_on"),
+    [
+        (12.0, 1.0, True),  # it spoke a moment ago, and had just made progress
+        (12.0, 11.0, False),  # it lives and waits, as this rank does
+        (5.0, 0.0, False),  # what stands in its file is old: it may be stopped
+    ],
+)
+def test_a_rank_that_waits_for_a_busy_one_does_not_hang(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: float, age: float, gets_on: bool
+) -> None:
+    """One rank writes a large file, with a beat a block; the others stand in a collective and have none."""
+    dog = Watchdog(tmp_path, rank=0, world_size=2, hang_seconds=10.0, in_order=True, record=lambda message: None)
+    monkeypatch.setattr(dog, "_observed_since", 5.0)
+    peers = {rank: Peer(1, 3, 0, "save", changed, age) for rank in (1,)}
+    monkeypatch.setattr(dog, "_peers", {0: Peer(1, 3, 0, "save", 12.0, 0.0), **peers})
+    assert dog._another_gets_on(now=13.0) is gets_on

@@ -11,11 +11,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from torch.distributed.elastic.multiprocessing.api import SignalException
 
 from lora_megatron.commands.launch import Node, main, prepare, processes_on
 from lora_megatron.config import parse_config
 from lora_megatron.errors import ConfigError
-from lora_megatron.parallel.agent import status_of_workers
+from lora_megatron.parallel.agent import Agent, status_of_workers
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHER = ROOT / "launch" / "torchrun.sh"
@@ -86,6 +87,7 @@ def test_workers_get_what_they_need_and_what_the_user_set_stays() -> None:
         ([-signal.SIGKILL, 6], False, 6),
         ([-signal.SIGKILL], False, 128 + 9),
         ([-signal.SIGUSR1, -signal.SIGUSR1], True, 75),  # before they listened
+        ([-signal.SIGUSR1, 6], True, 75),  # the second lost the first, which did not listen yet
         ([-signal.SIGUSR1], False, 128 + signal.SIGUSR1),
         ([-signal.SIGKILL, -signal.SIGUSR1], True, 128 + 9),
         ([1], False, 1),
@@ -149,3 +151,12 @@ def test_scripts_are_sound_and_know_no_site(script: Path) -> None:
     if checker := shutil.which("shellcheck"):
         done = subprocess.run([checker, "-s", "bash", str(script)], capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stdout
+
+
+def test_a_signal_between_two_starts_starts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers that are started after it would never hear of it."""
+    agent = object.__new__(Agent)
+    agent._stop_if_signalled()
+    monkeypatch.setattr(Agent, "signalled", True)
+    with pytest.raises(SignalException):
+        agent._rendezvous(object())  # type: ignore[arg-type]  # never looked at
