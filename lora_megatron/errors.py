@@ -70,6 +70,15 @@ class LostRankError(UserError):
     told_by = "rank"  # rank 0 may be the one that is lost
 
 
+class OutOfMemoryAlone(LostRankError):
+    """This rank ran out of memory while others may wait for it in a collective: it says so itself, and at once ends.
+
+    torchrun then ends the others.
+    """
+
+    exit_status = 2
+
+
 class Preempted(Exception):
     """A termination signal (its name) stopped the run on all ranks together: no error, and there is more to do."""
 

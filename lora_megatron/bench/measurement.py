@@ -17,7 +17,7 @@ from torch import nn
 from lora_megatron.bench.timing import StepSeconds, TimedOptimizer, slowest_of_each, timed_step
 from lora_megatron.bench.workload import Load, bench_config, build_trainer, free, slice_of
 from lora_megatron.config import Config
-from lora_megatron.errors import LostRankError
+from lora_megatron.errors import OutOfMemoryAlone
 from lora_megatron.layers.sharding import shard_of
 from lora_megatron.measure.memory import MemoryByKind, gather_memory
 from lora_megatron.measure.units import show_bytes
@@ -64,15 +64,6 @@ class Measured:
     last_loss: float
     left_bytes: int = 0
     """GPU: bytes of this rank that were allocated after the case was freed and not before it was built."""
-
-
-class OutOfMemoryAlone(LostRankError):
-    """This rank ran out of memory while others may wait for it in a collective: it says so itself, and at once ends.
-
-    torchrun then ends the others. What was measured before is in the report already.
-    """
-
-    exit_status = 2
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,10 @@ import contextlib
 import re
 from collections.abc import Iterator
 
+import torch
 import torch.distributed as dist
 
-from lora_megatron.errors import LostRankError, UserError
+from lora_megatron.errors import LostRankError, OutOfMemoryAlone, UserError
 
 # What the backends say when the other side is gone or silent. What else they say (an invalid call, no memory) is a bug.
 _SIGNS = re.compile(
@@ -31,9 +32,14 @@ def is_lost_contact(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def loss_as_error() -> Iterator[None]:
-    """Within, losing contact with another rank raises LostRankError."""
+    """Within, losing contact with another rank raises LostRankError, and running out of memory OutOfMemoryAlone."""
     try:
         yield
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemoryAlone(
+            f"rank {dist.get_rank()} is out of GPU memory ({'. '.join(str(error).split('. ')[:2])}): lower "
+            "data.micro_batch_size, set train.recompute=full, or cut the model more: `lora-megatron plan` says what fits"
+        ) from error
     except Exception as error:
         if not is_lost_contact(error):
             raise

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from lora_megatron.data.batches import BatchSource
+from lora_megatron.errors import OutOfMemoryAlone
 from lora_megatron.parallel.hang import Peer, explain_hang, show_ranks
-from lora_megatron.parallel.peers import is_lost_contact
+from lora_megatron.parallel.peers import is_lost_contact, loss_as_error
 from lora_megatron.parallel.watchdog import Watchdog
 from lora_megatron.training import loop
 from tests.commands.runs import Tree, losses_of, make_tree, names_in, status_of
@@ -203,3 +205,14 @@ def test_a_rank_that_waits_for_a_busy_one_does_not_hang(
     peers = {rank: Peer(1, 3, 0, "save", changed, age) for rank in (1,)}
     monkeypatch.setattr(dog, "_peers", {0: Peer(1, 3, 0, "save", 12.0, 0.0), **peers})
     assert dog._another_gets_on(now=13.0) is gets_on
+
+
+def test_running_out_of_gpu_memory_is_a_line_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Told by the rank itself, which then ends: the others may wait for it."""
+    monkeypatch.setattr(dist, "get_rank", lambda: 3)
+    text = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of ..."
+    with pytest.raises(OutOfMemoryAlone, match=r"^rank 3 is out of GPU memory .*Tried.*recompute") as told:  # noqa: SIM117
+        with loss_as_error():
+            raise torch.OutOfMemoryError(text)
+    assert (told.value.exit_status, told.value.told_by) == (2, "rank")
+    assert "total capacity" not in str(told.value)
