@@ -38,7 +38,7 @@ def loss_as_error() -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         raise OutOfMemoryAlone(
             f"rank {dist.get_rank()} is out of GPU memory ({'. '.join(str(error).split('. ')[:2])}): lower "
-            "data.micro_batch_size, train.recompute=full, or cut the model more: `lora-megatron plan` tells what fits"
+            "data.micro_batch_size, set train.recompute=full, or cut the model more (`lora-megatron plan` helps)"
         ) from error
     except Exception as error:
         if not is_lost_contact(error):
