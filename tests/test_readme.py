@@ -6,11 +6,13 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
-from lora_megatron.config import Config
+from lora_megatron.arguments import parse_arguments
+from lora_megatron.config import Config, load_config
 from lora_megatron.model.presets import PRESETS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -59,3 +61,23 @@ def test_the_training_commands_run_and_agree(tmp_path: Path) -> None:
         losses.append([line["loss"] for line in map(json.loads, lines)])
     assert len(losses[0]) == 20
     assert max(abs(a - b) for a, b in zip(*losses, strict=True)) < 1e-4
+
+
+def test_the_commands_of_a_cluster_are_commands() -> None:
+    """They are run by the tests of planning, bench, launchers and doctor; here every word of them is understood."""
+    block = TEXT.split("## On a cluster")[1].split("```bash\n")[1].split("```")[0].replace("\\\n", " ")
+    lines = [shlex.split(line.partition("  #")[0]) for line in block.splitlines() if line.strip()]
+    assert {words[0] for words in lines} == {"lora-megatron", "launch/torchrun.sh", "sbatch"}
+    for words in lines:
+        if words[0] == "lora-megatron":
+            arguments = parse_arguments(words[1:])
+            if arguments.command == "doctor":
+                continue
+            config, overrides = arguments.config, arguments.overrides
+        else:
+            script = next(index for index, word in enumerate(words) if word.startswith("launch/"))
+            script += words[0] == "sbatch"
+            config, *overrides = words[script if words[0] == "sbatch" else 1 :]
+            assert (ROOT / next(word for word in words if word.startswith("launch/"))).is_file()
+        files = [str(ROOT / word) if word.endswith(".yaml") else word for word in (config, *overrides)]
+        load_config(files[0], files[1:])
