@@ -36,7 +36,7 @@ lint: install ## ruff, its formatter in check mode, mypy
 	$(BIN)/mypy
 
 test: lint ## lint, then every test this machine can run but the slow ones
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 test-all: test ## the same and the slow ones: the whole quickstart, held to its promises
 	$(BIN)/python -m pytest -m slow

@@ -118,6 +118,7 @@ def test_a_restart_before_the_first_checkpoint_begins_anew(corpus: Path, tmp_pat
     assert list(losses_of(tmp_path / "run")) == [1, 2, 3, 4]
 
 
+@pytest.mark.slow  # tests/launch kills a worker under our own launcher, in every run
 def test_torchrun_restarts_a_run_whose_rank_was_killed(tmp_path: Path) -> None:
     """`python -m tests.faults.restarts` does the same with eight deaths and every kind of rendezvous."""
     assert recovered(tmp_path, [3], kind="standalone", victim=1)

@@ -59,6 +59,7 @@ def submit(cluster: Cluster, folder: Path, *words: str, root: Path = ROOT, **var
     """The number of a job of the shipped script; it writes to `folder`/job.out."""
     folder.mkdir(parents=True, exist_ok=True)
     environment = {**cluster.environment, "LORA_MEGATRON_ROOT": str(root), "PYTHON": sys.executable, **variables}
+    environment["OMP_NUM_THREADS"] = "1"  # as those they are compared with: two threads add up in another order
     options, (config, *overrides) = (
         [word for word in words if word.startswith("--")],
         [word for word in words if not word.startswith("--")],
