@@ -15,7 +15,7 @@ DEEPSPEED = ["deepspeed>=0.18"]  # 0.18.0 and 0.19.8 pass the tests; 0.16 has an
 TEST = [
     "pytest>=8",
     "pytest-timeout",
-    "pytest-xdist",
+    "pytest-xdist>=3.7",
     "hypothesis>=6",
     "ruff>=0.6",
     "mypy>=1.11",
