@@ -153,6 +153,7 @@ def test_a_job_that_is_always_preempted_ends(cluster: Cluster, tmp_path: Path) -
     port = 10000 + int(job)
     for start in (0, 1):
         for node in (0, 1):
-            line = f"node {node} of 2 at 127.0.0.1:{port} slurm-{job}-{start}: a.yaml run.resume=auto run.grace_seconds=120 train.steps=3"
+            words = "a.yaml run.resume=auto run.grace_seconds=120 train.steps=3"
+            line = f"node {node} of 2 at 127.0.0.1:{port} slurm-{job}-{start}: {words}"
             assert line in _output(tmp_path)
     assert "MAX_REQUEUES" in _output(tmp_path)
