@@ -26,10 +26,10 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from lora_megatron.checkpoint import tensors  # noqa: E402 - after the path
-from lora_megatron.commands.saving import Saver  # noqa: E402
-from lora_megatron.measure.console import print_table  # noqa: E402
-from tests.commands.runs import Outcome, attempt, make_corpus, make_tree  # noqa: E402
+from lora_megatron.checkpoint import tensors
+from lora_megatron.commands.saving import Saver
+from lora_megatron.measure.console import print_table
+from tests.commands.runs import Outcome, attempt, make_corpus, make_tree
 
 Sections = dict[str, dict[str, Any]]
 SAVES = 4

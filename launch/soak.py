@@ -34,19 +34,19 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])  # fork server
 
-from rich.console import Console  # noqa: E402 - after the path
-from rich.progress import Progress  # noqa: E402
+from rich.console import Console
+from rich.progress import Progress
 
-from lora_megatron.checkpoint.folder import read_manifest  # noqa: E402
-from lora_megatron.checkpoint.state import checkpoints, step_of  # noqa: E402
-from lora_megatron.checkpoint.tensors import require_finite  # noqa: E402
-from lora_megatron.errors import CheckpointError  # noqa: E402
-from lora_megatron.measure.console import print_table  # noqa: E402
-from lora_megatron.measure.environment import describe_environment  # noqa: E402
-from lora_megatron.measure.markdown import table  # noqa: E402
-from tests.commands.runs import losses_of, make_corpus, make_tree  # noqa: E402
-from tests.faults.ranks import Ranks, train_ranks  # noqa: E402
-from tests.faults.recovery import Result, result_of  # noqa: E402
+from lora_megatron.checkpoint.folder import read_manifest
+from lora_megatron.checkpoint.state import checkpoints, step_of
+from lora_megatron.checkpoint.tensors import require_finite
+from lora_megatron.errors import CheckpointError
+from lora_megatron.measure.console import print_table
+from lora_megatron.measure.environment import describe_environment
+from lora_megatron.measure.markdown import table
+from tests.commands.runs import losses_of, make_corpus, make_tree
+from tests.faults.ranks import Ranks, train_ranks
+from tests.faults.recovery import Result, result_of
 
 LAYOUTS = {"TP2": {"tensor": 2}, "PP2": {"pipeline": 2}}
 STEPS, SAVE_EVERY = 16, 2
