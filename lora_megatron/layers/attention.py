@@ -15,6 +15,8 @@ from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lora_megatron.layers.cache import LayerCache, attend
+
 
 class SdpaAttention(nn.Module):
     """softmax(q k^T / sqrt(d)) v, causal unless a mask is given."""
@@ -24,6 +26,8 @@ class SdpaAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.scale = softmax_scale
+        self.cache: LayerCache | None = None
+        """Set while decoding."""
         self.window = 0  # tokens a position sees, itself included; 0 is all
         if config.window_size and is_layer_window_attention(
             config.window_size, config.window_attn_skip_freq, layer_number
@@ -35,8 +39,15 @@ class SdpaAttention(nn.Module):
     ) -> Tensor:
         """q [s, b, heads, d], k and v [t, b, groups, d], mask [b, 1, s, t] True where masked -> [s, b, heads * d].
 
-        Without a mask attention is causal, except for a single query position (cached decoding), which sees all keys.
+        Without a mask attention is causal, except for a single query position, which sees all keys. With a cache the
+        new positions see those before them too.
         """
+        if self.cache is not None:
+            assert attention_mask is None
+            assert self.cache.span is not None
+            keys, values = self.cache.extend(key, value)
+            if not self.cache.span.first:
+                return attend(query, keys, values, self.cache.seen_by(self.window), self.scale)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [b, heads or groups, s, d]
         keep = None if attention_mask is None else ~attention_mask  # SDPA's mask is True where kept
         if 0 < self.window < key.shape[0]:
