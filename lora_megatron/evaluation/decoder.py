@@ -136,13 +136,7 @@ class CachedDecoder:
         shape = (tokens.shape[1] // self._multiple, tokens.shape[0], self._hidden_size)
         for chunk in self._chunks:
             if not chunk.pre_process:
-                received = torch.empty(
-                    tokens.shape[1] // shards,
-                    tokens.shape[0],
-                    self._hidden_size,
-                    dtype=self._dtype,
-                    device=self._device,
-                )
+                received = torch.empty(shape, dtype=self._dtype, device=self._device)
                 dist.recv(received, src=mpu.get_pipeline_model_parallel_prev_rank(), group=stages)
                 chunk.set_input_tensor(received)
             output = chunk(tokens, positions, None)
