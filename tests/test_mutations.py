@@ -18,7 +18,7 @@ from unittest import mock
 import pytest
 from torch import Tensor
 
-from lora_megatron.layers import column, lora, norm, row
+from lora_megatron.layers import column, dropout, lora, norm, row
 from lora_megatron.layers.qkv import Part
 from lora_megatron.layers.sharding import REPLICATED, Shard
 from lora_megatron.model import build, spec
@@ -84,19 +84,25 @@ def a_from_the_fan_in_of_a_shard() -> Any:
     return mock.patch.object(lora.LoraFactors, "_initial_a", staticmethod(initial_a))
 
 
+def other_dropout(**changes: Any) -> Any:
+    """Column layers whose dropout has `changes`, a function of the tensor rank each."""
+    original = dropout.Dropout.of_this_microbatch
+
+    def of_this_microbatch(p: float, seed: int, **cut: Any) -> dropout.Dropout:
+        rank = build.mpu.get_tensor_model_parallel_rank()
+        changed = {name: change(rank, seed) for name, change in changes.items()}
+        return replace(original(p, seed, **cut), **changed)
+
+    return mock.patch.object(column.Dropout, "of_this_microbatch", of_this_microbatch)
+
+
 def dropout_per_rank() -> Any:
-    original = column.dropout
-
-    def dropout(x: Tensor, p: float, *, seed: int, **cut: Any) -> Tensor:
-        return original(x, p, seed=seed + build.mpu.get_tensor_model_parallel_rank(), **cut)
-
-    return mock.patch.object(column, "dropout", dropout)
+    return other_dropout(seed=lambda rank, seed: seed + rank)
 
 
 def dropout_without_a_cut() -> Any:
     """Each sequence shard drawn as if it were the whole sequence: the shards' masks are the same."""
-    original = column.dropout
-    return mock.patch.object(column, "dropout", lambda x, p, *, seed, **cut: original(x, p, seed=seed))
+    return other_dropout(sequence=lambda rank, seed: (0, 1))
 
 
 def frozen_linear_without_its_sum() -> Any:

@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
-import torch
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     copy_to_tensor_model_parallel_region,
@@ -22,9 +21,11 @@ from megatron.core.tensor_parallel import (
 )
 from torch import Tensor, nn
 
+from lora_megatron.layers.dropout import Dropout
 from lora_megatron.layers.frozen import frozen_linear
-from lora_megatron.layers.lora import AdapterSet, LoraFactors, dropout, seed_from
+from lora_megatron.layers.lora import AdapterSet, LoraFactors, seed_from
 from lora_megatron.layers.low_rank import add_low_rank
+from lora_megatron.layers.low_rank_input import low_rank_input
 from lora_megatron.layers.qkv import Part
 from lora_megatron.layers.sharding import REPLICATED, Shard, declare
 from lora_megatron.layers.storage.choose import StorageFormat
@@ -119,11 +120,12 @@ class LoraColumnParallelLinear(ColumnParallelLinear):
         return output, bias
 
     def _low_rank_input(self, x: Tensor, pairs: Sequence[LoraFactors]) -> Tensor:
+        drop = None
         if self.dropout and self.training:
             cut = (self.tp_group.rank(), self.tp_group.size()) if self.sequence_parallel else (0, 1)
-            x = dropout(x, self.dropout, seed=self.dropout_seed, sequence=cut)
+            drop = Dropout.of_this_microbatch(self.dropout, self.dropout_seed, sequence=cut)
         # x is read once for all A's of the layer, and one collective serves them all.
-        u = torch.matmul(x, torch.cat([pair.lora_A for pair in pairs]).t())  # [s or s/t, b, sum of r]
+        u = low_rank_input(x, [pair.lora_A for pair in pairs], drop)  # [s or s/t, b, sum of r]
         if self.sequence_parallel:
             return gather_from_sequence_parallel_region(u, group=self.tp_group)  # g
         return copy_to_tensor_model_parallel_region(u, group=self.tp_group)  # f

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The algebra of LoRA, sharding-free: factors, their initial values, their dropout.
+"""The algebra of LoRA, sharding-free: factors and their initial values.
 
     h = W_0 x + (alpha / r) B A x        (LoRA paper, section 4.1, equation 3)
 
@@ -100,35 +100,3 @@ class LoraFactors(nn.Module):
 
 def _on_meta(device: torch.device | str | None) -> bool:
     return torch.device(device).type == "meta" if device is not None else torch.empty(0).is_meta
-
-
-def set_first_sample(index: int) -> None:
-    """Say which sample of the run's stream is the first of the microbatch about to run forward.
-
-    The index is kept as the seed of torch's default generator, because activation recomputation saves and restores
-    that generator: a recomputed forward, however late it runs, then draws the masks of its own microbatch.
-    """
-    torch.manual_seed(index)
-
-
-def _first_sample() -> int:
-    return torch.default_generator.initial_seed()
-
-
-def dropout(
-    x: Tensor, p: float, *, seed: int, sequence: tuple[int, int] = (0, 1), features: tuple[int, int] = (0, 1)
-) -> Tensor:
-    """Inverted dropout whose mask is a function of (seed, sample, position, feature) alone.
-
-    x [s, b, n] is this rank's cut: `sequence` and `features` are (rank, size) of the axis it is cut along. The full
-    mask of each sample is drawn and cut, so masks agree where the input is replicated and differ where it is sharded.
-    """
-    steps, batch, width = x.shape
-    full = (steps * sequence[1], width * features[1])
-    keep = torch.empty_like(x, dtype=torch.bool)
-    generator = torch.Generator(x.device)
-    for column in range(batch):
-        generator.manual_seed(seed_from(seed, _first_sample() + column))
-        mask = torch.rand(full, generator=generator, device=x.device) >= p
-        keep[:, column] = mask.chunk(sequence[1], 0)[sequence[0]].chunk(features[1], 1)[features[0]]
-    return x * keep / (1 - p)

@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LayerNorm and RMSNorm that work on sequence shards.
+"""LayerNorm and RMSNorm that work on sequence shards and keep their input alone.
 
 megatron-core's fallback to torch's norms refuses sequence parallelism. Here the parameters carry the declaration that
 their gradients are partial sums over sequence shards, and megatron-core sums them.
+
+What is kept for the backward pass is x, in its own precision: mean and variance are computed again, and so is the
+output for an adapter that reads it (`layers.rebuilt`).
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +19,58 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lora_megatron.layers.rebuilt import rebuilt
 from lora_megatron.layers.sharding import REPLICATED, declare
+
+try:
+    from lora_megatron.layers import norm_kernels as kernels
+except ImportError:  # no Triton: torch's own
+    kernels = None  # type: ignore[assignment]
+
+
+@dataclass(frozen=True)
+class _LayerNormStep:
+    """(x - mean) / sqrt(var + eps) * weight + bias."""
+
+    eps: float
+
+    def value(self, x: Tensor, *parameters: Tensor | None) -> Tensor:
+        weight, bias = parameters
+        assert weight is not None
+        if _by_kernel(x) and not torch.is_grad_enabled():
+            return kernels.norm(x.contiguous(), weight, bias, self.eps)
+        return functional.layer_norm(x, (x.shape[-1],), weight, bias, self.eps)
+
+    def input_gradient(self, x: Tensor, grad: Tensor, *parameters: Tensor | None) -> Tensor | None:
+        return _input_gradient(x, grad, parameters[0], self.eps, centred=True)
+
+
+@dataclass(frozen=True)
+class _RMSNormStep:
+    """x / sqrt(mean(x^2) + eps) * weight; the mean is taken in fp32, as transformers' Llama does."""
+
+    eps: float
+
+    def value(self, x: Tensor, *parameters: Tensor | None) -> Tensor:
+        (weight,) = parameters
+        assert weight is not None
+        if _by_kernel(x) and not torch.is_grad_enabled():
+            return kernels.norm(x.contiguous(), weight, None, self.eps)
+        return functional.rms_norm(x.float(), (x.shape[-1],), None, self.eps).to(x.dtype) * weight
+
+    def input_gradient(self, x: Tensor, grad: Tensor, *parameters: Tensor | None) -> Tensor | None:
+        return _input_gradient(x, grad, parameters[0], self.eps, centred=False)
+
+
+def _input_gradient(x: Tensor, grad: Tensor, weight: Tensor | None, eps: float, *, centred: bool) -> Tensor | None:
+    assert weight is not None
+    if not _by_kernel(x):
+        return None
+    return kernels.norm_gradient(x.contiguous(), grad.contiguous(), weight, eps, centred=centred)
+
+
+def _by_kernel(x: Tensor) -> bool:
+    return kernels is not None and x.is_cuda and x.shape[-1] <= kernels.WIDEST
 
 
 class LayerNorm(nn.Module):
@@ -36,7 +91,7 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden_size] -> the same shape."""
-        return functional.layer_norm(x, self.shape, self.weight, self.bias, self.eps)
+        return rebuilt(_LayerNormStep(self.eps), x, self.weight, self.bias)
 
 
 class RMSNorm(LayerNorm):
@@ -46,8 +101,8 @@ class RMSNorm(LayerNorm):
         return None
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., hidden_size] -> the same shape; the mean is taken in fp32 as transformers' Llama does."""
-        return functional.rms_norm(x.float(), self.shape, None, self.eps).to(x.dtype) * self.weight
+        """[..., hidden_size] -> the same shape."""
+        return rebuilt(_RMSNormStep(self.eps), x, self.weight)
 
 
 class ApexLayerNorm(FusedLayerNorm):

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-import torch
 from megatron.core.tensor_parallel import (
     RowParallelLinear,
     reduce_from_tensor_model_parallel_region,
@@ -21,9 +20,11 @@ from megatron.core.tensor_parallel import (
 )
 from torch import Tensor, nn
 
+from lora_megatron.layers.dropout import Dropout
 from lora_megatron.layers.frozen import frozen_linear
-from lora_megatron.layers.lora import AdapterSet, LoraFactors, dropout, seed_from
+from lora_megatron.layers.lora import AdapterSet, LoraFactors, seed_from
 from lora_megatron.layers.low_rank import add_low_rank
+from lora_megatron.layers.low_rank_input import low_rank_input
 from lora_megatron.layers.qkv import whole
 from lora_megatron.layers.sharding import REPLICATED, Shard, declare
 from lora_megatron.layers.storage.choose import StorageFormat
@@ -111,10 +112,11 @@ class LoraRowParallelLinear(RowParallelLinear):
         return output, bias
 
     def _low_rank_input(self, x: Tensor, pair: LoraFactors) -> Tensor:
+        drop = None
         if self.dropout and self.training:
             cut = (self.tp_group.rank(), self.tp_group.size())
-            x = dropout(x, self.dropout, seed=self.dropout_seed, features=cut)
-        u = torch.matmul(x, pair.lora_A.t())  # [s, b, r], a partial sum over the ranks' inputs
+            drop = Dropout.of_this_microbatch(self.dropout, self.dropout_seed, features=cut)
+        u = low_rank_input(x, [pair.lora_A], drop)  # [s, b, r], a partial sum over the ranks' inputs
         if self.sequence_parallel:
             scattered: Tensor = reduce_scatter_to_sequence_parallel_region(u, group=self.tp_group)  # [s/t, b, r]
             return scattered

@@ -13,14 +13,16 @@ from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
+from lora_megatron.layers.activation import Activation
 from lora_megatron.layers.attention import SdpaAttention
 from lora_megatron.layers.column import LoraColumnParallelLinear
 from lora_megatron.layers.lora import AdapterSet
+from lora_megatron.layers.mlp import MlpSpec
 from lora_megatron.layers.norm import RMSNorm, norm_class
 from lora_megatron.layers.parallel_residual import ParallelResidualLayer
 from lora_megatron.layers.qkv import Part, gated_parts, qkv_parts, whole
@@ -106,7 +108,7 @@ def layer_spec(
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
-            mlp=ModuleSpec(module=MLP, submodules=mlp),
+            mlp=MlpSpec(mlp, {"activation": Activation(shape.activation, gated=shape.gated_mlp)}),
             mlp_bda=get_bias_dropout_add,
         ),
     )

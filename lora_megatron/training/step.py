@@ -21,7 +21,7 @@ from megatron.core.distributed import DistributedDataParallel, finalize_model_gr
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
-from lora_megatron.layers.lora import set_first_sample
+from lora_megatron.layers.dropout import set_first_sample
 from lora_megatron.parallel.agree import gather_text
 from lora_megatron.parallel.heartbeat import making_data
 

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_megatron.layers.lora import dropout, scaling, seed_from, set_first_sample
+from lora_megatron.layers.dropout import Dropout, set_first_sample
+from lora_megatron.layers.lora import scaling, seed_from
 
 
 def test_seeds_never_change() -> None:
@@ -35,13 +36,12 @@ def test_scales() -> None:
 @settings(deadline=None, max_examples=30)
 @given(st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 4]), st.integers(0, 100))
 def test_cut_masks_are_the_parts_of_one_mask(sequence: int, features: int, sample: int) -> None:
-    set_first_sample(sample)
     x = torch.ones(8, 3, 16)
-    whole = dropout(x, 0.5, seed=5)
+    whole = Dropout(0.5, 5, sample)(x)
     rows = []
     for rank, shard in enumerate(x.chunk(sequence, 0)):
         pieces = [
-            dropout(piece, 0.5, seed=5, sequence=(rank, sequence), features=(index, features))
+            Dropout(0.5, 5, sample, sequence=(rank, sequence), features=(index, features))(piece)
             for index, piece in enumerate(shard.chunk(features, 2))
         ]
         rows.append(torch.cat(pieces, 2))
@@ -51,19 +51,18 @@ def test_cut_masks_are_the_parts_of_one_mask(sequence: int, features: int, sampl
 def test_masks_depend_on_sample_and_seed_alone() -> None:
     x = torch.ones(16, 2, 32)
     set_first_sample(4)
-    one = dropout(x, 0.5, seed=5)
-    assert torch.equal(one, dropout(x, 0.5, seed=5))
-    assert not torch.equal(one, dropout(x, 0.5, seed=6))
+    one = Dropout.of_this_microbatch(0.5, 5)(x)
+    assert torch.equal(one, Dropout(0.5, 5, 4)(x))
+    assert not torch.equal(one, Dropout(0.5, 6, 4)(x))
     assert not torch.equal(one[:, 0], one[:, 1])
-    set_first_sample(5)  # sample 5 stood in the second column, now in the first
-    assert torch.equal(dropout(x, 0.5, seed=5)[:, 0], one[:, 1])
+    # sample 5 stood in the second column, now in the first
+    assert torch.equal(Dropout(0.5, 5, 5)(x)[:, 0], one[:, 1])
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5])
 def test_dropout_keeps_the_mean(p: float) -> None:
-    set_first_sample(0)
     x = torch.ones(128, 4, 128)
-    out = dropout(x, p, seed=1)
+    out = Dropout(p, 1, 0)(x)
     kept = float((out != 0).float().mean())
     assert kept == pytest.approx(1 - p, abs=5 * math.sqrt(p * (1 - p) / x.numel()))  # five standard deviations
     assert torch.allclose(out[out != 0], torch.tensor(1 / (1 - p)))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from lora_megatron.layers.storage.fp8 import StoredFp8
-from lora_megatron.layers.storage.nf4 import StoredNf4
+from lora_megatron.layers.storage.nf4 import StoredNf4, StoredNf4ForFp8
 from lora_megatron.layers.storage.stored import Stored
 
 
@@ -24,4 +24,5 @@ class StorageFormat:
         """Room for a weight [out, in] of this rank; `cut` as in `Stored`."""
         if self.kind == "fp8":
             return StoredFp8(out_features, in_features, device=device, **cut)
-        return StoredNf4(out_features, in_features, device=device, multiply_in=self.gemm, **cut)
+        kind = StoredNf4ForFp8 if self.gemm == "fp8" else StoredNf4
+        return kind(out_features, in_features, device=device, **cut)

@@ -19,7 +19,9 @@ the largest is taken over all of them (one number per token), so that a result d
 from __future__ import annotations
 
 import functools
-from typing import Any
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -45,23 +47,35 @@ def to_fp8(values: Tensor, scale: Tensor) -> Tensor:
     return (values.float() / scale).clamp(-LARGEST, LARGEST).to(FP8)
 
 
-def quantise_tokens(x: Tensor, *, factor: Tensor | None, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
-    """q(x diag(factor)) and the scale of every token: [m, k] -> [m, k] FP8, [m, 1] fp32.
+class Quantised(NamedTuple):
+    """A matrix in FP8 with a scale for every row: codes [m, k] e4m3, scale [m, 1] fp32."""
 
-    `group`: the ranks over which the k inner values of a token are spread.
-    """
+    codes: Tensor
+    scale: Tensor
+
+
+def quantise_tokens(x: Tensor, *, factor: Tensor | None, group: dist.ProcessGroup | None) -> Quantised:
+    """q(x diag(factor)) of x [m, k]; `group`: the ranks over which the k inner values of a token are spread."""
+    if kernels is not None and x.is_cuda:
+        return Quantised(*kernels.quantise_rows(x.contiguous(), factor, agree=agree_over(group)))
+    values = x.float() if factor is None else x.float() * factor
+    largest = values.abs().amax(1, keepdim=True)
+    agree = agree_over(group)
+    if agree is not None:
+        agree(largest)
+    scale = scale_of(largest)
+    return Quantised(to_fp8(values, scale), scale)
+
+
+def agree_over(group: dist.ProcessGroup | None) -> Callable[[Tensor], None] | None:
+    """What raises tokens' largest magnitudes to those of all ranks of `group`, in place; None without a group."""
+    if group is None:
+        return None
 
     def agree(largest: Tensor) -> None:
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
 
-    if kernels is not None and x.is_cuda:
-        return kernels.quantise_rows(x.contiguous(), factor, agree=None if group is None else agree)
-    values = x.float() if factor is None else x.float() * factor
-    largest = values.abs().amax(1, keepdim=True)
-    if group is not None:
-        agree(largest)
-    scale = scale_of(largest)
-    return to_fp8(values, scale), scale
+    return agree
 
 
 def transposed_fp8(codes: Tensor) -> Tensor:
@@ -114,29 +128,60 @@ def multiply(
     return product.to(dtype)
 
 
-def fp8_linear(
-    x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, *, axis: int, group: dist.ProcessGroup | None
-) -> Tensor:
-    """x W^T + bias with W [n, k] = codes and `scale` along `axis`: [m, k] -> [m, n]."""
-    if axis == 0:
-        quantised, tokens = quantise_tokens(x, factor=None, group=None)
-        return multiply(quantised, tokens, codes, scale, x.dtype, bias=bias, fast=True)
-    quantised, tokens = quantise_tokens(x, factor=scale, group=group)
-    return multiply(quantised, tokens, codes, None, x.dtype, bias=bias, fast=True)
+class Fp8Products(Stored):
+    """A stored weight whose products are done in FP8.
+
+    What quantises a factor and what multiplies are apart, so that a kernel which computes the factor can quantise it.
+    """
+
+    @abstractmethod
+    def codes_and_scale(self, *, transposed: bool) -> tuple[Tensor, Tensor]:
+        """W as FP8 codes, [out, in] or [in, out] transposed, and its scale along `axis`."""
+
+    @abstractmethod
+    def column_scale(self) -> Tensor:
+        """Its scale alone, fp32 [out] for axis 0, [in] for axis 1."""
+
+    def forward_factor(self) -> Tensor | None:
+        """What x is multiplied with before it is quantised, [in]."""
+        return self.column_scale() if self.axis == 1 else None
+
+    def backward_factor(self) -> Tensor | None:
+        """What dL/dy is multiplied with before it is quantised, [out]."""
+        return self.column_scale() if self.axis == 0 else None
+
+    @property
+    def forward_group(self) -> dist.ProcessGroup | None:
+        """The ranks over which a token of x is spread."""
+        return self.group if self.axis == 1 else None
+
+    @property
+    def backward_group(self) -> dist.ProcessGroup | None:
+        """The ranks over which a token of dL/dy is spread."""
+        return self.group if self.axis == 0 else None
+
+    def linear_of(self, x: Quantised, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """x W^T + bias of a quantised x: [m, in] -> [m, out] in `dtype`."""
+        codes, scale = self.codes_and_scale(transposed=False)
+        after = scale if self.axis == 0 else None
+        return multiply(x.codes, x.scale, codes, after, dtype, bias=bias, fast=True)
+
+    def input_gradient_of(self, grad: Quantised, dtype: torch.dtype) -> Tensor:
+        """grad W of a quantised gradient: [m, out] -> [m, in] in `dtype`."""
+        codes, scale = self.codes_and_scale(transposed=True)
+        after = scale if self.axis == 1 else None
+        return multiply(grad.codes, grad.scale, codes, after, dtype)
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        quantised = quantise_tokens(x, factor=self.forward_factor(), group=self.forward_group)
+        return self.linear_of(quantised, bias, x.dtype)
+
+    def input_gradient(self, grad: Tensor) -> Tensor:
+        quantised = quantise_tokens(grad, factor=self.backward_factor(), group=self.backward_group)
+        return self.input_gradient_of(quantised, grad.dtype)
 
 
-def fp8_input_gradient(
-    grad: Tensor, codes: Tensor, scale: Tensor, *, axis: int, group: dist.ProcessGroup | None
-) -> Tensor:
-    """grad W with W^T [k, n] = codes: [m, n] -> [m, k]."""
-    if axis == 0:
-        quantised, tokens = quantise_tokens(grad, factor=scale, group=group)
-        return multiply(quantised, tokens, codes, None, grad.dtype)
-    quantised, tokens = quantise_tokens(grad, factor=None, group=None)
-    return multiply(quantised, tokens, codes, scale, grad.dtype)
-
-
-class StoredFp8(Stored):
+class StoredFp8(Fp8Products):
     """A byte per weight and an fp32 scale per row (axis 0) or column (axis 1)."""
 
     codes: Tensor
@@ -157,8 +202,8 @@ class StoredFp8(Stored):
         scale = self.scale[:, None] if self.axis == 0 else self.scale
         return (self.codes.float() * scale).to(dtype)
 
-    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return fp8_linear(x, self.codes, self.scale, bias, axis=self.axis, group=self.group)
+    def column_scale(self) -> Tensor:
+        return self.scale
 
-    def input_gradient(self, grad: Tensor) -> Tensor:
-        return fp8_input_gradient(grad, transposed_fp8(self.codes), self.scale, axis=self.axis, group=self.group)
+    def codes_and_scale(self, *, transposed: bool) -> tuple[Tensor, Tensor]:
+        return transposed_fp8(self.codes) if transposed else self.codes, self.scale

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lora_megatron.layers.storage.fp8 import FP8, LARGEST, fp8_input_gradient, fp8_linear, kernels, scale_of
+from lora_megatron.layers.storage.fp8 import FP8, LARGEST, Fp8Products, kernels, scale_of
 from lora_megatron.layers.storage.stored import Stored
 
 BLOCK = 64
@@ -39,7 +39,7 @@ def nearest_levels(values: Tensor) -> Tensor:
 
 
 class StoredNf4(Stored):
-    """Half a byte per weight; `multiply_in` is the precision of the products, `bf16` (the activations') or `fp8`."""
+    """Half a byte per weight, multiplied in the activations' precision."""
 
     packed: Tensor
     block_codes: Tensor
@@ -48,12 +48,9 @@ class StoredNf4(Stored):
     levels: Tensor
     fp8_scale: Tensor
 
-    def __init__(
-        self, out_features: int, in_features: int, *, device: torch.device, multiply_in: str = "bf16", **cut: Any
-    ) -> None:
+    def __init__(self, out_features: int, in_features: int, *, device: torch.device, **cut: Any) -> None:
         super().__init__(out_features, in_features, **cut)
         assert in_features % BLOCK == 0, "checked with the configuration"
-        self.multiply_in = multiply_in
         blocks = (out_features, in_features // BLOCK)
         groups = list(blocks)
         groups[1 - self.axis] = -(-groups[1 - self.axis] // GROUP)
@@ -118,21 +115,21 @@ class StoredNf4(Stored):
         values = weights.flatten(1).to(dtype)
         return values.t().contiguous() if transposed else values
 
-    def _fp8_scale(self) -> Tensor:
-        """Of W as FP8, along `axis`: [out] or [in] fp32."""
-        return self.fp8_scale if self.axis == 0 else self.fp8_scale.repeat_interleave(BLOCK)
-
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        if self.multiply_in == "fp8":
-            codes = self._unpack(FP8, scale=self.fp8_scale)
-            return fp8_linear(x, codes, self._fp8_scale(), bias, axis=self.axis, group=self.group)
         return functional.linear(x, self.unpacked(x.dtype), bias)
 
     def input_gradient(self, grad: Tensor) -> Tensor:
-        if self.multiply_in == "fp8":
-            codes = self._unpack(FP8, scale=self.fp8_scale, transposed=True)
-            return fp8_input_gradient(grad, codes, self._fp8_scale(), axis=self.axis, group=self.group)
         return grad @ self.unpacked(grad.dtype)
+
+
+class StoredNf4ForFp8(Fp8Products, StoredNf4):
+    """The same bytes, unpacked to FP8 for each product."""
+
+    def column_scale(self) -> Tensor:
+        return self.fp8_scale if self.axis == 0 else self.fp8_scale.repeat_interleave(BLOCK)
+
+    def codes_and_scale(self, *, transposed: bool) -> tuple[Tensor, Tensor]:
+        return self._unpack(FP8, scale=self.fp8_scale, transposed=transposed), self.column_scale()
 
 
 def _spread(per_group: Tensor, axis: int, length: int) -> Tensor:

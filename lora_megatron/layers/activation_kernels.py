@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Triton kernels of the MLP's activation, alone or together with the FP8 rounding of what comes out of it.
+
+`activation.Activation.exactly` is the reference. A program does one row. To round a row to FP8 its largest magnitude
+must be known: the row is read and computed twice, the second time from the cache, which is far less than writing it
+and reading it again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_LARGEST = tl.constexpr(448.0)  # of e4m3
+_PIECE = 4096
+Agree = Callable[[Tensor], object]
+
+
+@triton.jit
+def _value_and_slope(v, KIND: tl.constexpr):
+    """act(v) and act'(v), fp32."""
+    if KIND == "gelu_tanh":
+        inner = 0.7978845608028654 * (v + 0.044715 * v * v * v)
+        t = 1.0 - 2.0 / (tl.exp(2.0 * inner) + 1.0)  # tanh
+        value = 0.5 * v * (1.0 + t)
+        slope = 0.5 * (1.0 + t) + 0.5 * v * (1.0 - t * t) * 0.7978845608028654 * (1.0 + 0.134145 * v * v)
+    elif KIND == "gelu":
+        below = 0.5 * (1.0 + tl.erf(v * 0.7071067811865476))
+        value = v * below
+        slope = below + v * 0.3989422804014327 * tl.exp(-0.5 * v * v)
+    elif KIND == "silu":
+        s = 1.0 / (1.0 + tl.exp(-v))
+        value = v * s
+        slope = s * (1.0 + v * (1.0 - s))
+    else:
+        value = tl.maximum(v, 0.0)
+        slope = tl.where(v > 0, 1.0, 0.0)
+    return value, slope
+
+
+@triton.jit
+def _loaded(x, bias, where, column, inside, BIAS: tl.constexpr):
+    value = tl.load(x + where, inside, 0.0).to(tl.float32)
+    if BIAS:
+        value += tl.load(bias + column, inside, 0.0).to(tl.float32)
+    return value
+
+
+@triton.jit
+def _outputs(x, bias, row, column, inside, columns, KIND: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr):
+    """Columns `column` of the row's y."""
+    start = row * (columns * 2 if GATED else columns)
+    value, _ = _value_and_slope(_loaded(x, bias, start + column, column, inside, BIAS), KIND)
+    if GATED:
+        value *= _loaded(x, bias, start + columns + column, columns + column, inside, BIAS)
+    return value
+
+
+@triton.jit
+def _gradients(
+    x, bias, grad, row, column, inside, columns, KIND: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr
+):  # fmt: skip
+    """dL/dx at `column` (gate's, if gated) and dL/dup; the second means nothing if not gated."""
+    start = row * (columns * 2 if GATED else columns)
+    value, slope = _value_and_slope(_loaded(x, bias, start + column, column, inside, BIAS), KIND)
+    dy = tl.load(grad + row * columns + column, inside, 0.0).to(tl.float32)
+    first = dy * slope
+    second = dy * value
+    if GATED:
+        first *= _loaded(x, bias, start + columns + column, columns + column, inside, BIAS)
+    return first, second
+
+
+@triton.jit
+def _forward(
+    x, bias, factor, out, scales, columns: tl.constexpr, C: tl.constexpr, KIND: tl.constexpr, GATED: tl.constexpr,
+    BIAS: tl.constexpr, FACTOR: tl.constexpr, MEASURE: tl.constexpr, CAST: tl.constexpr,
+):  # fmt: skip
+    """out = y; with MEASURE or CAST its FP8 codes instead (`storage.kernels.quantise_rows` has the same two)."""
+    row = tl.program_id(0).to(tl.int64)
+    scale = 1.0
+    if MEASURE:
+        largest = tl.zeros([C], tl.float32)
+        for start in range(0, columns, C):
+            column = start + tl.arange(0, C)
+            value = _outputs(x, bias, row, column, column < columns, columns, KIND, GATED, BIAS)
+            if FACTOR:
+                value *= tl.load(factor + column, column < columns, 0.0)
+            largest = tl.maximum(largest, tl.where(column < columns, tl.abs(value), 0.0))
+        scale = tl.max(largest, 0)
+        if CAST:
+            scale = tl.where(scale > 0, scale / _LARGEST, 1.0)
+        tl.store(scales + row, scale)
+    elif CAST:
+        scale = tl.load(scales + row)
+        scale = tl.where(scale > 0, scale / _LARGEST, 1.0)
+        tl.store(scales + row, scale)
+    if CAST or not MEASURE:
+        for start in range(0, columns, C):
+            column = start + tl.arange(0, C)
+            value = _outputs(x, bias, row, column, column < columns, columns, KIND, GATED, BIAS)
+            if CAST:
+                if FACTOR:
+                    value *= tl.load(factor + column, column < columns, 0.0)
+                value = tl.clamp(value / scale, -_LARGEST, _LARGEST)
+            tl.store(out + row * columns + column, value.to(out.dtype.element_ty), column < columns)
+
+
+@triton.jit
+def _backward(
+    x, bias, grad, factor, out, scales, columns: tl.constexpr, C: tl.constexpr, KIND: tl.constexpr,
+    GATED: tl.constexpr, BIAS: tl.constexpr, FACTOR: tl.constexpr, MEASURE: tl.constexpr, CAST: tl.constexpr,
+):  # fmt: skip
+    """out = dL/dx; with MEASURE or CAST its FP8 codes."""
+    row = tl.program_id(0).to(tl.int64)
+    width = columns * 2 if GATED else columns
+    scale = 1.0
+    if MEASURE:
+        largest = tl.zeros([C], tl.float32)
+        for start in range(0, columns, C):
+            column = start + tl.arange(0, C)
+            inside = column < columns
+            first, second = _gradients(x, bias, grad, row, column, inside, columns, KIND, GATED, BIAS)
+            if FACTOR:
+                first *= tl.load(factor + column, inside, 0.0)
+                if GATED:
+                    second *= tl.load(factor + columns + column, inside, 0.0)
+            largest = tl.maximum(largest, tl.where(inside, tl.abs(first), 0.0))
+            if GATED:
+                largest = tl.maximum(largest, tl.where(inside, tl.abs(second), 0.0))
+        scale = tl.max(largest, 0)
+        if CAST:
+            scale = tl.where(scale > 0, scale / _LARGEST, 1.0)
+        tl.store(scales + row, scale)
+    elif CAST:
+        scale = tl.load(scales + row)
+        scale = tl.where(scale > 0, scale / _LARGEST, 1.0)
+        tl.store(scales + row, scale)
+    if CAST or not MEASURE:
+        for start in range(0, columns, C):
+            column = start + tl.arange(0, C)
+            inside = column < columns
+            first, second = _gradients(x, bias, grad, row, column, inside, columns, KIND, GATED, BIAS)
+            if CAST:
+                if FACTOR:
+                    first *= tl.load(factor + column, inside, 0.0)
+                    if GATED:
+                        second *= tl.load(factor + columns + column, inside, 0.0)
+                first = tl.clamp(first / scale, -_LARGEST, _LARGEST)
+                second = tl.clamp(second / scale, -_LARGEST, _LARGEST)
+            tl.store(out + row * width + column, first.to(out.dtype.element_ty), inside)
+            if GATED:
+                tl.store(out + row * width + columns + column, second.to(out.dtype.element_ty), inside)
+
+
+def _rows(x: Tensor, gated: bool) -> tuple[int, int]:
+    """(rows, columns of y)"""
+    width = x.shape[-1]
+    return x.numel() // width, width // 2 if gated else width
+
+
+def activate(x: Tensor, bias: Tensor | None, name: str, *, gated: bool) -> Tensor:
+    """y [..., f] in x's type: x [..., f or 2 f] contiguous, bias [f or 2 f]."""
+    rows, columns = _rows(x, gated)
+    out = torch.empty(*x.shape[:-1], columns, dtype=x.dtype, device=x.device)
+    flags = (columns, _PIECE, name, gated, bias is not None, False, False, False)
+    _forward[(rows,)](x, bias, None, out, None, *flags, num_warps=8)
+    return out
+
+
+def activate_gradient(x: Tensor, bias: Tensor | None, grad: Tensor, name: str, *, gated: bool) -> Tensor:
+    """dL/dx in x's shape and type, from grad = dL/dy [..., f] contiguous."""
+    rows, columns = _rows(x, gated)
+    out = torch.empty_like(x)
+    flags = (columns, _PIECE, name, gated, bias is not None, False, False, False)
+    _backward[(rows,)](x, bias, grad, None, out, None, *flags, num_warps=8)
+    return out
+
+
+def activate_in_fp8(
+    x: Tensor, bias: Tensor | None, factor: Tensor | None, name: str, *, gated: bool, agree: Agree | None
+) -> tuple[Tensor, Tensor]:
+    """y diag(factor) as e4m3 with a scale per row: x [m, f or 2 f] -> [m, f], [m, 1] fp32; `agree` as in
+    `quantise_rows`."""
+    rows, columns = _rows(x, gated)
+    codes = torch.empty(rows, columns, dtype=torch.float8_e4m3fn, device=x.device)
+    return _in_fp8(_forward, (x, bias), factor, codes, columns, (name, gated, bias is not None), agree)
+
+
+def activate_gradient_in_fp8(
+    x: Tensor, bias: Tensor | None, grad: Tensor, factor: Tensor | None, name: str, *, gated: bool, agree: Agree | None
+) -> tuple[Tensor, Tensor]:
+    """dL/dx diag(factor) as e4m3 with a scale per row: [m, f or 2 f], [m, 1] fp32."""
+    _, columns = _rows(x, gated)
+    codes = torch.empty_like(x, dtype=torch.float8_e4m3fn)
+    return _in_fp8(_backward, (x, bias, grad), factor, codes, columns, (name, gated, bias is not None), agree)
+
+
+def _in_fp8(
+    kernel: triton.JITFunction,
+    inputs: tuple[Tensor | None, ...],
+    factor: Tensor | None,
+    codes: Tensor,
+    columns: int,
+    flags: tuple[object, ...],
+    agree: Agree | None,
+) -> tuple[Tensor, Tensor]:
+    rows = codes.shape[0]
+    scales = torch.empty(rows, 1, dtype=torch.float32, device=codes.device)
+    arguments = (*inputs, factor, codes, scales, columns, _PIECE, *flags, factor is not None)
+    if agree is None:
+        kernel[(rows,)](*arguments, True, True, num_warps=16)
+    else:
+        kernel[(rows,)](*arguments, True, False, num_warps=16)
+        agree(scales)
+        kernel[(rows,)](*arguments, False, True, num_warps=16)
+    return codes, scales
