@@ -14,8 +14,8 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor, nn
-from torch.nn import functional
 
+from lora_megatron.layers.activation import ACTIVATIONS
 from lora_megatron.layers.rope import attention_factor, inverse_frequencies
 from lora_megatron.layers.sharding import REPLICATED, Shard, declare
 from lora_megatron.layers.storage.choose import StorageFormat
@@ -55,12 +55,6 @@ class _ShapesOnly(GPTModel):
         return False
 
 
-def _activation(name: str) -> object:
-    if name == "gelu_tanh":
-        return lambda x: functional.gelu(x, approximate="tanh")
-    return {"gelu": functional.gelu, "silu": functional.silu, "relu": functional.relu}[name]
-
-
 def megatron_config(shape: ModelShape, layout: Layout, options: BuildOptions) -> TransformerConfig:
     """megatron-core's configuration: no fusion that needs a compiler, no initialisation (weights are drawn here)."""
     dtype = DTYPES[options.precision]
@@ -73,7 +67,7 @@ def megatron_config(shape: ModelShape, layout: Layout, options: BuildOptions) ->
         ffn_hidden_size=shape.ffn_hidden_size,
         normalization=shape.normalization,
         layernorm_epsilon=shape.norm_epsilon,
-        activation_func=_activation(shape.activation),
+        activation_func=ACTIVATIONS[shape.activation],  # for its checks; `layers.mlp` computes it
         gated_linear_unit=shape.gated_mlp,
         add_bias_linear=shape.linear_bias,
         qk_layernorm=shape.qk_norm,  # their gradients are then summed over the tensor group: each rank has its heads
