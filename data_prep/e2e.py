@@ -6,24 +6,26 @@
     target   There is a place in the city centre, Alimentum, that is not family-friendly.
 
 The context has the linear form of the LoRA paper's GPT-2 experiments; slot names stay as the CSV files spell them.
-One split's references are held in memory to gather the ones of equal mr (the largest split has 9 MB); rows stream.
+A file is read twice: once to gather the sentences of equal mr on the disk, once to write the rows.
 """
 
 from __future__ import annotations
 
 import argparse
 import re
-from itertools import islice
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from data_prep.csv_records import read_csv
-from data_prep.progress import print_summary, with_progress
-from data_prep.rejects import RejectBudget
-from data_prep.writer import DatasetWriter
-from lora_megatron.errors import ConfigError, DataError
+from data_prep.disk_index import DiskIndex
+from data_prep.options import add_options, files_of_splits, prepare
+from data_prep.raw_files import BadRecord
+from data_prep.rows import Row, Source, checked_text
 
 COLUMNS = ("mr", "ref")
 SPLIT_BY_FILE = {"trainset.csv": "train", "devset.csv": "validation", "testset_w_refs.csv": "test"}
+WHAT = "E2E NLG Challenge CSV files"
 
 # `|` separates pairs in the context; brackets and line ends cannot be told from syntax.
 _PAIR = re.compile(r"([A-Za-z][A-Za-z0-9_ ]*)\[([^\[\]|\r\n]+)\]")
@@ -54,55 +56,35 @@ def linearise(pairs: list[tuple[str, str]]) -> str:
     return " | ".join(f"{slot} : {value}" for slot, value in pairs)
 
 
-def write_splits(raw: Path, writer: DatasetWriter, *, limit: int | None, budget: RejectBudget) -> None:
-    """Prepare every E2E file that `raw` has into `writer`; `limit` bounds the rows of each split.
-
-    Raises DataError when `raw` has none of the files, or for bad records beyond the budget.
-    """
-    present = [name for name in SPLIT_BY_FILE if (raw / name).is_file()]
-    if not present:
-        expected = ", ".join(SPLIT_BY_FILE)
-        raise DataError(f"{raw} has none of {expected}; give --raw the folder with the E2E NLG Challenge CSV files")
-    for file_name in present:
-        writer.add_source(raw / file_name)
-        _write_split(raw / file_name, SPLIT_BY_FILE[file_name], writer, limit, budget)
-    writer.rejected = budget.count
+def sources_of(raw: Path) -> list[Source]:
+    """The E2E files that `raw` has. Raises DataError when it has none."""
+    return [_source(split, path) for split, path in files_of_splits(raw, SPLIT_BY_FILE, what=WHAT)]
 
 
-def _write_split(path: Path, split: str, writer: DatasetWriter, limit: int | None, budget: RejectBudget) -> None:
-    references: dict[str, list[str]] = {}
-    total = 0
-    for _, (mr, ref) in islice(read_csv(path, COLUMNS), limit):
-        references.setdefault(mr, []).append(ref.strip())
-        total += 1
-    records = with_progress(islice(read_csv(path, COLUMNS), limit), split, total)
-    with writer.split(split) as rows:
-        for number, (line, (mr, ref)) in enumerate(records):
-            try:
-                context = linearise(parse_mr(mr))
-                if not ref.strip():
-                    raise ValueError("ref is empty")
-            except ValueError as error:
-                budget.reject(path, line, str(error))
-                continue
-            accepted = [reference for reference in references[mr] if reference]
-            rows.write(id=f"{split}-{number:06d}", context=context, target=ref.strip(), references=accepted)
+def _source(split: str, path: Path) -> Source:
+    def rows(record: tuple[str, str, list[str]], number: int) -> list[Row]:
+        mr, ref, references = record
+        context = linearise(parse_mr(mr))
+        return [Row(f"{split}-{number:06d}", context, checked_text(ref, "ref").strip(), references)]
+
+    return Source(split, path, lambda: _with_references(path), rows)
+
+
+def _with_references(path: Path) -> Iterator[tuple[int, Any]]:
+    """(line, (mr, ref, all sentences of this mr)) per record."""
+    with DiskIndex() as sentences:
+        for _, record in read_csv(path, COLUMNS):
+            if not isinstance(record, BadRecord) and record[1].strip():
+                sentences.add(record[0], record[1].strip())
+        for line, record in read_csv(path, COLUMNS):
+            yield line, record if isinstance(record, BadRecord) else (*record, sentences.values(record[0]))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `python -m data_prep e2e`."""
-    parser.add_argument("--raw", type=Path, required=True, help=f"folder with {', '.join(SPLIT_BY_FILE)} (any of them)")
-    parser.add_argument("--out", type=Path, required=True, help="folder to create; must not exist or be empty")
-    parser.add_argument("--limit", type=int, help="at most this many rows per split (default: all)")
-    parser.add_argument("--max-rejected", type=int, default=0, help="bad records to skip before giving up (default: 0)")
+    add_options(parser, raw=f"folder with {', '.join(SPLIT_BY_FILE)} (any of them)")
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Prepare the E2E files of `arguments.raw` into `arguments.out`. Raises ConfigError or DataError."""
-    if arguments.limit is not None and arguments.limit < 1:
-        raise ConfigError(f"--limit {arguments.limit} must be 1 or more")
-    budget = RejectBudget(arguments.max_rejected)
-    options = {"limit": arguments.limit, "max_rejected": arguments.max_rejected}
-    with DatasetWriter(arguments.out, preparer="e2e", options=options) as writer:
-        write_splits(arguments.raw, writer, limit=arguments.limit, budget=budget)
-    print_summary(writer, arguments.out)
+    prepare(arguments, sources_of(arguments.raw), preparer="e2e")

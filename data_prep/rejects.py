@@ -17,9 +17,17 @@ class RejectBudget:
             raise ConfigError(f"--max-rejected {allowed} must be 0 or more")
         self.allowed = allowed
         self.count = 0
+        self._passed_over = 0
+
+    def pass_over(self, count: int) -> None:
+        """Say and count nothing about the next `count` rejected records: they were met before."""
+        self._passed_over = count
 
     def reject(self, path: Path, line: int, reason: str) -> None:
         """Count one bad record and name it on stderr. Raises DataError once the budget is spent."""
+        if self._passed_over:
+            self._passed_over -= 1
+            return
         self.count += 1
         if self.count > self.allowed:
             raise DataError(

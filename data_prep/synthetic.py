@@ -15,8 +15,9 @@ from pathlib import Path
 
 from data_prep import e2e
 from data_prep.grammar import DOMAINS, MOST_BYTES, Domain, Draws
-from data_prep.progress import print_summary
+from data_prep.pipeline import write_sources
 from data_prep.rejects import RejectBudget
+from data_prep.summary import print_summary
 from data_prep.writer import DatasetWriter
 from lora_megatron.errors import ConfigError
 
@@ -76,5 +77,5 @@ def run(arguments: argparse.Namespace) -> None:
         raw = writer.folder / "raw"
         domain = DOMAINS[arguments.domain]
         write_raw_corpus(raw, domain=domain, seed=arguments.seed, rows=rows, held_out_rows=held_out_rows)
-        e2e.write_splits(raw, writer, limit=None, budget=RejectBudget())
+        write_sources(writer, e2e.sources_of(raw), budget=RejectBudget())
     print_summary(writer, arguments.out)

@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,7 +34,11 @@ SCHEMA = pa.schema(
         pa.field("split", pa.string(), nullable=False),
     ]
 )
+META = pa.field("meta", pa.string(), nullable=False)
+"""JSON for scorers; a column of those data sets only that have it."""
 ROWS_PER_GROUP = 1024
+BYTES_PER_GROUP = 32 * 2**20
+"""Of text: rows that are long come in smaller groups, so that memory stays bounded."""
 
 
 class DatasetWriter:
@@ -41,14 +46,18 @@ class DatasetWriter:
 
     out: the destination folder; it must not exist or be empty.
     preparer, options: recorded in the manifest, so that the same raw data can be prepared again.
+    with_meta: rows have the column `meta` as well.
 
     Raises DataError when `out` holds files or cannot be written.
     """
 
-    def __init__(self, out: Path, *, preparer: str, options: Mapping[str, Any]) -> None:
+    def __init__(self, out: Path, *, preparer: str, options: Mapping[str, Any], with_meta: bool = False) -> None:
         self.out = out
+        self._schema = SCHEMA.append(META) if with_meta else SCHEMA
         self.rows: dict[str, int] = {}
         self.rejected = 0
+        self.left_out: Counter[str] = Counter()
+        """Records that the data set's own rules leave out, by reason."""
         self._manifest: dict[str, Any] = {"preparer": preparer, "options": dict(options)}
         self._sources: dict[str, dict[str, Any]] = {}
         _refuse_non_empty(out)
@@ -75,13 +84,14 @@ class DatasetWriter:
             raise DataError(f"cannot write {self.out}: {error.strerror or error}; is the disk full?") from error
 
     def add_source(self, path: Path) -> None:
-        """Record a raw file's name, size and SHA-256 in the manifest."""
-        self._sources[path.name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+        """Record a raw file's name, size and SHA-256 in the manifest; with its folder's where the name is taken."""
+        name = path.name if path.name not in self._sources else f"{path.parent.name}/{path.name}"
+        self._sources[name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
 
     @contextmanager
     def split(self, name: str) -> Iterator[SplitWriter]:
         """Open `<name>.parquet`; the manifest lists it once the block ends without an error."""
-        split = SplitWriter(self.folder / f"{name}.parquet", name)
+        split = SplitWriter(self.folder / f"{name}.parquet", name, self._schema)
         try:
             yield split
         finally:
@@ -95,10 +105,11 @@ class DatasetWriter:
         manifest = {
             "schema_version": SCHEMA_VERSION,
             **self._manifest,
-            "columns": {field.name: str(field.type) for field in SCHEMA},
+            "columns": {field.name: str(field.type) for field in self._schema},
             "files": files,
             "sources": self._sources,
             "rejected": self.rejected,
+            **({"left_out": dict(self.left_out)} if self.left_out else {}),
         }
         for path in sorted(self.folder.rglob("*")):
             _fsync(path)
@@ -117,21 +128,25 @@ class DatasetWriter:
 
 
 class SplitWriter:
-    """One Parquet file with page checksums, written in groups of 1024 rows."""
+    """One Parquet file with page checksums, written in groups of 1024 rows, or fewer long ones."""
 
-    def __init__(self, path: Path, split: str) -> None:
+    def __init__(self, path: Path, split: str, schema: pa.Schema = SCHEMA) -> None:
         self.rows = 0
-        self._split = split
+        self._split, self._schema = split, schema
         self._pending: list[dict[str, Any]] = []
-        self._writer = pq.ParquetWriter(path, SCHEMA, compression="zstd", write_page_checksum=True)
+        self._pending_bytes = 0
+        self._writer = pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True)
 
-    def write(self, *, id: str, context: str, target: str, references: list[str]) -> None:
+    def write(self, *, id: str, context: str, target: str, references: list[str], meta: str | None = None) -> None:
         """Append one example; `references` are all accepted texts for the context, `target` among them."""
-        self._pending.append(
-            {"id": id, "context": context, "target": target, "references": references, "split": self._split}
-        )
+        row: dict[str, Any] = {"id": id, "context": context, "target": target, "references": references}
+        row["split"] = self._split
+        if META.name in self._schema.names:
+            row[META.name] = meta
+        self._pending.append(row)
+        self._pending_bytes += sum(map(len, (context, target, meta or "", *references)))
         self.rows += 1
-        if len(self._pending) == ROWS_PER_GROUP:
+        if len(self._pending) == ROWS_PER_GROUP or self._pending_bytes >= BYTES_PER_GROUP:
             self._flush()
 
     def close(self) -> None:
@@ -141,8 +156,9 @@ class SplitWriter:
 
     def _flush(self) -> None:
         if self._pending:
-            self._writer.write_table(pa.Table.from_pylist(self._pending, schema=SCHEMA))
+            self._writer.write_table(pa.Table.from_pylist(self._pending, schema=self._schema))
             self._pending.clear()
+            self._pending_bytes = 0
 
 
 def _refuse_non_empty(out: Path) -> None:
