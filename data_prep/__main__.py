@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from data_prep import e2e, synthetic
+from data_prep import e2e, mnli, samsum, synthetic, triples, webnlg, wikisql
 from lora_megatron.errors import UserError
 
 
@@ -23,11 +23,41 @@ class Preparer:
 
 
 PREPARERS: dict[str, Preparer] = {
+    "wikisql": Preparer(
+        wikisql.add_arguments,
+        wikisql.run,
+        "WikiSQL: a table's columns and a question to SQL",
+        "python -m data_prep wikisql --raw raw/wikisql/data --out data/wikisql",
+    ),
+    "mnli": Preparer(
+        mnli.add_arguments,
+        mnli.run,
+        "MultiNLI: premise and hypothesis to a label, from its release or from GLUE's files",
+        "python -m data_prep mnli --raw raw/multinli_1.0 --out data/mnli-1k --low-data 1000 --seed 1",
+    ),
+    "samsum": Preparer(
+        samsum.add_arguments,
+        samsum.run,
+        "SAMSum: conversations to summaries",
+        "python -m data_prep samsum --raw raw/samsum --out data/samsum",
+    ),
     "e2e": Preparer(
         e2e.add_arguments,
         e2e.run,
         "E2E NLG Challenge: restaurant slot-value pairs to sentences",
         "python -m data_prep e2e --raw raw/e2e --out data/e2e",
+    ),
+    "dart": Preparer(
+        triples.add_arguments,
+        triples.run,
+        "DART: sets of triples to sentences",
+        "python -m data_prep dart --raw raw/dart --out data/dart --tokenizer data/gpt2 --sequence-length 512",
+    ),
+    "webnlg": Preparer(
+        webnlg.add_arguments,
+        webnlg.run,
+        "WebNLG 2017: triples to text; the test set also by seen and unseen categories",
+        "python -m data_prep webnlg --raw raw/webnlg_challenge_2017 --out data/webnlg",
     ),
     "synthetic": Preparer(
         synthetic.add_arguments,
