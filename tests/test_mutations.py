@@ -21,7 +21,8 @@ from torch import Tensor
 from lora_megatron.layers import column, dropout, lora, norm, row
 from lora_megatron.layers.qkv import Part
 from lora_megatron.layers.sharding import REPLICATED, Shard
-from lora_megatron.model import build, spec
+from lora_megatron.layers.vocabulary_loss import VocabularyShard
+from lora_megatron.model import build, gpt, spec
 from lora_megatron.parallel.groups import Layout
 from tests.pool import Pool
 from tests.twin import Experiment, Mismatch, Record, compare, train_twin, train_twins
@@ -110,6 +111,11 @@ def frozen_linear_without_its_sum() -> Any:
     return mock.patch.object(column, "frozen_linear", lambda x, w, *bias, **group: original(x, w, *bias))
 
 
+def hidden_gradient_of_own_columns() -> Any:
+    """The loss's gradient to the hidden states from this rank's columns of the vocabulary alone."""
+    return mock.patch.object(VocabularyShard, "sum_over_ranks", lambda shard, partial, out: out.copy_(partial))
+
+
 def gradient_not_divided_by_tokens() -> Any:
     original = build.TransformerConfig
     return mock.patch.object(
@@ -157,7 +163,10 @@ FAULTS: dict[str, Fault] = {
     "B applied before the sum": Fault(b_applied_before_the_sum, on(TP2), "eval"),
     "A drawn from a shard's fan-in": Fault(a_from_the_fan_in_of_a_shard, on(TP2), r"eval|born.*lora_A"),
     "padded vocabulary not masked": Fault(
-        lambda: mock.patch.object(build, "_mask_padded_logits", return_value=None), on(TP2), "eval"
+        lambda: mock.patch.object(gpt.Gpt, "mask_padded_vocabulary", return_value=None), on(TP2), "eval"
+    ),
+    "gradient of hidden states not summed over the vocabulary": Fault(
+        hidden_gradient_of_own_columns, on(TP2), "not repl"
     ),
     "dropout drawn per rank": Fault(dropout_per_rank, on(TP2, dropout=0.5), COLUMN_A),
     "dropout of sequence shards alike": Fault(dropout_without_a_cut, on(SP2, dropout=0.5), "loss of step 0"),

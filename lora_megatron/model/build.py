@@ -20,6 +20,7 @@ from lora_megatron.layers.rope import attention_factor, inverse_frequencies
 from lora_megatron.layers.sharding import REPLICATED, Shard, declare
 from lora_megatron.layers.storage.choose import StorageFormat
 from lora_megatron.methods.method import Method
+from lora_megatron.model.gpt import Gpt
 from lora_megatron.model.names import EMBEDDING, OUTPUT, POSITIONS, named_parameters
 from lora_megatron.model.shape import ModelShape
 from lora_megatron.model.spec import block_spec
@@ -48,8 +49,8 @@ class BuildOptions:
     """Build without storage, to count parameters of a model of any size."""
 
 
-class _ShapesOnly(GPTModel):
-    """A GPTModel whose weights are never there: its two copies of a tied embedding have nothing to send each other."""
+class _ShapesOnly(Gpt):
+    """A model whose weights are never there: its two copies of a tied embedding have nothing to send each other."""
 
     def _is_in_embd_group(self) -> bool:
         return False
@@ -136,7 +137,7 @@ def build(shape: ModelShape, method: Method, layout: Layout, options: BuildOptio
         first = get_transformer_layer_offset(config, vp_stage)
         layers = range(first, first + get_num_layers_to_build(config, vp_stage))
         with torch.device("meta") if options.meta else contextlib.nullcontext():
-            chunk = (_ShapesOnly if options.meta else GPTModel)(
+            chunk = (_ShapesOnly if options.meta else Gpt)(
                 config=config,
                 transformer_layer_spec=block_spec(
                     shape,
@@ -163,7 +164,7 @@ def build(shape: ModelShape, method: Method, layout: Layout, options: BuildOptio
         chunks.append(chunk.to(device=device, dtype=DTYPES[options.precision]))
     for chunk in chunks:
         _declare_embeddings(chunk, padding=padded - shape.vocab_size)
-        _mask_padded_logits(chunk, shape.vocab_size, layout.tensor)
+        chunk.mask_padded_vocabulary(shape.vocab_size)
     _freeze(chunks, method)
     if options.recompute == "full":
         for chunk in chunks:
@@ -179,23 +180,6 @@ def _declare_embeddings(chunk: GPTModel, *, padding: int) -> None:
             declare(named.parameter, rows)
         elif named.name == POSITIONS:
             declare(named.parameter, REPLICATED)
-
-
-def _mask_padded_logits(chunk: GPTModel, vocab_size: int, tensor_size: int) -> None:
-    """Give padded vocabulary rows no probability, so that the loss does not depend on how much padding there is."""
-    if not chunk.post_process:
-        return
-    columns = padded_vocabulary(vocab_size, tensor_size) // tensor_size
-    start = max(0, min(columns, vocab_size - mpu.get_tensor_model_parallel_rank() * columns))
-    if start == columns:
-        return
-
-    def mask(module: nn.Module, args: object, output: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
-        logits, bias = output
-        logits[..., start:columns] = torch.finfo(logits.dtype).min
-        return logits, bias
-
-    chunk.output_layer.register_forward_hook(mask)
 
 
 def _freeze(chunks: list[GPTModel], method: Method) -> None:

@@ -29,8 +29,9 @@ element, q = heads x head_dim, k = groups x head_dim, a layer keeps, in bytes pe
 output or a ReLU's, costs nothing more.
 
 Full recomputation keeps only a layer's input, e h (*), and during backward the tensors above of one layer at a time.
-Behind the last layer come the final norm, the output layer's input if it trains, and the loss: fp32 probabilities
-4 vocabulary / t, and 13 for targets and masks.
+Behind the last layer come the final norm and the loss (`layers.vocabulary_loss`). Where the output weight is frozen it
+keeps its gradient to the hidden states, e h (*), and the loss mask, 4. Where that weight trains: the layer's input,
+e h (*), the logits, e vocabulary / t, and 20 for labels, maxima, sums and the loss mask.
 
 For GPT-3 (f = 4 h) with LoRA on q and v that is 2 + 2 + 2 + 6 + 2 + 8 = 22 s b h bytes without tensor parallelism.
 `tests/planning` compares all of it with what autograd holds.
@@ -49,7 +50,8 @@ from lora_megatron.parallel.groups import Layout
 from lora_megatron.planning.gradients import LayerFlow, LinearFlow, NormFlow
 
 _LOG_SUM_EXP = 4  # bytes per head and token, fp32
-_TARGETS_AND_MASKS = 13  # bytes per token: targets int64, whether they are on this rank, the loss mask in fp32
+_LOSS_MASK = 4  # bytes per token, fp32
+_LABELS_AND_SUMS = 16  # bytes per token: labels int64, each softmax's maximum and sum in fp32
 _EMBEDDING_INDEX = 8  # bytes per token and trained embedding table, int64
 
 
@@ -198,9 +200,18 @@ def head_bytes(method: Method, batch: Microbatch, *, input_needs: bool) -> tuple
         input_needs, method.is_trainable(f"{name}.weight"), has_bias and method.is_trainable(f"{name}.bias")
     )
     kept = _norm(norm, batch, shape.hidden_size)
-    if method.is_trainable(EMBEDDING if shape.tied_embeddings else OUTPUT):
+    loss = float(_LOSS_MASK * batch.tokens)
+    if trains_output(method, shape):
         kept += batch.hidden_bytes
-    return kept, (4 * batch.vocabulary + _TARGETS_AND_MASKS) * batch.tokens
+        loss += (batch.itemsize * batch.vocabulary + _LABELS_AND_SUMS) * batch.tokens
+    elif norm.output_needs:
+        loss += batch.hidden_bytes
+    return kept, loss
+
+
+def trains_output(method: Method, shape: ModelShape) -> bool:
+    """Whether the output layer's weight, its own or the embedding's, gets a gradient."""
+    return method.is_trainable(EMBEDDING if shape.tied_embeddings else OUTPUT)
 
 
 def embedding_bytes(method: Method, batch: Microbatch) -> float:
@@ -216,7 +227,7 @@ class ChunkBytes:
     held: float
     """From its forward to its backward pass, without the loss."""
     loss: float
-    """Logits as probabilities, targets and masks; 0 but on the last chunk."""
+    """The gradient to the hidden states or the logits, labels and masks; 0 but on the last chunk."""
     recomputed: float
     """The most that recomputation adds while its backward pass runs, over what the chunk holds then."""
 

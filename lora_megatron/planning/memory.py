@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from megatron.core import parallel_state as mpu
 
 from lora_megatron.config import Config
+from lora_megatron.layers.vocabulary_loss import tokens_per_chunk
 from lora_megatron.methods.method import Method
 from lora_megatron.model.build import build
 from lora_megatron.model.checks import layout_of, options_of
@@ -46,11 +47,11 @@ class MemoryPlan:
     activations: int
     """Kept for backward passes at the worst moment, without the loss."""
     logits: int
-    """Kept for the loss: fp32 probabilities, targets, masks."""
+    """Kept for the loss: its gradient to the hidden states, or the logits where the output weight trains."""
     communication: int
     """Tensors of pipeline neighbours in flight, and sequence shards gathered."""
     workspace: int
-    """Tensors that live for one operation: products and their gradients, logits before fp32, an unpacked weight."""
+    """Tensors that live for one operation: products and their gradients, a chunk of logits, an unpacked weight."""
     context: int
     """Outside torch's allocator: CUDA's context and NCCL's buffers."""
 
@@ -170,13 +171,15 @@ def _workspace(
 ) -> float:
     """Bytes on top of what is kept, at the worst moment of forward and backward.
 
-    Either at the loss: the logits in train.precision beside their fp32 probabilities, and the same again as gradient.
+    Either at the loss: one chunk of logits in train.precision and in fp32, and its part of the hidden states' gradient.
     Or in a layer's MLP, by when the loss is gone: the gradients of fc1's output and of fc2's input, and a hidden state.
     Full fine-tuning adds the gradient of one weight in train.precision, packed storage one unpacked weight.
     """
     e, shape = batch.itemsize, batch.shape
     loss = max(chunk.loss for chunk in chunks)
-    at_loss = e * batch.vocabulary * batch.tokens if loss else 0.0
+    chunk = tokens_per_chunk(batch.tokens, batch.vocabulary)
+    in_fp32 = 4 if e < 4 else 0  # logits in fp32 turn into their softmax in place
+    at_loss = chunk * ((e + in_fp32) * batch.vocabulary + 2 * e * shape.hidden_size) if loss else 0.0
     gated = 2 if shape.gated_mlp else 1
     wide = (1 + gated) * shape.ffn_hidden_size / batch.tensor
     in_layer = e * batch.tokens * (wide + shape.hidden_size) - loss

@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cross-entropy over a vocabulary cut over the tensor-parallel group, a chunk of tokens at a time.
+
+    z = x W^T                                     x [n, h], W [V/t, h]: this rank's columns, padded ones at the minimum
+    loss = log sum_v exp(z_v - m) - (z_label - m) m = max_v z_v over all ranks
+    dloss/dz = p - 1[v = label],  p_v = exp(z_v - m) / sum
+    dloss/dx = dloss/dz W                         summed over ranks, each of which has its columns only
+
+Tokens are independent, so nothing as large as [tokens, V/t] is needed in fp32. Where W is frozen no logits are kept
+either: dloss/dx of each token, for a loss of weight 1, is computed while its logits are there, and the backward pass
+multiplies it by the weight that the token turned out to have. Where W trains, dW needs dloss/dz of all tokens at once:
+the logits are kept in their own precision and overwritten by it, again a chunk at a time.
+
+Logits are rounded to the precision of W, what follows is in fp32, and dloss/dz is rounded once, as in megatron-core.
+Ranks exchange three numbers a token (own maximum, own sum, the label's logit if it is here) in one collective.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+CHUNK_BYTES = 256 * 2**20
+"""Most bytes of a chunk's logits in fp32: small beside a model, and with GPT-3's 50,304 columns still 1,334 tokens,
+enough rows for a product at full speed."""
+FEWEST_TOKENS = 64
+"""Of a chunk, however large the vocabulary: below, the product would read W for too few rows."""
+
+
+def tokens_per_chunk(tokens: int, columns: int) -> int:
+    """The size of the equal chunks (the last may be smaller) that `tokens` rows of `columns` logits are cut into."""
+    most = max(CHUNK_BYTES // (4 * columns), FEWEST_TOKENS)
+    return -(-tokens // -(-tokens // most))
+
+
+@dataclass(frozen=True)
+class VocabularyShard:
+    """Which columns of the logits this rank has, and with whom it shares the rest."""
+
+    first: int
+    """Global index of its first column."""
+    real: int
+    """How many of its columns, from the first, are tokens; the rest is padding and gets no probability."""
+    group: dist.ProcessGroup | None = None
+    """The tensor-parallel group; None if it is one rank."""
+    sequence_parallel: bool = False
+    """Whether each rank of the group holds the hidden states of its own part of the sequence only."""
+
+    @property
+    def size(self) -> int:
+        return self.group.size() if self.group is not None else 1
+
+    @property
+    def parts(self) -> int:
+        """Of the sequence, one per rank that holds hidden states of its own."""
+        return self.size if self.sequence_parallel else 1
+
+    def gather_tokens(self, own: Tensor) -> Tensor:
+        """[n, h] of this rank -> [parts n, h]."""
+        if self.parts == 1:
+            return own
+        whole = own.new_empty(self.parts * own.shape[0], own.shape[1])
+        dist.all_gather_into_tensor(whole, own, group=self.group)
+        return whole
+
+    def sum_over_ranks(self, partial: Tensor, out: Tensor) -> None:
+        """[parts n, h], of each rank's columns -> out [n, h], of all columns, of this rank's tokens."""
+        if self.parts > 1:
+            dist.reduce_scatter_tensor(out, partial, group=self.group)
+            return
+        if self.group is not None:
+            dist.all_reduce(partial, group=self.group)
+        out.copy_(partial)
+
+
+@dataclass(frozen=True)
+class _Labels:
+    """Where the labels of a chunk are: which are among this rank's columns, and in which column."""
+
+    here: Tensor
+    """[n], 1 or 0 in fp32."""
+    column: Tensor
+    """[n, 1], some column for labels of other ranks."""
+
+    @classmethod
+    def of(cls, labels: Tensor, shard: VocabularyShard, columns: int, dtype: torch.dtype) -> _Labels:
+        own = labels - shard.first
+        return cls(((own >= 0) & (own < columns)).to(dtype), own.clamp(0, columns - 1).unsqueeze(1))
+
+    def logit(self, logits: Tensor) -> Tensor:
+        """[n, V/t] -> [n]: the label's entry, 0 where it is another rank's."""
+        return logits.gather(1, self.column).squeeze(1).to(self.here.dtype) * self.here
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _exponentials(logits: Tensor, maximum: Tensor, scratch: Tensor | None) -> Tensor:
+    """exp(z - m) in fp32: in `scratch`, or in place of logits that are in fp32 already."""
+    return torch.sub(logits, maximum.unsqueeze(1), out=logits if scratch is None else scratch).exp_()
+
+
+def _scratch(rows: int, like: Tensor) -> Tensor | None:
+    """Room for `rows` rows of `like`'s width in fp32; none is needed for logits that are."""
+    wide = _wide(like.dtype)
+    return None if like.dtype == wide else like.new_empty(rows, like.shape[1], dtype=wide)
+
+
+@dataclass(frozen=True)
+class _Softmax:
+    """The loss of a chunk and what its gradient is made of; [n] each, the same on every rank but for `own_maximum`."""
+
+    loss: Tensor
+    own_maximum: Tensor
+    maximum: Tensor
+    total: Tensor
+
+    @classmethod
+    def of(cls, own_maximum: Tensor, own_total: Tensor, chosen: Tensor, shard: VocabularyShard) -> _Softmax:
+        maximum, total = own_maximum, own_total
+        if shard.group is not None:
+            own = torch.stack([own_maximum, own_total, chosen])
+            everyone = own.new_empty(shard.size, *own.shape)
+            dist.all_gather_into_tensor(everyone.view(-1), own.view(-1), group=shard.group)
+            maximum = everyone[:, 0].amax(0)
+            total = (everyone[:, 1] * (everyone[:, 0] - maximum).exp_()).sum(0)
+            chosen = everyone[:, 2].sum(0)
+        return cls(total.log() - (chosen - maximum), own_maximum, maximum, total)
+
+    @property
+    def divisor(self) -> Tensor:
+        """[n]: p = exp(z - own maximum) / divisor; infinite where this rank's columns have no chance."""
+        return self.total * (self.maximum - self.own_maximum).exp_()
+
+
+class _LossOfHidden(torch.autograd.Function):
+    """Frozen weight: hidden [parts of] tokens x h, labels of all tokens -> losses of all tokens."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, shard: VocabularyShard, needs_gradient: bool
+    ) -> Tensor:
+        ctx.shard = shard
+        columns, wide = weight.shape[0], _wide(weight.dtype)
+        labels = labels.view(shard.parts, -1)  # a sequence shard's tokens lie together
+        losses = torch.empty(labels.shape, dtype=wide, device=labels.device)
+        gradient = torch.empty_like(hidden) if needs_gradient else None
+        size = max(tokens_per_chunk(labels.numel(), columns) // shard.parts, 1)
+        logits = scratch = None
+        for rows in _slices(hidden.shape[0], size):
+            x = shard.gather_tokens(hidden[rows])
+            if logits is None or len(logits) != len(x):
+                logits = x.new_empty(len(x), columns)
+                scratch = _scratch(len(x), logits)
+            torch.mm(x, weight.t(), out=logits)
+            logits[:, shard.real :] = torch.finfo(logits.dtype).min
+            where = _Labels.of(labels[:, rows].reshape(-1), shard, columns, wide)
+            own_maximum, chosen = logits.amax(1).to(wide), where.logit(logits)
+            exps = _exponentials(logits, own_maximum, scratch)
+            softmax = _Softmax.of(own_maximum, exps.sum(1), chosen, shard)
+            losses[:, rows] = softmax.loss.view(shard.parts, -1)
+            if gradient is not None:
+                at_label = exps.gather(1, where.column) / softmax.divisor.unsqueeze(1) - where.here.unsqueeze(1)
+                torch.div(exps, softmax.divisor.unsqueeze(1), out=logits)
+                logits.scatter_(1, where.column, at_label.to(logits.dtype))
+                shard.sum_over_ranks(logits @ weight, gradient[rows])
+        if gradient is not None:
+            ctx.save_for_backward(gradient)
+        return losses.view(-1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        shard: VocabularyShard = ctx.shard
+        rank = shard.group.rank() if shard.group is not None and shard.sequence_parallel else 0
+        own = grads[0].view(shard.parts, -1)[rank]
+        # In place: nobody else holds it, and autograd refuses a second backward pass over it.
+        return gradient.detach().mul_(own.unsqueeze(1)), None, None, None, None
+
+
+class _LossOfLogits(torch.autograd.Function):
+    """Trained weight: logits tokens x V/t, labels -> losses; the backward pass overwrites the logits."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, shard: VocabularyShard) -> Tensor:
+        tokens, columns = logits.shape
+        wide = _wide(logits.dtype)
+        losses, maximum, total = (torch.empty(tokens, dtype=wide, device=logits.device) for _ in range(3))
+        size = tokens_per_chunk(tokens, columns)
+        scratch = logits.new_empty(size, columns, dtype=wide)
+        for rows in _slices(tokens, size):
+            z = logits[rows]
+            own_maximum, own = z.amax(1).to(wide), _Labels.of(labels[rows], shard, columns, wide)
+            exps = _exponentials(z, own_maximum, scratch[: len(z)])
+            softmax = _Softmax.of(own_maximum, exps.sum(1), own.logit(z), shard)
+            losses[rows], maximum[rows], total[rows] = softmax.loss, softmax.maximum, softmax.total
+        ctx.shard = shard
+        ctx.save_for_backward(logits, labels, maximum, total)
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        logits, labels, maximum, total = ctx.saved_tensors
+        logits = logits.detach()
+        tokens, columns = logits.shape
+        weights = grads[0].to(total.dtype)  # of each token in the loss
+        size = tokens_per_chunk(tokens, columns)
+        scratch = _scratch(size, logits)
+        for rows in _slices(tokens, size):
+            z, weight = logits[rows], weights[rows].unsqueeze(1)
+            own = _Labels.of(labels[rows], ctx.shard, columns, total.dtype)
+            exps = _exponentials(z, maximum[rows], None if scratch is None else scratch[: len(z)])
+            factor = weight / total[rows].unsqueeze(1)
+            at_label = exps.gather(1, own.column) * factor - own.here.unsqueeze(1) * weight
+            torch.mul(exps, factor, out=z)
+            z.scatter_(1, own.column, at_label.to(z.dtype))
+        return logits, None, None
+
+
+def _slices(rows: int, size: int) -> Iterator[slice]:
+    return (slice(first, min(first + size, rows)) for first in range(0, rows, size))
+
+
+def loss_of_hidden(hidden: Tensor, weight: Tensor, labels: Tensor, shard: VocabularyShard) -> Tensor:
+    """Loss of every token under a frozen output weight: hidden [s or s/t, b, h], weight [V/t, h], labels [s, b] ->
+    [s, b] in fp32. Where a gradient is asked for, one [s or s/t, b, h] is kept for it.
+    """
+    needs_gradient = torch.is_grad_enabled() and hidden.requires_grad
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    losses: Tensor = _LossOfHidden.apply(flat, weight.detach(), labels.reshape(-1), shard, needs_gradient)
+    return losses.view(labels.shape)
+
+
+def loss_of_logits(logits: Tensor, labels: Tensor, shard: VocabularyShard) -> Tensor:
+    """Loss of every token: logits [s, b, V/t] with padded columns at the minimum, labels [s, b] -> [s, b] in fp32.
+
+    The backward pass writes the gradient into `logits`, which nothing else may hold by then.
+    """
+    flat = logits.reshape(-1, logits.shape[-1])
+    losses: Tensor = _LossOfLogits.apply(flat, labels.reshape(-1), shard)
+    return losses.view(labels.shape)
