@@ -63,11 +63,16 @@ class _Rebuilt(torch.autograd.Function):
             if grad_x is not None or not needed[0]:
                 return None, grad_x, *(None for _ in parameters)
         inputs = [None if t is None else t.detach().requires_grad_(needs) for t, needs in _pairs(x, parameters, needed)]
-        with torch.enable_grad():
+        # This graph lives for one operation: a meter of what is kept for the backward pass must not count it.
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
             y = ctx.step.value(*inputs)
         wanted = [t for t in inputs if t is not None and t.requires_grad]
         found = iter(torch.autograd.grad(y, wanted, grads[0]))
         return None, *(next(found) if t is not None and t.requires_grad else None for t in inputs)
+
+
+def _as_it_is(saved: Tensor) -> Tensor:
+    return saved
 
 
 def _pairs(x: Tensor, parameters: list[Any], needed: tuple[bool, ...]) -> list[tuple[Any, bool]]:
