@@ -52,6 +52,7 @@ class Experiment:
     )
     precision: str = "fp32"
     recompute: str = "none"
+    recompute_layers: int | None = None
     storage: StorageFormat | None = None
     dropout: float = 0.0
     steps: int = 3
@@ -101,7 +102,14 @@ def build_chunks(experiment: Experiment) -> tuple[list[Any], Record | None]:
     """
     shape = resolve_shape(ModelSection(**experiment.model), tokenizer_vocab_size=VOCABULARY)
     method = choose_method(MethodSection(**experiment.method), num_layers=shape.num_layers)
-    options = BuildOptions(experiment.precision, experiment.recompute, experiment.dropout, 7, experiment.storage)
+    options = BuildOptions(
+        experiment.precision,
+        experiment.recompute,
+        experiment.dropout,
+        7,
+        experiment.storage,
+        recompute_layers=experiment.recompute_layers,
+    )
     chunks = build(shape, method, experiment.layout, options)
     initialise_base(chunks, seed=3, num_layers=shape.num_layers)
     born, _ = gather(chunks, "value")
