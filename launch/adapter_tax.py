@@ -93,7 +93,7 @@ def config_of(case: Case, options: argparse.Namespace) -> Config:
                 "micro_batch_size": options.batch,
                 "global_batch_size": options.batch,
             },
-            "train": {"precision": "bf16"},
+            "train": {"precision": "bf16", "recompute": "none"},
         }
     )
 

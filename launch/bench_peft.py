@@ -110,7 +110,7 @@ def config_of(case: Case, options: argparse.Namespace) -> Config:
             "micro_batch_size": options.batch,
             "global_batch_size": options.batch,
         },
-        "train": {"precision": "bf16"},
+        "train": {"precision": "bf16", "recompute": "none"},
     }
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config.yaml"
