@@ -8,9 +8,9 @@ The reference has one adapter: rank 1 on q of layer 0. So the backward pass goes
 frozen linear layer that it goes through with LoRA: from the loss to layer 0's attention output and MLP, and not into
 layer 0's q, k and v, whose input (the embedding) needs no gradient either way. Both have clipping and AdamW.
 
-    tax of a slice    t(LoRA) / t(reference) - 1 of a whole step, head and embedding among it
-    tax of a layer    the same of what one more layer costs, (t(large) - t(small)) / (large - small): layer 0 of the
-                      reference, which is adapted a little, and the head cancel out
+    tax of a slice    t(LoRA) / t(reference) - 1 with head and embedding, of a whole step and of both passes alone
+    tax of a layer    the same of (t(large) - t(small)) / (large - small): the head and layer 0, which the reference
+                      adapts a little, cancel out
     tax of a model    the same of the line through both slices at --scale-to layers
 
 Each round visits, in turn, every slice with and without adapters and gives one tax; what is reported is the median
@@ -36,7 +36,6 @@ from launch import side_by_side as side
 from lora_megatron.bench import measurement
 from lora_megatron.bench.measurement import Effort, Measured, OutOfMemory, outcome_text
 from lora_megatron.bench.plans import known_of
-from lora_megatron.bench.timing import StepSeconds
 from lora_megatron.config import Config, parse_config
 from lora_megatron.errors import ConfigError, LostRankError
 from lora_megatron.measure.environment import describe_environment
@@ -57,6 +56,8 @@ STORAGES: dict[str, dict[str, str]] = {
     "nf4": {"storage": "nf4"},
     "nf4-fp8": {"storage": "nf4", "gemm": "fp8"},
 }
+PARTS = {"whole": "step", "forward_backward": "forward, backward"}
+"""What is compared: gradient accumulation divides the optimizer's share of a step by the number of microbatches."""
 TARGETS = ("q", "k", "v", "o", "fc1", "fc2")
 REFERENCE_LAYERS = {"0": {"q": 1}}
 
@@ -116,16 +117,19 @@ def visit(case: Case, options: argparse.Namespace) -> Measured:
     return found
 
 
-def tax_row(storage: str, sizes: Sequence[int], found: dict[Case, list[Measured]], *, scale_to: int) -> dict[str, Any]:
-    """Taxes of one storage over the rounds in which all its cases have been visited."""
+def tax_row(
+    storage: str, sizes: Sequence[int], found: dict[Case, list[Measured]], *, part: str, scale_to: int
+) -> dict[str, Any]:
+    """Taxes of one storage over the rounds in which all its cases have been visited; `part` as in PARTS."""
     rounds = min(len(found[case]) for case in found if case.storage == storage)
 
     def medians(adapted: bool, index: int) -> list[float]:
         """Of each slice, in one round."""
-        return [median_of(found[Case(storage, size, adapted)][index].steps) for size in sizes]
+        visits = [found[Case(storage, size, adapted)][index] for size in sizes]
+        return [statistics.median(getattr(step, part) for step in visit.steps) for visit in visits]
 
     pairs = [(medians(True, index), medians(False, index)) for index in range(rounds)]
-    row: dict[str, Any] = {"storage": storage, "slices": {}}
+    row: dict[str, Any] = {"storage": storage, "part": part, "slices": {}}
     for place, size in enumerate(sizes):
         row["slices"][str(size)] = _over_rounds([lora[place] / reference[place] - 1 for lora, reference in pairs])
     if len(sizes) == 2:
@@ -134,10 +138,6 @@ def tax_row(storage: str, sizes: Sequence[int], found: dict[Case, list[Measured]
         row["layer"] = _over_rounds([lora / ref - 1 for lora, ref in slopes if lora and ref and ref > 0])
         row["model"] = _over_rounds([lora / ref - 1 for lora, ref in wholes if lora and ref and ref > 0])
     return row
-
-
-def median_of(steps: Sequence[StepSeconds]) -> float:
-    return statistics.median(step.whole for step in steps)
 
 
 def _over_rounds(taxes: Sequence[float]) -> dict[str, Any] | None:
@@ -175,15 +175,12 @@ def lines_of(report: dict[str, Any]) -> list[str]:
         lines += ["**Not complete: still running, or ended before its last step.**", ""]
     rows = []
     for row in report["taxes"]:
-        rows += [
-            [row["storage"], f"step of {side.layers_text(int(size))}", *_tax_cells(tax)]
-            for size, tax in row["slices"].items()
-        ]
+        of = [(side.layers_text(int(size)), tax) for size, tax in row["slices"].items()]
         if "layer" in row:
-            rows.append([row["storage"], "a layer", *_tax_cells(row["layer"])])
-            whole = f"{options['scale_to']} layers, extrapolated"
-            rows.append([row["storage"], whole, *_tax_cells(row["model"])])
-    lines += table(["storage", "of", "tax, median of rounds", "lowest to highest"], rows)
+            of += [("one more layer", row["layer"])]
+            of += [(f"{side.layers_text(options['scale_to'])}, extrapolated", row["model"])]
+        rows += [[f"{row['storage']}: {PARTS[row['part']]}", text, *_tax_cells(tax)] for text, tax in of]
+    lines += table(["storage: time", "of", "tax, median of rounds", "lowest to highest"], rows)
     columns = ["case", "step, median", "p10 to p90", "forward, backward", "optimizer", "peak", "activations"]
     lines += table(columns, [_case_cells(row) for row in report["rows"]])
     targets = f"LoRA of rank {options['rank']} on {options['targets']}; reference: rank 1 on q of layer 0 alone"
@@ -273,7 +270,11 @@ def _run(options: argparse.Namespace, cases: Sequence[Case], sizes: Sequence[int
             "command": side.command_line("adapter_tax.py"),
             "options": {name: value for name, value in vars(options).items() if name != "out"},
             "world_size": ranks.world_size,
-            "taxes": [tax_row(storage, sizes, found, scale_to=options.scale_to) for storage in storages],
+            "taxes": [
+                tax_row(storage, sizes, found, part=part, scale_to=options.scale_to)
+                for storage in storages
+                for part in PARTS
+            ],
             "rows": [case_row(case, visits) for case, visits in found.items() if visits],
             "environment": environment,
         }

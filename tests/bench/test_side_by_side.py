@@ -129,9 +129,10 @@ def test_tax_of_slices_layers_and_models(pool: Pool, tmp_path: Path, layout: lis
     assert report["complete"]
     assert report["world_size"] == world
     rows = {(row["storage"], row["layers"], row["adapted"]): row for row in report["rows"]}
-    medians = {key: row["step_seconds"]["median_of_each_visit"] for key, row in rows.items()}
+    assert [tax["part"] for tax in report["taxes"]] == ["whole", "forward_backward"] * 2
     for tax in report["taxes"]:
-        storage = tax["storage"]
+        storage, part = tax["storage"], "step" if tax["part"] == "whole" else tax["part"]
+        medians = {key: row[f"{part}_seconds"]["median_of_each_visit"] for key, row in rows.items()}
         for index in range(2):
             small, large = ([medians[storage, size, adapted][index] for adapted in (True, False)] for size in (1, 2))
             assert tax["slices"]["1"]["rounds"][index] == pytest.approx(small[0] / small[1] - 1)
