@@ -86,15 +86,19 @@ def test_a_plan_fills_the_memory_it_is_given() -> None:
 
 
 def test_what_is_told_to_change_is_auto() -> None:
-    """The layout that is nearest to a configuration without recomputation, which is too large, recomputes a part."""
-    data = {"sequence_length": 1024, "micro_batch_size": 8, "global_batch_size": 8}
+    """The search changes one setting where one is enough, and offers as little recomputation as fits."""
+    data = {"sequence_length": 1024, "micro_batch_size": 1, "global_batch_size": 1}
     config = parse_config({"model": {"preset": "gpt2-small", "vocab_size": 50257}, "data": data})
     shape = resolve_shape(config.model, tokenizer_vocab_size=50257)
     method = choose_method(config.method, num_layers=shape.num_layers)
     needed = plan_training(config, shape, method, world_size=1).chosen.largest.memory.total
     fit = nearest_fit(Problem(config, shape, method, find_gpu("h100"), 0.8 * needed), world_size=1)
     assert fit is not None
-    assert fit.changes(config) == {"train.recompute": "auto"}
+    assert len(fit.changes(config)) == 1
+    tight = config.model_copy(update={"train": config.train.model_copy(update={"recompute": "auto"})})
+    fit = nearest_fit(Problem(tight, shape, method, find_gpu("h100"), 0.8 * needed), world_size=1)
+    assert fit is not None
+    assert fit.changes(tight) == {}
     assert 0 < (fit.settled.train.recompute_layers or 0) < shape.num_layers
     assert fit.needed <= SHARE * 0.8 * needed
 
