@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from data_prep import e2e, mnli, samsum, synthetic, triples, webnlg, wikisql
+from data_prep import e2e, mnli, own_files, samsum, synthetic, triples, webnlg, wikisql
 from lora_megatron.errors import UserError
 
 
@@ -58,6 +58,18 @@ PREPARERS: dict[str, Preparer] = {
         webnlg.run,
         "WebNLG 2017: triples to text; the test set also by seen and unseen categories",
         "python -m data_prep webnlg --raw raw/webnlg_challenge_2017 --out data/webnlg",
+    ),
+    "jsonl": Preparer(
+        own_files.add_jsonl_arguments,
+        own_files.run_jsonl,
+        "your own JSON Lines: prompt/completion, messages, text, or instruction/input/output",
+        "python -m data_prep jsonl --raw chats.jsonl --out data/chats --chat-template path/to/model",
+    ),
+    "csv": Preparer(
+        own_files.add_csv_arguments,
+        own_files.run_csv,
+        "your own CSV: prompt/completion, text, instruction/input/output, or the columns you name",
+        "python -m data_prep csv --raw faq.csv --out data/faq --prompt-column question --completion-column answer",
     ),
     "synthetic": Preparer(
         synthetic.add_arguments,

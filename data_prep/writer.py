@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lora_megatron.data.manifest import MANIFEST_NAME, SCHEMA_VERSION, file_sha256
+from lora_megatron.data.parquet import RENDERED_FOR
 from lora_megatron.errors import DataError
 
 SCHEMA = pa.schema(
@@ -47,13 +48,24 @@ class DatasetWriter:
     out: the destination folder; it must not exist or be empty.
     preparer, options: recorded in the manifest, so that the same raw data can be prepared again.
     with_meta: rows have the column `meta` as well.
+    rendered_for: the fingerprint of the tokenizer whose chat template rendered the texts.
 
     Raises DataError when `out` holds files or cannot be written.
     """
 
-    def __init__(self, out: Path, *, preparer: str, options: Mapping[str, Any], with_meta: bool = False) -> None:
+    def __init__(
+        self,
+        out: Path,
+        *,
+        preparer: str,
+        options: Mapping[str, Any],
+        with_meta: bool = False,
+        rendered_for: str | None = None,
+    ) -> None:
         self.out = out
         self._schema = SCHEMA.append(META) if with_meta else SCHEMA
+        if rendered_for is not None:
+            self._schema = self._schema.with_metadata({RENDERED_FOR: rendered_for.encode()})
         self.rows: dict[str, int] = {}
         self.rejected = 0
         self.left_out: Counter[str] = Counter()
@@ -102,6 +114,7 @@ class DatasetWriter:
 
     def _publish(self) -> None:
         files = {f"{name}.parquet": self._describe(name) for name in self.rows}
+        metadata = self._schema.metadata or {}
         manifest = {
             "schema_version": SCHEMA_VERSION,
             **self._manifest,
@@ -109,6 +122,7 @@ class DatasetWriter:
             "files": files,
             "sources": self._sources,
             "rejected": self.rejected,
+            **({"rendered_for": rendered_for.decode()} if (rendered_for := metadata.get(RENDERED_FOR)) else {}),
             **({"left_out": dict(self.left_out)} if self.left_out else {}),
         }
         for path in sorted(self.folder.rglob("*")):

@@ -10,7 +10,8 @@
 | a folder with tokenizer.json                                     | any fast tokenizer of the Hugging Face kind |
 
 Nothing is downloaded, unpickled or executed. Text never becomes a special token: an `<|endoftext|>` inside a data
-file is encoded as those thirteen characters, so data cannot end a sequence by itself.
+file is encoded as those thirteen characters, so data cannot end a sequence by itself. The one exception is what a chat
+template has rendered: `encode_rendered` is for it alone, and `python -m data_prep` refuses messages that spell one.
 """
 
 from __future__ import annotations
@@ -42,6 +43,12 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, without any special token."""
 
+    def encode_rendered(self, text: str) -> list[int]:
+        """Ids of what a chat template rendered: the special tokens it spells are theirs, and none is added."""
+
+    def special_in(self, text: str) -> str | None:
+        """The first special token that `encode_rendered` would find in `text`, or None."""
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`; special tokens are skipped, incomplete UTF-8 becomes U+FFFD."""
 
@@ -58,6 +65,13 @@ class ByteTokenizer:
     def encode(self, text: str) -> list[int]:
         """One id per UTF-8 byte of `text`."""
         return list(text.encode("utf-8"))
+
+    def encode_rendered(self, text: str) -> list[int]:
+        """The same: there is no special token that a text could spell."""
+        return self.encode(text)
+
+    def special_in(self, text: str) -> str | None:
+        """None."""
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the byte ids; other ids are skipped."""
@@ -76,6 +90,7 @@ class FastTokenizer:
         backend.encode_special_tokens = True  # special tokens written in a text stay text
         self._backend = backend
         self._skipped = {eos_id, pad_id}
+        self._special = {i: token.content for i, token in backend.get_added_tokens_decoder().items() if token.special}
         self.name = name
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
         self.eos_id = eos_id
@@ -85,6 +100,18 @@ class FastTokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, without any special token."""
         return self._backend.encode(text, add_special_tokens=False).ids
+
+    def encode_rendered(self, text: str) -> list[int]:
+        """Ids of what a chat template rendered: the special tokens it spells are theirs, and none is added."""
+        self._backend.encode_special_tokens = False
+        try:
+            return self.encode(text)
+        finally:
+            self._backend.encode_special_tokens = True
+
+    def special_in(self, text: str) -> str | None:
+        """The first special token that `encode_rendered` would find in `text`, or None."""
+        return next((self._special[i] for i in self.encode_rendered(text) if i in self._special), None)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`; special tokens are skipped."""
