@@ -73,6 +73,11 @@ class ExampleTable:
             yield from zip(ids, columns[self.columns[0]], columns[self.columns[1]], strict=True)
             row += batch.num_rows
 
+    def first(self, count: int) -> ExampleTable:
+        """A table of the first `count` rows, or of all where there are fewer."""
+        head = self._table.slice(0, count)
+        return ExampleTable(self.path, self.content_hash, self.columns, head, rendered_for=self.rendered_for)
+
     @property
     def rendered(self) -> bool:
         """Whether a chat template rendered the texts: their special tokens and line ends are its own."""

@@ -28,6 +28,11 @@ from lora_megatron.errors import DataError
 
 _BPE_FILES = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))
 _EOS_TEXT = "<|endoftext|>"
+_WORD_START = "▁"  # SentencePiece's space
+_PRINTABLE_BYTES = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_OTHER_BYTES = [byte for byte in range(256) if byte not in _PRINTABLE_BYTES]
+_BYTE_OF_SYMBOL = {chr(byte): byte for byte in _PRINTABLE_BYTES} | {chr(256 + i): b for i, b in enumerate(_OTHER_BYTES)}
+"""GPT-2's letters for bytes in a byte-level vocabulary."""
 
 
 class Tokenizer(Protocol):
@@ -48,6 +53,9 @@ class Tokenizer(Protocol):
 
     def special_in(self, text: str) -> str | None:
         """The first special token that `encode_rendered` would find in `text`, or None."""
+
+    def token_text(self, token: int) -> str:
+        """What a person is shown of one id: its text, a special token's name, or `<0xE2>` for a part of a character."""
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`; special tokens are skipped, incomplete UTF-8 becomes U+FFFD."""
@@ -72,6 +80,10 @@ class ByteTokenizer:
 
     def special_in(self, text: str) -> str | None:
         """None."""
+
+    def token_text(self, token: int) -> str:
+        """An ASCII character, `<0xE2>`, `<eos>` or `<pad>`."""
+        return {self.eos_id: "<eos>", self.pad_id: "<pad>"}.get(token) or _show_bytes(bytes([token]))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the byte ids; other ids are skipped."""
@@ -113,10 +125,29 @@ class FastTokenizer:
         """The first special token that `encode_rendered` would find in `text`, or None."""
         return next((self._special[i] for i in self.encode_rendered(text) if i in self._special), None)
 
+    def token_text(self, token: int) -> str:
+        """The token's text, with the space that begins a word; bytes that are no whole character in hex."""
+        piece = self._backend.id_to_token(token) or f"<{token}>"
+        if token in self._special or token in self._skipped:
+            return piece
+        text = self._backend.decode([token])
+        if _WORD_START in piece:
+            return piece.replace(_WORD_START, " ")
+        if "\ufffd" in text and all(symbol in _BYTE_OF_SYMBOL for symbol in piece):
+            return _show_bytes(bytes(_BYTE_OF_SYMBOL[symbol] for symbol in piece))
+        return text or piece
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`; special tokens are skipped."""
         kept = [int(i) for i in ids if int(i) not in self._skipped]
         return self._backend.decode(kept, skip_special_tokens=True)
+
+
+def _show_bytes(content: bytes) -> str:
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError:
+        return "".join(f"<0x{byte:02X}>" for byte in content)
 
 
 def load_tokenizer(spec: str) -> Tokenizer:
