@@ -21,7 +21,7 @@ from data_prep.chat_template import ChatTemplate
 from data_prep.csv_records import read_csv, read_header
 from data_prep.json_records import read_json_array, read_json_lines
 from data_prep.options import add_options, files_of_splits, prepare
-from data_prep.raw_files import BadRecord, open_raw
+from data_prep.raw_files import BadRecord
 from data_prep.rows import Row, Source, as_object, checked_text
 from data_prep.shapes import SHAPES, Shape, prompt_and_completion, shape_of
 from lora_megatron.errors import ConfigError, DataError
@@ -43,8 +43,11 @@ class FileFormat:
 
 
 def _read_json(path: Path, columns: Sequence[str] = ()) -> Records:
-    with open_raw(path) as stream:
-        start = stream.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+    try:
+        with open(path, "rb") as stream:
+            start = stream.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
     return read_json_array(path) if start == b"[" else read_json_lines(path)
 
 
@@ -99,6 +102,8 @@ def _source(
     template: ChatTemplate | None,
     label: str,
 ) -> Source:
+    if not path.is_file():
+        raise DataError(f"{path} does not exist or is not a file; give {form.name} files")
     columns = form.columns(path)
     shape = shape or shape_of(columns)
     if shape is None or not {*shape.needs, *((id_column,) if id_column else ())} <= set(columns):

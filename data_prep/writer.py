@@ -14,7 +14,7 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -106,8 +106,10 @@ class DatasetWriter:
         split = SplitWriter(self.folder / f"{name}.parquet", name, self._schema)
         try:
             yield split
-        finally:
             split.close()
+        except BaseException:
+            split.abandon()
+            raise
         if split.rows == 0:
             raise DataError(f"the split {name!r} would have no rows; nothing is written to {self.out}")
         self.rows[name] = split.rows
@@ -167,6 +169,11 @@ class SplitWriter:
         """Write what is pending and the footer."""
         self._flush()
         self._writer.close()
+
+    def abandon(self) -> None:
+        """Let go of the file after an error, which is what is to be told: closing may fail for the same reason."""
+        with suppress(pa.ArrowException, OSError):
+            self._writer.close()
 
     def _flush(self) -> None:
         if self._pending:
