@@ -41,7 +41,8 @@ def prepare(
 ) -> None:
     """Write `sources` as the flags say and print the summary.
 
-    more_options: further ones for the manifest. rendered_for: the tokenizer whose chat template renders the rows.
+    more_options: further ones for the manifest. rendered_for: the tokenizer whose chat template renders the rows,
+    which then counts their tokens.
 
     Raises ConfigError or DataError.
     """
@@ -53,9 +54,9 @@ def prepare(
         raise ConfigError(f"--seed {arguments.seed} has nothing to draw: give --low-data N as well")
     if arguments.low_data is not None and all(source.split != "train" for source in sources):
         raise DataError(f"--low-data draws from train, and {arguments.raw or 'no --split'} has no training file")
-    if arguments.sequence_length is not None and arguments.tokenizer is None:
+    if arguments.sequence_length is not None and arguments.tokenizer is None and rendered_for is None:
         raise ConfigError(f"--sequence-length {arguments.sequence_length} counts tokens: give --tokenizer as well")
-    tokenizer = None if arguments.tokenizer is None else load_tokenizer(arguments.tokenizer)
+    tokenizer = rendered_for if arguments.tokenizer is None else load_tokenizer(arguments.tokenizer)
     if tokenizer and rendered_for and tokenizer.fingerprint != rendered_for.fingerprint:
         raise ConfigError(f"--tokenizer {arguments.tokenizer} is another one than that of --chat-template")
     lengths = Lengths(tokenizer, arguments.sequence_length, rendered=rendered_for is not None)

@@ -109,7 +109,12 @@ HOSTILE: dict[str, tuple[str, str, bytes, str]] = {
     "outside": ("webnlg", "train.xml", (OUTSIDE + "<b>&a;</b>").encode(), "train.xml:1: a document type declaration"),
     "utf-16 bomb": ("webnlg", "train.xml", (BOMB + "<b>&b;</b>").encode("utf-16"), "a document type declaration"),
     "no encoding": ("webnlg", "train.xml", b'<?xml version="1.0" encoding="f-8"?><a/>', "its encoding cannot be read"),
-    "odd encoding": ("webnlg", "train.xml", b'<?xml version="1.0" encoding="zlib"?><a/>', "its encoding cannot be read"),
+    "odd encoding": (
+        "webnlg",
+        "train.xml",
+        b'<?xml version="1.0" encoding="zlib"?><a/>',
+        "its encoding cannot be read",
+    ),
     "big5": ("webnlg", "train.xml", b'<?xml version="1.0" encoding="big5"?><a/>', "its encoding cannot be read"),
     "not xml": ("webnlg", "train.xml", b"<a>\n</b>", "train.xml:2: not well-formed XML (mismatched tag)"),
     "deep xml": ("webnlg", "train.xml", b"<a>" * 40, "nested more than 32 deep"),

@@ -59,10 +59,13 @@ def test_plain_shapes(record: dict[str, str], context: str, target: str, tmp_pat
         {"prompt": CHAT, "completion": [ANSWER]},
     ],
 )
-def test_messages_are_rendered_and_trained_on_as_such(record: dict[str, Any], tmp_path: Path) -> None:
+def test_messages_are_rendered_and_trained_on_as_such(
+    record: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = write_tokenizer(tmp_path / "model", CHATML)
-    flags = ("--chat-template", str(folder), "--tokenizer", str(folder))
-    assert prepare(tmp_path, record, flags=flags) == 0
+    assert prepare(tmp_path, record, flags=("--chat-template", str(folder), "--sequence-length", "54")) == 0
+    # 5 special tokens and 35 bytes of context, 15 tokens of the answer with its end
+    assert "1 rows  55 tokens, 0 rows truncated at 54" in capsys.readouterr().out
     assert texts(tmp_path) == [("own.jsonl:1", RENDERED, "Hello — 😀")]
     table, tokenizer = open_examples(tmp_path / "out" / "train.parquet"), load_tokenizer(str(folder))
     assert table.rendered
