@@ -47,6 +47,8 @@ class ChatTemplate:
 
     def __init__(self, folder: Path, *, date: datetime.date | None = None) -> None:
         self.tokenizer: Tokenizer = load_tokenizer(str(folder))
+        if not (folder / "tokenizer.json").exists():
+            raise DataError(f"{folder} has no tokenizer.json, which says what a template's special tokens are")
         source, self._path, self._tokens = _read(folder)
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, jinja2.ext.loopcontrols]

@@ -14,6 +14,7 @@ from data_prep.chat_template import ChatTemplate
 from lora_megatron.data.examples import tokenise_example
 from lora_megatron.data.tokenizer import ByteTokenizer, load_tokenizer
 from lora_megatron.errors import ConfigError, DataError
+from tests.conftest import SHARED_DATA
 from tests.data.chat_models import CHATML, DATED, END, INCONSISTENT, LLAMA2, START, TOOLS, write_tokenizer
 
 TURNS: list[dict[str, Any]] = [
@@ -105,6 +106,9 @@ def test_folders_without_a_template_are_refused(tmp_path: Path) -> None:
         ChatTemplate(write_tokenizer(tmp_path / "bad", "{% if %}"))
     with pytest.raises(DataError, match="neither 'bytes' nor a folder"):
         ChatTemplate(tmp_path / "absent")
+    (write_tokenizer(tmp_path / "half", CHATML) / "tokenizer.json").unlink()
+    with pytest.raises(DataError, match=r"no tokenizer in .*expected tokenizer\.json"):
+        ChatTemplate(tmp_path / "half")
     folder = write_tokenizer(tmp_path / "named", None)
     config = json.loads((folder / "tokenizer_config.json").read_text())
     config["chat_template"] = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": CHATML}]
@@ -113,3 +117,14 @@ def test_folders_without_a_template_are_refused(tmp_path: Path) -> None:
         f"{START}user\n{TURNS[0]['content']}{END}\n{START}assistant\n",
         "Hello.",
     )
+
+
+@pytest.mark.skipif(not (SHARED_DATA / "gpt2_bpe").is_dir(), reason="GPT-2's tokenizer is not in ../shared/data")
+def test_a_tokenizer_without_special_tokens_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "gpt2"
+    folder.mkdir()
+    for name in ("encoder.json", "vocab.bpe"):
+        (folder / name).write_bytes((SHARED_DATA / "gpt2_bpe" / name).read_bytes())
+    (folder / "chat_template.jinja").write_text(CHATML)
+    with pytest.raises(DataError, match=r"has no tokenizer\.json"):
+        ChatTemplate(folder)
