@@ -116,7 +116,7 @@ class LoraColumnParallelLinear(ColumnParallelLinear):
             pairs = [cast(LoraFactors, pair) for pair in self.adapters.values()]
             parts, scales = [self.parts[target] for target in self.adapters], [pair.scale for pair in pairs]
             u = self._low_rank_input(input_, pairs)
-            output = add_low_rank(output, parts, scales, u, [pair.lora_B for pair in pairs], in_place=True)
+            output = add_low_rank(output, parts, scales, u, [pair.lora_B for pair in pairs])
         return output, bias
 
     def _low_rank_input(self, x: Tensor, pairs: Sequence[LoraFactors]) -> Tensor:

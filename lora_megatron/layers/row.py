@@ -106,9 +106,7 @@ class LoraRowParallelLinear(RowParallelLinear):
         for pair in self.adapters.values():
             factors = cast(LoraFactors, pair)
             u = self._low_rank_input(input_, factors)
-            part = whole("", output.shape[-1])
-            # Not in place: the sum over ranks may hand on its input as it is.
-            output = add_low_rank(output, part, [factors.scale], u, [factors.lora_B], in_place=False)
+            output = add_low_rank(output, whole("", output.shape[-1]), [factors.scale], u, [factors.lora_B])
         return output, bias
 
     def _low_rank_input(self, x: Tensor, pair: LoraFactors) -> Tensor:
