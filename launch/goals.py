@@ -162,8 +162,9 @@ def measure(name: str, folder: Path, *, shrink: Sequence[str]) -> Report:
     seconds = time.monotonic() - started
     result: Report = {"row": name, "command": shlex.join(command), "seconds": seconds, "values": [], "why": ""}
     if done.returncode != EXIT_DONE:
-        lines = [line for line in done.stdout.splitlines() if line.strip()] or ["no output"]
-        result["why"] = f"failed with status {done.returncode}: {lines[-1]}"
+        lines = [line for line in done.stdout.splitlines() if line.strip() and "arning" not in line] or ["no output"]
+        told = [line for line in lines if "error" in line.lower()] or lines
+        result["why"] = f"failed with status {done.returncode}: {told[-1]}"
         return result
     report = json.loads((folder / name / "report.json").read_text(encoding="utf-8"))
     report["folder"] = str(folder / name)

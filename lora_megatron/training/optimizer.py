@@ -143,9 +143,9 @@ class MegatronAdamW:
         chained = getattr(self.inner, "chained_optimizers", [self.inner])
         groups: dict[Any, list[Tensor]] = {}
         for optimizer in chained:
-            groups.setdefault(optimizer.get_grad_stats_parallel_group(), []).extend(
-                optimizer.get_main_grads_for_grad_norm()
-            )
+            # The name in 0.19 and the one before it.
+            counted = getattr(optimizer, "get_grads_for_grad_norm", None) or optimizer.get_main_grads_for_grad_norm
+            groups.setdefault(optimizer.get_grad_stats_parallel_group(), []).extend(counted())
         norms = []
         for group, grads in groups.items():
             each: Any = torch.stack(torch._foreach_norm(grads)).double() if grads else []
