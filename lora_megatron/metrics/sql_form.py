@@ -22,9 +22,10 @@ _MOST_PIECES = 32  # between ANDs
 _MOST_OPERATORS = 8  # tried in one piece
 _MOST_STEPS = 1024  # a text made to have very many readings costs no more than this
 _MOST_READINGS = 256
-_QUERY = re.compile(r"SELECT\b\s*(?P<select>.*?)\s*\bFROM\s+table(?:\s+WHERE\b\s*(?P<where>.*))?", re.I | re.S)
-_CONDITION = re.compile(r"(?P<column>.*?)(?:^|\s)(?P<operator>=|>|<|OP)(?:\s+|$)", re.I | re.S)
-_AND = re.compile(r"\s+AND\s+", re.I)
+# Of texts with single spaces, so that none of these can run long.
+_QUERY = re.compile(r"SELECT(?: (?P<select>.*?))? FROM table(?: WHERE ?(?P<where>.*))?", re.I)
+_CONDITION = re.compile(r"(?P<column>.*?)(?:^| )(?P<operator>=|>|<|OP)(?: |$)", re.I)
+_AND = re.compile(r" AND ", re.I)
 
 
 @dataclass(frozen=True)
@@ -53,13 +54,12 @@ def readings(text: str, header: Sequence[str] | None = None) -> Iterator[Query]:
     header: the table's columns; a form with another column is none. Without it any name is a column, and a condition's
     ends at its first operator.
     """
-    text = text.strip()
-    match = _QUERY.fullmatch(text) if len(text) <= MAX_CHARACTERS else None
+    match = _QUERY.fullmatch(" ".join(text.split())) if len(text) <= MAX_CHARACTERS else None
     if match is None:
         return
     columns = None if header is None else {plain(name) for name in header}
-    selections = list(_selections(match["select"], columns))
-    parts = [] if match["where"] is None else _AND.split(match["where"].strip())
+    selections = list(_selections(match["select"] or "", columns))
+    parts = [] if match["where"] is None else _AND.split(match["where"])
     if not selections or len(parts) > _MOST_PIECES:
         return
     for conditions in islice(_conditions(parts, columns), _MOST_READINGS):
