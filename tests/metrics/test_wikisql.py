@@ -111,7 +111,7 @@ def test_a_text_made_to_have_many_readings_takes_no_time(prediction: str) -> Non
     assert time.process_time() - begin < 2
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     st.text(max_size=60)
     | st.lists(st.sampled_from(["SELECT", "FROM", "table", "WHERE", "AND", "=", "a"])).map(" ".join)
@@ -126,7 +126,7 @@ pieces = st.lists(st.sampled_from(["a", "B", "=", "and", "(x)", "MAX(", "op", "3
 names = pieces.map(" ".join)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.data(), st.lists(names, min_size=1, max_size=4))
 def test_gold_sql_reads_back_whatever_the_names(data: st.DataObject, header: list[str]) -> None:
     """Even columns and values that hold AND, operators, or aggregations."""
