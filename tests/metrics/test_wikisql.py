@@ -103,6 +103,8 @@ def test_a_hostile_prediction_is_wrong_and_no_more(prediction: str) -> None:
         "SELECT" + " FROM table" * 180,
         "SELECT Player FROM table WHERE " + "= " * 1000,
         "SELECT Player FROM table WHERE " + "Position = a AND " * 31,
+        "SELECT Player FROM table WHERE x AND " + " AND ".join(["Position = a"] * 31),
+        "SELECT Player FROM table WHERE " + " AND ".join(["Position = a", "Nothing"] * 16),
     ],
 )
 def test_a_text_made_to_have_many_readings_takes_no_time(prediction: str) -> None:
@@ -148,6 +150,12 @@ def test_names_that_hold_the_words_of_the_language() -> None:
         scored("SELECT Player FROM table WHERE School AND Club = Team = x = y", sel=0, conds=[[3, 0, "x = y"]])[1]
         == 100
     )
+
+
+def test_a_gold_query_that_cannot_run_makes_nothing_else_right() -> None:
+    sql = "SELECT Player FROM table WHERE No. OP 4"
+    assert scored(sql, sql, conds=[[1, 3, 4]]) == (100, 100)
+    assert scored(sql.replace("4", "5"), sql, conds=[[1, 3, 4]]) == (0, 0)
 
 
 def test_equal_column_names_cannot_be_told_apart() -> None:
