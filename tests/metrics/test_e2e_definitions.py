@@ -94,7 +94,7 @@ def test_coco_metrics_are_pycocoevalcaps_over_e2e() -> None:
 
 @needs_data
 def test_e2e_development_set_gives_what_the_official_script_gave() -> None:
-    """First sentences against the others, by measure_scores.py's own code: BLEU 0.599535, NIST 8.578516, and so on."""
+    """First sentences against the others; launch/results/2026-11-metrics.md says how the numbers came about."""
     found = score("e2e", *held_out(), bootstrap=0).values
     assert found["bleu"] == pytest.approx(59.95345944, abs=1e-7)
     assert found["nist"] == pytest.approx(8.578516298, abs=1e-8)
