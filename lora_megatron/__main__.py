@@ -86,6 +86,20 @@ def _run(arguments: argparse.Namespace) -> None:
         from lora_megatron.commands.inspect import run_inspect
 
         run_inspect(Path(arguments.path), as_json=arguments.json)
+    elif arguments.command == "score":
+        from pathlib import Path
+
+        from lora_megatron.commands.score import run_score
+
+        run_score(
+            arguments.task,
+            Path(arguments.predictions),
+            Path(arguments.references),
+            metas=None if arguments.metas is None else Path(arguments.metas),
+            bootstrap=arguments.bootstrap,
+            seed=arguments.seed,
+            as_json=arguments.json,
+        )
     elif arguments.command == "report":
         from pathlib import Path
 
