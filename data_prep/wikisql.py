@@ -7,8 +7,9 @@
     meta     {"table_id": "1-1000181-1", "header": [..], "types": [..], "sel": 2, "agg": 0, "conds": [[0, 0, "SOUTH"]]}
 
 x = {table schema, query}, y = {SQL} are the LoRA paper's; how the two parts are written is ours. The SQL is WikiSQL's
-own text form, with the columns' names. `meta` has what logical-form and execution accuracy need beside the .db files.
-Tables are looked up on the disk; only their headers and types are kept.
+own text form, with the columns' names. `meta` has what logical-form and execution accuracy need: in validation and test
+also "rows", the table's cells, so that no .db file is; train is not executed and stays small without.
+Tables are looked up on the disk, never all in memory.
 """
 
 from __future__ import annotations
@@ -49,6 +50,8 @@ def _rows(record: tuple[Any, dict[str, Any] | None], number: int, split: str) ->
     conds = _conditions(sql.get("conds"), len(header))
     target = sql_text(header, sel, agg, conds)
     meta = {"table_id": table_id, "header": header, "types": table["types"], "sel": sel, "agg": agg, "conds": conds}
+    if "rows" in table:
+        meta["rows"] = table["rows"]
     context = f"columns: {' | '.join(header)}\nquestion: {question}"
     return [Row(f"{split}-{number:06d}", context, target, [target], json.dumps(meta, ensure_ascii=False))]
 
@@ -74,25 +77,43 @@ def _index(value: Any, what: str, count: int) -> int:
     return value
 
 
-def _schema(record: Any) -> tuple[str, str]:
+def _table(record: Any, *, with_rows: bool) -> tuple[str, str]:
+    """The id of a table, and its header, types and perhaps rows as JSON."""
     table = as_object(record)
     header, types = list_in(table, "header"), list_in(table, "types")
     for name in (*header, *types):
         checked_text(name, "a name or type of a column", may_be_empty=True)
     if len(header) != len(types):
         raise ValueError(f"header has {len(header)} columns, types has {len(types)}")
-    return text_in(table, "id"), json.dumps({"header": header, "types": types})
+    kept = {"header": header, "types": types}
+    if with_rows:
+        kept["rows"] = _cells(table.get("rows"), len(header))
+    return text_in(table, "id"), json.dumps(kept)
 
 
-def _with_tables(path: Path, tables_path: Path) -> Iterator[tuple[int, Any]]:
-    """(line, (example, its table's header and types or None)) per example, after the bad lines of the tables file."""
+def _cells(rows: Any, columns: int) -> list[list[Any]]:
+    if not isinstance(rows, list):
+        raise ValueError("rows is not a list")
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, list) or len(row) != columns:
+            raise ValueError(f"row {number} is not a list of {columns} cells, as many as the header has")
+        for cell in row:
+            if isinstance(cell, str):
+                checked_text(cell, f"a cell of row {number}", may_be_empty=True)
+            elif type(cell) not in (int, float, type(None)):
+                raise ValueError(f"a cell of row {number} is not text, a number or null")
+    return rows
+
+
+def _with_tables(path: Path, tables_path: Path, *, with_rows: bool) -> Iterator[tuple[int, Any]]:
+    """(line, (example, what is kept of its table or None)) per example, after the bad lines of the tables file."""
     with DiskIndex() as tables:
         for line, record in read_json_lines(tables_path):
             try:
                 if isinstance(record, BadRecord):
                     raise ValueError(record.reason)
-                table_id, schema = _schema(record)
-                if not tables.add_new(table_id, schema):
+                table_id, kept = _table(record, with_rows=with_rows)
+                if not tables.add_new(table_id, kept):
                     raise ValueError(f"the table {table_id!r} is there twice")
             except ValueError as error:
                 yield line, BadRecord(str(error), tables_path)
@@ -112,7 +133,7 @@ def _source(split: str, path: Path) -> Source:
     return Source(
         split,
         path,
-        records=lambda: _with_tables(path, tables),
+        records=lambda: _with_tables(path, tables, with_rows=split != "train"),
         rows=lambda record, number: _rows(record, number, split),
         more_files=(tables,),
     )

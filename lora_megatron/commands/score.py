@@ -8,11 +8,7 @@ references    a line each, those of one instance on consecutive lines; blank lin
 from __future__ import annotations
 
 import json
-import sys
-from contextlib import nullcontext
 from pathlib import Path
-
-from rich.console import Console
 
 from lora_megatron.errors import ConfigError, DataError
 from lora_megatron.measure.console import print_table
@@ -51,8 +47,7 @@ def run_score(
     records = None if metas is None else [line for line in _lines(metas) if line.strip()]
     if records is not None and len(records) != len(texts):
         raise DataError(f"{metas} has {len(records)} lines for {len(texts)} predictions: they must be as many")
-    with Console(stderr=True).status(f"scoring {len(texts)} predictions") if sys.stderr.isatty() else nullcontext():
-        scores = score(task, texts, groups, metas=records, bootstrap=bootstrap, seed=seed)
+    scores = score(task, texts, groups, metas=records, bootstrap=bootstrap, seed=seed)
     if as_json:
         print(json.dumps({**scores.to_dict(), "task": task}, indent=2))
     else:

@@ -20,11 +20,11 @@ OPERATORS = ("=", ">", "<", "OP")
 MAX_CHARACTERS = 2048  # longer than any query of the data set; what is longer is no query
 _MOST_PIECES = 32  # between ANDs
 _MOST_OPERATORS = 8  # tried in one piece
-_MOST_STEPS = 1024  # a text made to have very many readings costs no more than this
-_MOST_READINGS = 256
-_QUERY = re.compile(r"SELECT\b\s*(?P<select>.*?)\s*\bFROM\s+table(?:\s+WHERE\b\s*(?P<where>.*))?", re.I | re.S)
-_CONDITION = re.compile(r"(?P<column>.*?)(?:^|\s)(?P<operator>=|>|<|OP)(?:\s+|$)", re.I | re.S)
-_AND = re.compile(r"\s+AND\s+", re.I)
+_MOST_READINGS = 256  # a text made to have very many costs no more than this
+# Of texts with single spaces, so that none of these can run long.
+_QUERY = re.compile(r"SELECT(?: (?P<select>.*?))? FROM table(?: WHERE ?(?P<where>.*))?", re.I)
+_CONDITION = re.compile(r"(?P<column>.*?)(?:^| )(?P<operator>=|>|<|OP)(?: |$)", re.I)
+_AND = re.compile(r" AND ", re.I)
 
 
 @dataclass(frozen=True)
@@ -53,13 +53,12 @@ def readings(text: str, header: Sequence[str] | None = None) -> Iterator[Query]:
     header: the table's columns; a form with another column is none. Without it any name is a column, and a condition's
     ends at its first operator.
     """
-    text = text.strip()
-    match = _QUERY.fullmatch(text) if len(text) <= MAX_CHARACTERS else None
+    match = _QUERY.fullmatch(" ".join(text.split())) if len(text) <= MAX_CHARACTERS else None
     if match is None:
         return
     columns = None if header is None else {plain(name) for name in header}
-    selections = list(_selections(match["select"], columns))
-    parts = [] if match["where"] is None else _AND.split(match["where"].strip())
+    selections = list(_selections(match["select"] or "", columns))
+    parts = [] if match["where"] is None else _AND.split(match["where"])
     if not selections or len(parts) > _MOST_PIECES:
         return
     for conditions in islice(_conditions(parts, columns), _MOST_READINGS):
@@ -80,17 +79,15 @@ def _selections(text: str, columns: set[str] | None) -> Iterator[tuple[str, int]
 
 
 def _conditions(parts: Sequence[str], columns: set[str] | None) -> Iterator[tuple[tuple[str, int, str], ...]]:
-    """Ways to read the pieces between ANDs; neighbours belong together where a name or a value holds an AND."""
-    steps = 0
+    """Ways to read the pieces between ANDs; neighbours belong together where a name or a value holds an AND.
+
+    A piece that begins a condition can end it with the last piece of all: no search is long without a reading.
+    """
 
     def read(start: int, found: tuple[tuple[str, int, str], ...]) -> Iterator[tuple[tuple[str, int, str], ...]]:
-        nonlocal steps
         if start == len(parts):
             yield found
         for stop in range(start + 1, len(parts) + 1):
-            steps += 1
-            if steps > _MOST_STEPS:
-                return
             for condition in _condition(" AND ".join(parts[start:stop]), columns):
                 yield from read(stop, (*found, condition))
 

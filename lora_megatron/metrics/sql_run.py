@@ -80,7 +80,7 @@ class Table:
 
 def _cell(cell: Any) -> Any:
     if isinstance(cell, str):
-        return cell.lower().encode("utf-8", "replace").decode("utf-8")
+        return plain(cell).encode("utf-8", "replace").decode("utf-8")
     return float(cell) if isinstance(cell, int) and abs(cell) >= 2**63 else cell
 
 

@@ -13,7 +13,8 @@ e2e: what the E2E script (measure_scores.py) computes: mteval-13a BLEU and NIST;
 definitions on Penn Treebank tokens. webnlg, dart: texts lower-cased and split at every character that is no word's, as
 the paper's code and the WebNLG challenge write them; then BLEU without smoothing (multi-bleu-detok: mteval tokens),
 METEOR 1.5, and TER by tercom's definition. The paper's code averages a TER per text instead, keeps six references at
-most and fills up with empty ones, which this does not. samsum: rouge-score's F1 with stemming.
+most and fills up with empty ones, which this does not (launch/results/2026-11-metrics.md). samsum: rouge-score's F1
+with stemming.
 """
 
 from __future__ import annotations

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
+from rich.console import Console
+from rich.progress import track
 from sacrebleu.metrics import BLEU, TER
 from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
@@ -48,10 +50,14 @@ def ter(predictions: Texts, references: References) -> Sums:
     """Corpus TER of texts in tokens, 0 and up, in percent: edits to the nearest reference over the average length.
 
     That is tercom's definition for several references; case is ignored, punctuation counts, nothing is tokenised.
+    Some ten milliseconds a reference: a terminal gets a bar.
     """
     scorer = TER(normalized=False, no_punct=False, case_sensitive=False)
     statistics = []
-    for prediction, texts in zip(predictions, references, strict=True):
+    pairs, console = zip(predictions, references, strict=True), Console(stderr=True)
+    for prediction, texts in track(
+        pairs, "TER", len(predictions), console=console, transient=True, disable=not console.is_terminal
+    ):
         found = scorer.corpus_score([prediction], [[text] for text in texts])
         statistics.append([found.num_edits, found.ref_length])
 

@@ -14,6 +14,7 @@ from data_prep.samsum import join_utterances
 from lora_megatron.data.parquet import open_examples
 from tests.data.raw_samples import GOOD, PAIR, QUESTION, TABLE, TALK, XML, lines, prepare, rows
 
+WIKISQL = {".jsonl": lines(QUESTION), ".tables.jsonl": lines(TABLE)}
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
 
 
@@ -27,6 +28,24 @@ def test_wikisql_row(tmp_path: Path) -> None:
     expected = {"table_id": "1-10-1", "header": TABLE["header"], "types": TABLE["types"], **sql}
     assert json.loads(row["meta"]) == expected
     assert len(open_examples(tmp_path / "out" / "train.parquet", with_references=True)) == 1
+
+
+def test_wikisql_keeps_the_tables_cells_where_queries_are_executed(tmp_path: Path) -> None:
+    files = {f"{name}{end}": data for name in ("train", "dev") for end, data in WIKISQL.items()}
+    assert prepare("wikisql", tmp_path, files) == 0
+    train, validation = (json.loads(rows(tmp_path, split)[0]["meta"]) for split in ("train", "validation"))
+    assert "rows" not in train
+    assert validation == {**train, "rows": TABLE["rows"]}
+
+
+@pytest.mark.parametrize("cells", [None, [["a", 1]], ["abc"], [["a", 1, True]], [["a", [], "b"]], [["a", 1, "\ud800"]]])
+def test_wikisql_cells_that_are_none_are_refused(
+    cells: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = {"dev.jsonl": WIKISQL[".jsonl"], "dev.tables.jsonl": lines({**TABLE, "rows": cells})}
+    assert prepare("wikisql", tmp_path, files) == 3
+    assert "dev.tables.jsonl:1: " in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_mnli_from_its_release_and_from_glue_are_the_same(tmp_path: Path) -> None:
