@@ -111,21 +111,23 @@ class LoraColumnParallelLinear(ColumnParallelLinear):
 
     def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """[s or s/t, b, in] -> [s, b, out / t], and the bias where it is left to the caller."""
+        if not self.adapters:
+            plain: tuple[Tensor, Tensor | None] = super().forward(input_, *args, **kwargs)
+            return plain
+        pairs = [cast(LoraFactors, pair) for pair in self.adapters.values()]
+        parts, scales = [self.parts[target] for target in self.adapters], [pair.scale for pair in pairs]
+        u, input_ = self._low_rank_input(input_, pairs)
         output, bias = super().forward(input_, *args, **kwargs)
-        if self.adapters:
-            pairs = [cast(LoraFactors, pair) for pair in self.adapters.values()]
-            parts, scales = [self.parts[target] for target in self.adapters], [pair.scale for pair in pairs]
-            u = self._low_rank_input(input_, pairs)
-            output = add_low_rank(output, parts, scales, u, [pair.lora_B for pair in pairs], in_place=True)
-        return output, bias
+        return add_low_rank(output, parts, scales, u, [pair.lora_B for pair in pairs]), bias
 
-    def _low_rank_input(self, x: Tensor, pairs: Sequence[LoraFactors]) -> Tensor:
+    def _low_rank_input(self, x: Tensor, pairs: Sequence[LoraFactors]) -> tuple[Tensor, Tensor]:
+        """u [s, b, sum of r] after its collective, and x for the large product."""
         drop = None
         if self.dropout and self.training:
             cut = (self.tp_group.rank(), self.tp_group.size()) if self.sequence_parallel else (0, 1)
             drop = Dropout.of_this_microbatch(self.dropout, self.dropout_seed, sequence=cut)
         # x is read once for all A's of the layer, and one collective serves them all.
-        u = low_rank_input(x, [pair.lora_A for pair in pairs], drop)  # [s or s/t, b, sum of r]
+        u, x = low_rank_input(x, [pair.lora_A for pair in pairs], drop)  # [s or s/t, b, sum of r]
         if self.sequence_parallel:
-            return gather_from_sequence_parallel_region(u, group=self.tp_group)  # g
-        return copy_to_tensor_model_parallel_region(u, group=self.tp_group)  # f
+            return gather_from_sequence_parallel_region(u, group=self.tp_group), x  # g
+        return copy_to_tensor_model_parallel_region(u, group=self.tp_group), x  # f

@@ -24,20 +24,18 @@ except ImportError:  # no Triton: the same, through general products
 class _AddLowRank(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, fused: Tensor, in_place: bool, parts: Sequence[Part], scales: Sequence[float], u: Tensor, *bs: Tensor
+        ctx: Any, fused: Tensor, parts: Sequence[Part], scales: Sequence[float], u: Tensor, *bs: Tensor
     ) -> Tensor:
         ctx.parts, ctx.scales = parts, scales
         ctx.save_for_backward(u, *bs)
-        if in_place:
-            ctx.mark_dirty(fused)
-        out = fused if in_place else fused.clone()
-        flat = out.view(-1, out.shape[-1])
+        ctx.mark_dirty(fused)
+        flat = fused.view(-1, fused.shape[-1])
         for part, scale, piece, b in zip(parts, scales, _pieces(u, bs), bs, strict=True):
             if kernels is not None and flat.is_cuda:
                 kernels.add_product(flat, piece, b, part, scale)
             else:
                 part.of(flat).add_(((piece * scale) @ b.t()).unflatten(-1, (part.groups, -1)))
-        return out
+        return fused
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
@@ -53,7 +51,7 @@ class _AddLowRank(torch.autograd.Function):
                 du, db = values @ b, values.t() @ piece
             dus.append(du)
             dbs.append(db)
-        return grad, None, None, None, torch.cat(dus, -1).view(u.shape), *dbs
+        return grad, None, None, torch.cat(dus, -1).view(u.shape), *dbs
 
 
 def _pieces(u: Tensor, bs: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -63,11 +61,14 @@ def _pieces(u: Tensor, bs: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 
 def add_low_rank(
-    fused: Tensor, parts: Sequence[Part], scales: Sequence[float], u: Tensor, bs: Sequence[Tensor], *, in_place: bool
+    fused: Tensor, parts: Sequence[Part], scales: Sequence[float], u: Tensor, bs: Sequence[Tensor]
 ) -> Tensor:
     """fused [..., groups * stride] with each part's update added: u [..., sum of r], b [part.rows, r].
 
-    `in_place` needs a `fused` that nothing else keeps for its backward pass.
+    Written over `fused`, which nothing else may read or keep for its backward pass.
     """
-    result: Tensor = _AddLowRank.apply(fused, in_place, tuple(parts), tuple(scales), u, *bs)
+    # Autograd forbids in-place changes of what a function, such as a sum over ranks, hands on as it is: that is a view,
+    # and others may hold what it is a view of. Nobody does here, which this says, as torch's own matmul does.
+    alone = torch.ops.aten._unsafe_view(fused, fused.shape)
+    result: Tensor = _AddLowRank.apply(alone, tuple(parts), tuple(scales), u, *bs)
     return result

@@ -6,6 +6,9 @@ backward    dA = du^T d,   dx = drop(du A)
 
 The dropout mask is a function of the sample (`layers.dropout`) and is drawn again. x itself is computed again where it
 came from a norm or an activation (`rebuilt`), whose input is kept already.
+
+x is handed on to the layer's large product, so that its gradient comes back through here: du A is added to it where it
+lies, instead of to a tensor as large as x that autograd then sums with it.
 """
 
 from __future__ import annotations
@@ -22,29 +25,45 @@ from lora_megatron.layers.rebuilt import recipe_of
 
 class _LowRankInput(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dropout: Dropout | None, *factors: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, dropout: Dropout | None, *factors: Tensor) -> tuple[Tensor, Tensor]:
         recipe = recipe_of(x)
         ctx.step, ctx.dropout = None if recipe is None else recipe.step, dropout
         kept = (x,) if recipe is None else recipe.ingredients
         ctx.save_for_backward(*factors, *kept)
-        return torch.matmul(x if dropout is None else dropout(x), torch.cat(factors).t())
+        ctx.set_materialize_grads(False)
+        return torch.matmul(x if dropout is None else dropout(x), _stacked(factors).t()), x
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        du = grads[0]
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        du, grad_x = grads
         count = len(ctx.needs_input_grad) - 2
         factors, kept = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
-        grad_x = None
+        if du is None:
+            return grad_x, None, *(None for _ in factors)
         if ctx.needs_input_grad[0]:
-            grad_x = torch.matmul(du, torch.cat(factors))
-            grad_x = grad_x if ctx.dropout is None else ctx.dropout(grad_x)
+            grad_x = _add_input_gradient(grad_x, du, _stacked(factors), ctx.dropout)
         x = kept[0] if ctx.step is None else ctx.step.value(*kept)
         x = x if ctx.dropout is None else ctx.dropout(x)
         grad_a = du.reshape(-1, du.shape[-1]).t() @ x.reshape(-1, x.shape[-1])  # [sum of r, in]
         return grad_x, None, *grad_a.split([factor.shape[0] for factor in factors])
 
 
-def low_rank_input(x: Tensor, factors: Sequence[Tensor], dropout: Dropout | None) -> Tensor:
-    """u [s, b, sum of r] from x [s, b, in] and each adapter's A [r, in]; x is read once for all of them."""
-    u: Tensor = _LowRankInput.apply(x, dropout, *factors)
-    return u
+def _stacked(factors: Sequence[Tensor]) -> Tensor:
+    return factors[0] if len(factors) == 1 else torch.cat(tuple(factors))
+
+
+def _add_input_gradient(grad_x: Tensor | None, du: Tensor, a: Tensor, dropout: Dropout | None) -> Tensor:
+    """grad_x + drop(du A), written over grad_x: nothing else reads what the product `x` was handed on to made."""
+    if dropout is not None or grad_x is None or not grad_x.is_contiguous():
+        added = torch.matmul(du, a)
+        added = added if dropout is None else dropout(added)
+        return added if grad_x is None else added.add_(grad_x)
+    grad_x.view(-1, grad_x.shape[-1]).addmm_(du.reshape(-1, du.shape[-1]), a)
+    return grad_x
+
+
+def low_rank_input(x: Tensor, factors: Sequence[Tensor], dropout: Dropout | None) -> tuple[Tensor, Tensor]:
+    """u [s, b, sum of r] from x [s, b, in] and each adapter's A [r, in], read once for all of them; and x, for one
+    product, whose gradient of it must be a tensor of its own: du A is added to that in place."""
+    u, handed_on = _LowRankInput.apply(x, dropout, *factors)
+    return u, handed_on if x.requires_grad else x  # factors that train give what is handed on a gradient too

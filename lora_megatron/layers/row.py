@@ -102,23 +102,21 @@ class LoraRowParallelLinear(RowParallelLinear):
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
         """[s, b, in / t] -> [s or s/t, b, out], and the bias where it is left to the caller."""
+        if not self.adapters:
+            plain: tuple[Tensor, Tensor | None] = super().forward(input_)
+            return plain
+        (pair,) = (cast(LoraFactors, pair) for pair in self.adapters.values())
+        u, input_ = self._low_rank_input(input_, pair)
         output, bias = super().forward(input_)
-        for pair in self.adapters.values():
-            factors = cast(LoraFactors, pair)
-            u = self._low_rank_input(input_, factors)
-            part = whole("", output.shape[-1])
-            # Not in place: the sum over ranks may hand on its input as it is.
-            output = add_low_rank(output, part, [factors.scale], u, [factors.lora_B], in_place=False)
-        return output, bias
+        return add_low_rank(output, whole("", output.shape[-1]), [pair.scale], u, [pair.lora_B]), bias
 
-    def _low_rank_input(self, x: Tensor, pair: LoraFactors) -> Tensor:
+    def _low_rank_input(self, x: Tensor, pair: LoraFactors) -> tuple[Tensor, Tensor]:
+        """u [s or s/t, b, r] summed over the ranks, and x for the large product."""
         drop = None
         if self.dropout and self.training:
             cut = (self.tp_group.rank(), self.tp_group.size())
             drop = Dropout.of_this_microbatch(self.dropout, self.dropout_seed, features=cut)
-        u = low_rank_input(x, [pair.lora_A], drop)  # [s, b, r], a partial sum over the ranks' inputs
+        u, x = low_rank_input(x, [pair.lora_A], drop)  # [s, b, r], a partial sum over the ranks' inputs
         if self.sequence_parallel:
-            scattered: Tensor = reduce_scatter_to_sequence_parallel_region(u, group=self.tp_group)  # [s/t, b, r]
-            return scattered
-        summed: Tensor = reduce_from_tensor_model_parallel_region(u, group=self.tp_group)
-        return summed
+            return reduce_scatter_to_sequence_parallel_region(u, group=self.tp_group), x  # [s/t, b, r]
+        return reduce_from_tensor_model_parallel_region(u, group=self.tp_group), x

@@ -8,32 +8,29 @@ element, q = heads x head_dim, k = groups x head_dim, a layer keeps, in bytes pe
 
 | kept                                       | bytes               | when                                              |
 |--------------------------------------------|---------------------|---------------------------------------------------|
-| input of each of the two norms             | e h, RMSNorm 4 h (*)| a gradient must pass the norm, or it trains       |
-| the norms' statistics                      | 8, RMSNorm 4 (*)    | the same                                          |
-| RMSNorm's output before its weight         | e h (*)             | its weight trains                                 |
+| input of each of the two norms             | e h (*)             | a gradient must pass the norm, it trains, or an   |
+|                                            |                     | adapter reads what it makes                       |
 | q, k, v as projected                       | e (q + 2 k) / t     | q, k or v needs a gradient; so for the next four  |
-| q anew, where heads share k and v          | e q / t             | learned positions                                 |
+| q anew, where heads share k and v          | e q / t             | learned positions, or norms over heads            |
 | q and k anew                               | e (q + k) / t       | rotary positions or norms over heads              |
 | cos and sin, for q and for k               | 4 e rotary_dim / b  | rotary positions                                  |
 | attention's output and log-sum-exp         | (e q + 4 heads) / t | unless recompute is selective                     |
-| input of the activation                    | e f / t             | fc1's output needs a gradient                     |
-| gated: [gate; up], act(gate), up           | 4 e f / t instead   | the same                                          |
-| input of a linear layer                    | e in (*)            | its weight trains, or it has adapters             |
-| the same after dropout, and the mask       | (e + 1) in (*)      | instead for adapters with dropout                 |
-| u = x A^T, scaled                          | e r (**)            | adapters of summed rank r                         |
-| the concatenated A's of a column layer     | e r h / (s b)       | the same, and its input needs a gradient          |
+| fc1's output, gated [gate; up]             | e f / t, 2 e f / t  | it needs a gradient, or fc2's adapter reads it    |
+| input of a linear layer                    | e in (*)            | its weight trains                                 |
+| input of the projection behind attention   | e q / t             | it has an adapter, and recompute is selective     |
+| u = x A^T                                  | e r (**)            | adapters of summed rank r                         |
 | the mask of core attention                 | e s                 | packing, or a window shorter than the sequence    |
 
 (*) divided by t under sequence parallelism for column layers and norms, and always for row layers, whose `in` is cut.
-(**) a row layer's is divided by t under sequence parallelism. An input that is kept already, such as attention's
-output or a ReLU's, costs nothing more.
+(**) a row layer's is divided by t under sequence parallelism. What adapters read behind a norm or an activation is
+computed again (`layers.rebuilt`), and dropout masks are drawn again: neither keeps anything of its own.
 
 Full recomputation keeps only a layer's input, e h (*), and during backward the tensors above of one layer at a time.
 Behind the last layer come the final norm and the loss (`layers.vocabulary_loss`). Where the output weight is frozen it
 keeps its gradient to the hidden states, e h (*), and the loss mask, 4. Where that weight trains: the layer's input,
 e h (*), the logits, e vocabulary / t, and 20 for labels, maxima, sums and the loss mask.
 
-For GPT-3 (f = 4 h) with LoRA on q and v that is 2 + 2 + 2 + 6 + 2 + 8 = 22 s b h bytes without tensor parallelism.
+For GPT-3 (f = 4 h) with LoRA on q and v that is 2 + 6 + 2 + 2 + 8 = 20 s b h bytes without tensor parallelism.
 `tests/planning` compares all of it with what autograd holds.
 """
 
@@ -66,6 +63,8 @@ class Microbatch:
     itemsize: int
     """Bytes per element in train.precision."""
     recompute: str = "none"
+    recompute_layers: int | None = None
+    """With `full`: of each chunk the first so many layers; None is all."""
     dropout: float = 0.0
     packing: bool = False
 
@@ -93,57 +92,47 @@ class Microbatch:
         return padded_vocabulary(self.shape.vocab_size, self.tensor) // self.tensor
 
 
+def recomputed_layers(recompute: str, asked: int | None, layers: int) -> int:
+    """How many of a chunk's `layers`, from the first, are recomputed; `asked` is `train.recompute_layers`."""
+    if recompute != "full":
+        return 0
+    return layers if asked is None else min(asked, layers)
+
+
 def layer_bytes(flow: LayerFlow, batch: Microbatch, *, layer: int) -> float:
     """Bytes that global layer `layer` keeps of one microbatch when it is not recomputed."""
     kept = _norm(flow.norm1, batch, batch.shape.hidden_size)
-    kept += _column_input(flow.qkv, batch) + _attention(flow, batch, layer)
+    kept += _column_input(flow.qkv, flow.norm1, batch) + _attention(flow, batch, layer)
     kept += _norm(flow.norm2, batch, batch.shape.hidden_size)
-    if batch.shape.parallel_residual and _norms_share_input(flow, batch):
-        kept -= batch.hidden_bytes
-    return kept + _column_input(flow.fc1, batch) + _mlp(flow, batch)
+    if batch.shape.parallel_residual and _keeps(flow.qkv, flow.norm1) and _keeps(flow.fc1, flow.norm2):
+        kept -= batch.hidden_bytes  # both norms read the same tensor
+    return kept + _column_input(flow.fc1, flow.norm2, batch) + _mlp(flow, batch)
 
 
-def _norms_share_input(flow: LayerFlow, batch: Microbatch) -> bool:
-    """Whether two norms that read the same tensor also keep it as one: RMSNorm in bf16 makes an fp32 copy each."""
-    if batch.shape.normalization == "LayerNorm":
-        return flow.norm1.output_needs and flow.norm2.output_needs
-    return flow.input_needs and batch.itemsize == 4
+def _keeps(linear: LinearFlow, norm: NormFlow) -> bool:
+    """Whether the input of the norm before a column layer is kept: for the norm, or to rebuild what adapters read."""
+    return norm.output_needs or linear.rank > 0
 
 
 def _norm(norm: NormFlow, batch: Microbatch, width: int) -> float:
-    """What a norm over the hidden width keeps."""
-    tokens = batch.tokens / batch.sharded
-    if batch.shape.normalization == "LayerNorm":
-        return (batch.itemsize * width + 8) * tokens if norm.output_needs else 0.0
-    kept = (4 * width + 4) * tokens if norm.input_needs else 0.0  # in fp32 whatever the precision
-    return kept + (batch.itemsize * width * tokens if norm.weight else 0.0)
+    """The input of a norm over the hidden width: the rest is computed again."""
+    return batch.itemsize * width * batch.tokens / batch.sharded if norm.output_needs else 0.0
 
 
-def _column_input(linear: LinearFlow, batch: Microbatch) -> float:
-    """The input of qkv or fc1 and what their adapters keep."""
-    width = batch.shape.hidden_size
-    kept = _kept_input(linear, batch, width / batch.sharded, is_kept=False)
-    kept += batch.itemsize * linear.rank * batch.tokens
-    if linear.input_needs:
-        kept += batch.itemsize * linear.rank * width  # torch.cat of the A's, kept for du A
-    return kept
+def _column_input(linear: LinearFlow, norm: NormFlow, batch: Microbatch) -> float:
+    """What qkv or fc1 and their adapters keep of their input, which comes from `norm`."""
+    one = batch.hidden_bytes
+    kept = one if linear.weight else 0.0
+    if linear.rank and not norm.output_needs:
+        kept += one  # of the norm's input, from which adapters compute theirs again
+    return kept + batch.itemsize * linear.rank * batch.tokens
 
 
 def _row_input(linear: LinearFlow, batch: Microbatch, width: float, *, is_kept: bool) -> float:
-    """The input of proj or fc2, `width` per token on this rank, and what their adapters keep."""
-    kept = _kept_input(linear, batch, width, is_kept=is_kept)
+    """What proj or fc2 and their adapter keep of their input, `width` per token on this rank."""
+    reads = linear.weight or linear.rank > 0
+    kept = batch.itemsize * width * batch.tokens if reads and not is_kept else 0.0
     return kept + batch.itemsize * linear.rank * batch.tokens / batch.sharded
-
-
-def _kept_input(linear: LinearFlow, batch: Microbatch, width: float, *, is_kept: bool) -> float:
-    kept = 0.0
-    plain = linear.weight or (linear.rank > 0 and not batch.dropout)
-    if plain and not is_kept:
-        kept += batch.itemsize * width * batch.tokens
-    if linear.rank and batch.dropout:
-        kept += batch.itemsize * width * batch.tokens  # what is left of the input
-        kept += width * batch.tokens if linear.input_needs else 0.0  # the mask, one byte an element
-    return kept
 
 
 def _attention(flow: LayerFlow, batch: Microbatch, layer: int) -> float:
@@ -153,15 +142,12 @@ def _attention(flow: LayerFlow, batch: Microbatch, layer: int) -> float:
     selective = batch.recompute == "selective"
     if not flow.attention_needs:
         return _row_input(flow.proj, batch, queries, is_kept=False)
-    heads, groups = shape.num_attention_heads / batch.tensor, shape.num_query_groups / batch.tensor
+    heads = shape.num_attention_heads / batch.tensor
     rotary = shape.position == "rope"
     grouped = shape.num_query_groups < shape.num_attention_heads
     kept = e * (queries + 2 * keys) * batch.tokens
-    if shape.qk_norm:
-        if flow.qkv.output_needs:
-            own = queries + keys if e < 4 else queries if grouped else 0  # in fp32 q and k as projected serve
-            kept += (4 * own + 4 * (heads + groups)) * batch.tokens
-        kept += e * (queries + keys) * batch.tokens if flow.qk_norm else 0.0
+    if shape.qk_norm and grouped:
+        kept += e * queries * batch.tokens
     if rotary or shape.qk_norm:
         kept += e * (queries + keys) * batch.tokens
     elif grouped:
@@ -180,15 +166,9 @@ def _mlp(flow: LayerFlow, batch: Microbatch) -> float:
     """From fc1's output to fc2's input."""
     shape, width = batch.shape, batch.shape.ffn_hidden_size / batch.tensor
     one = batch.itemsize * width * batch.tokens
-    relu = shape.activation == "relu"  # keeps its output, the others their input
-    if not flow.fc1.output_needs:
-        kept = 0.0
-    elif shape.gated_mlp:
-        kept = (2 if relu else 4) * one
-    else:
-        kept = one
-    output_kept = relu and not shape.gated_mlp and flow.fc1.output_needs
-    return kept + _row_input(flow.fc2, batch, width, is_kept=output_kept)
+    columns = 2 if shape.gated_mlp else 1
+    kept = columns * one if flow.fc1.output_needs or flow.fc2.rank else 0.0  # of fc1's output
+    return kept + _row_input(flow.fc2, batch, width, is_kept=not flow.fc2.weight)
 
 
 def head_bytes(method: Method, batch: Microbatch, *, input_needs: bool) -> tuple[float, float]:
@@ -235,11 +215,9 @@ class ChunkBytes:
 def chunk_bytes(flows: Sequence[LayerFlow], layers: range, batch: Microbatch) -> ChunkBytes:
     """The layers `layers` of one chunk; embedding and head come on top."""
     stored = [layer_bytes(flow, batch, layer=layer) for flow, layer in zip(flows, layers, strict=True)]
-    if batch.recompute != "full":
-        return ChunkBytes(sum(stored), 0.0, 0.0)
+    count = recomputed_layers(batch.recompute, batch.recompute_layers, len(stored))
     inputs = batch.hidden_bytes
-    # While layer i is rebuilt, the inputs of layers 0 .. i are held still, and its own input is one of them.
-    own = inputs if batch.shape.normalization == "LayerNorm" or batch.itemsize == 4 else 0.0
-    most = max(((i + 1) * inputs + kept - own for i, kept in enumerate(stored)), default=0.0)
-    rotary = 4 * batch.shape.rotary_dim * batch.sequence_length if batch.shape.position == "rope" else 0
-    return ChunkBytes(len(stored) * inputs + rotary, 0.0, most)
+    rotary = 4 * batch.shape.rotary_dim * batch.sequence_length if count and batch.shape.position == "rope" else 0
+    # While layer i is rebuilt, the inputs of layers 0 .. i are held still, and its own is what its norm keeps.
+    most = max((rotary + i * inputs + kept for i, kept in enumerate(stored[:count])), default=0.0)
+    return ChunkBytes(count * inputs + rotary + sum(stored[count:]), 0.0, most)

@@ -72,7 +72,7 @@ def test_the_low_rank_update_and_its_gradients(which: str, dtype: torch.dtype, b
     results = []
     for device, kind in ((CPU, torch.float64), (GPU, dtype)):
         leaves = [t.to(device, kind, copy=True).requires_grad_() for t in (fused, u, b)]
-        out = add_low_rank(leaves[0] * 1, [part], [1.7], leaves[1], [leaves[2]], in_place=True)
+        out = add_low_rank(leaves[0] * 1, [part], [1.7], leaves[1], [leaves[2]])
         results.append([out, *torch.autograd.grad(out, leaves, grad.to(device, kind))])
     for want, got in zip(*results, strict=True):
         assert float((got.detach().cpu().double() - want).norm() / want.norm()) < bound
