@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lora_megatron import __version__
+from lora_megatron.commands.decoding_arguments import add_evaluate, add_generate
 
 _EXAMPLES = """examples:
   lora-megatron quickstart --out runs/quickstart
@@ -15,6 +16,7 @@ _EXAMPLES = """examples:
   torchrun --standalone --nproc-per-node 2 -m lora_megatron train config.yaml parallel.tensor=2
   lora-megatron plan launch/configs/gpt3_175b_plan.yaml
   lora-megatron bench config.yaml --methods lora,full
+  lora-megatron evaluate config.yaml --adapter runs/r8/adapter --task e2e --data data/e2e --out runs/r8/e2e-test
   lora-megatron merge --base path/to/model --adapter runs/r8/adapter --out path/to/merged
 
 exit status: 0 done, 2 configuration, 3 data, 4 checkpoint or disk, 5 numerical, 6 a hang or a lost rank,
@@ -44,6 +46,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_plan(commands)
     _add_bench(commands)
     _add_score(commands)
+    _add_configuration(add_generate(commands))
+    _add_configuration(add_evaluate(commands))
     doctor = commands.add_parser(
         "doctor",
         help="say what of the optional software is here, and what its absence costs",
