@@ -54,6 +54,7 @@ class Experiment:
     recompute: str = "none"
     storage: StorageFormat | None = None
     dropout: float = 0.0
+    label_smoothing: float = 0.0
     steps: int = 3
     sequence_length: int = 16
     micro_batch_size: int = 1
@@ -101,7 +102,14 @@ def build_chunks(experiment: Experiment) -> tuple[list[Any], Record | None]:
     """
     shape = resolve_shape(ModelSection(**experiment.model), tokenizer_vocab_size=VOCABULARY)
     method = choose_method(MethodSection(**experiment.method), num_layers=shape.num_layers)
-    options = BuildOptions(experiment.precision, experiment.recompute, experiment.dropout, 7, experiment.storage)
+    options = BuildOptions(
+        experiment.precision,
+        experiment.recompute,
+        experiment.dropout,
+        adapter_seed=7,
+        storage=experiment.storage,
+        label_smoothing=experiment.label_smoothing,
+    )
     chunks = build(shape, method, experiment.layout, options)
     initialise_base(chunks, seed=3, num_layers=shape.num_layers)
     born, _ = gather(chunks, "value")

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lora_megatron.layers.activation import ACTIVATIONS
 from lora_megatron.layers.rope import attention_factor, inverse_frequencies
 from lora_megatron.layers.sharding import REPLICATED, Shard, declare
+from lora_megatron.layers.smoothing import Smoothing
 from lora_megatron.layers.storage.choose import StorageFormat
 from lora_megatron.methods.method import Method
 from lora_megatron.model.gpt import Gpt
@@ -47,6 +48,7 @@ class BuildOptions:
     """Format of the linear weights that are frozen; None keeps them in `precision`."""
     meta: bool = False
     """Build without storage, to count parameters of a model of any size."""
+    label_smoothing: float = 0.0
 
 
 class _ShapesOnly(Gpt):
@@ -165,6 +167,7 @@ def build(shape: ModelShape, method: Method, layout: Layout, options: BuildOptio
     for chunk in chunks:
         _declare_embeddings(chunk, padding=padded - shape.vocab_size)
         chunk.mask_padded_vocabulary(shape.vocab_size)
+        chunk.smoothing = Smoothing(options.label_smoothing, shape.vocab_size)
     _freeze(chunks, method)
     if options.recompute == "full":
         for chunk in chunks:
