@@ -13,6 +13,7 @@ import re
 import uuid
 from collections.abc import Callable
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def keep_best(run: Run, best: Best, adapter_facts: dict[str, Any]) -> None:
         with disk_errors(folder):
             _displace(folder)
             _rename(candidate, folder / BEST_NAME)
-            _drop_unneeded(folder, best.step)
+            drop_unneeded(folder, best)
 
     together(lambda: promote() if run.ranks.is_main else None)
 
@@ -139,13 +140,15 @@ def _rename(path: Path, to: Path) -> None:
     fsync(to.parent)
 
 
-def _drop_unneeded(folder: Path, best_step: int) -> None:
+def drop_unneeded(folder: Path, best: Best) -> None:
     """Delete each displaced one that is the best at no checkpoint: none lies between it and what came after it."""
     saved = [step_of(path) for path in checkpoints(folder)]
+    if not (folder / EARLIER_NAME).is_dir():
+        return
     places = sorted(path for path in (folder / EARLIER_NAME).iterdir() if _STEP.match(path.name))
-    ends = [*(step_of(path) for path in places[1:]), best_step]
-    for place, end in zip(places, ends, strict=True):
-        if not any(step_of(place) <= step < end for step in saved):
+    steps = [*map(step_of, places), best.step]
+    for place, (start, end) in zip(places, pairwise(steps), strict=True):
+        if not any(start <= step < end for step in saved):
             remove_folder(place)
     if not any((folder / EARLIER_NAME).iterdir()):
         (folder / EARLIER_NAME).rmdir()

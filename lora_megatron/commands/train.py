@@ -18,7 +18,7 @@ from lora_megatron.checkpoint.base import Base
 from lora_megatron.checkpoint.folder import MANIFEST
 from lora_megatron.commands import run_folder
 from lora_megatron.commands.base import resolve_base, tokenizer_of
-from lora_megatron.commands.best import BEST_NAME, recall_best, save_trained
+from lora_megatron.commands.best import BEST_NAME, drop_unneeded, recall_best, save_trained
 from lora_megatron.commands.grace import checkpoint_bytes
 from lora_megatron.commands.history import restore, resume
 from lora_megatron.commands.preflight import check_disk, preflight
@@ -201,11 +201,12 @@ def _run(run: Run, identity: dict[str, Any], started: float) -> None:
     run.after = continuations(run)
     summary = summarise(run, wall_seconds=time.monotonic() - started)
     on_main_disk(run, lambda: write_report(folder, summary))
+    if best := trainer.best:
+        on_main_disk(run, lambda: drop_unneeded(folder, best))
     on_main_disk(run, lambda: run_folder.set_status(config, "done", step=trainer.step))
     if run.ranks.is_main:
-        if trainer.best is not None:
-            what = f"{config.train.best} {trainer.best.value:.4f} after step {trainer.best.step}"
-            _say(f"best: {what}: {folder / BEST_NAME}")
+        if best:
+            _say(f"best: {config.train.best} {best.value:.4f} after step {best.step}: {folder / BEST_NAME}")
         _say(f"done: {folder / 'report.md'}")
 
 

@@ -11,8 +11,9 @@ from unittest.mock import patch
 
 import pytest
 
-from lora_megatron.checkpoint.folder import read_manifest
-from lora_megatron.commands import best, train
+from lora_megatron.checkpoint.folder import read_manifest, write_manifest
+from lora_megatron.commands import train
+from lora_megatron.parallel import groups
 from lora_megatron.training import loop
 from lora_megatron.training.selection import Best, Selection
 from lora_megatron.training.step import StepLoss
@@ -20,6 +21,7 @@ from tests.commands.runs import (
     Outcome,
     Tree,
     attempt,
+    attempt_each,
     checkpoint_of,
     evaluations_of,
     make_tree,
@@ -33,9 +35,9 @@ STEPS = 8
 LOSSES = [0.5, 4.0, 3.0, 3.5, 3.0, 2.0, 2.5, 1.0, 1.0]
 
 
-def best_tree(corpus: Path, run: Path, **sections: Tree) -> Tree:
+def best_tree(corpus: Path, folder: Path, /, **sections: Tree) -> Tree:
     train = {"steps": STEPS, "eval_every": 1, "save_every": 1, "keep_checkpoints": 3, "best": "loss"}
-    return make_tree(corpus, run, **{**sections, "train": {**train, **sections.get("train", {})}})
+    return make_tree(corpus, folder, **{**sections, "train": {**train, **sections.get("train", {})}})
 
 
 def attempt_with_losses(tree: Tree, losses: list[float], stop_after: int | None = None) -> Outcome:
@@ -46,6 +48,7 @@ def attempt_with_losses(tree: Tree, losses: list[float], stop_after: int | None 
             return attempt(tree)
         with patch.object(loop, "_save", steps.dying_after(stop_after)), pytest.raises(_Killed):
             attempt(tree)
+        groups.stop()
         return Outcome()
 
 
@@ -145,12 +148,15 @@ def test_a_kill_between_the_two_renames_loses_nothing(straight: Path, corpus: Pa
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_every_layout_chooses_the_same(pool: Pool, corpus: Path, tmp_path: Path, method: str) -> None:
     """By the true losses: the learning rate is so high that the last is not the best."""
+    sections: Tree = {"method": {"name": method}, "optimizer": {"lr": 0.03}, "train": {"save_every": 0}}
+    layouts: Tree = {"tp2": {"tensor": 2}, "pp2": {"pipeline": 2}, "dp2": {}}
+    trees = [best_tree(corpus, tmp_path / name, parallel=layout, **sections) for name, layout in layouts.items()]
+    assert attempt(best_tree(corpus, tmp_path / "one", **sections)) == Outcome()
+    outcomes = pool.run(2, attempt_each, trees=trees, store=str(tmp_path / "store"))
+    assert outcomes == [[Outcome()] * len(trees)] * 2
     found = {}
-    for name, world, layout in (("one", 1, {}), ("tp2", 2, {"tensor": 2}), ("pp2", 2, {"pipeline": 2}), ("dp2", 2, {})):
+    for name in ("one", *layouts):
         run = tmp_path / name
-        sections = {"method": {"name": method}, "optimizer": {"lr": 0.03}, "parallel": layout}
-        outcomes = pool.run(world, attempt, tree=best_tree(corpus, run, **sections))
-        assert outcomes == [Outcome()] * world
         losses = {line["step"]: line["held_out_loss"] for line in evaluations_of(run) if line["step"]}
         found[name] = what_is_best(run)
         assert found[name]["value"] == min(losses.values()) == losses[found[name]["step"]]
@@ -195,8 +201,6 @@ def test_a_best_that_was_chosen_otherwise_is_refused(straight: Path, corpus: Pat
     del manifest["files"]
     manifest["best"]["metric"] = "e2e.bleu"
     (run / "best" / "manifest.json").unlink()
-    from lora_megatron.checkpoint.folder import write_manifest
-
     write_manifest(run / "best", manifest)
     outcome = attempt(best_tree(corpus, run, run={"dir": str(run), "resume": "auto"}))
     assert outcome.status == 2
@@ -220,7 +224,3 @@ def test_a_value_that_is_not_finite_or_equal_improves_nothing() -> None:
     for value, low, high in ((1.0, True, False), (2.0, False, False), (3.0, False, True)):
         assert lowest.improves(value, over=Best(1, 2.0)) is low
         assert highest.improves(value, over=Best(1, 2.0)) is high
-
-
-def test_the_folders_are_those_that_are_documented() -> None:
-    assert (best.BEST_NAME, best.EARLIER_NAME) == ("best", "earlier_best")
