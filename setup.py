@@ -10,6 +10,7 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
 
+METEOR = ["pycocoevalcap>=1.2"]  # carries METEOR 1.5, which needs Java as well
 DEEPSPEED = ["deepspeed>=0.18"]  # 0.18.0 and 0.19.8 pass the tests; 0.16 has another constructor
 # What checks the code, and the outside references (loralib, PEFT, transformers, DeepSpeed) that tests compare with.
 TEST = [
@@ -65,7 +66,9 @@ setup(
         "matplotlib",
         "tokenizers",
         "tensorboard",
+        "sacrebleu>=2.4",
+        "rouge-score>=0.1.2",
     ],
-    extras_require={"deepspeed": DEEPSPEED, "test": TEST},
+    extras_require={"deepspeed": DEEPSPEED, "meteor": METEOR, "test": TEST},
     entry_points={"console_scripts": ["lora-megatron = lora_megatron.__main__:main"]},
 )

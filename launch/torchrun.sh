@@ -17,7 +17,7 @@ Train as CONFIG says on the GPUs of this machine, or together with others. Run i
   RDZV_TIMEOUT    seconds to wait for the other nodes         (default: 600)
   MAX_RESTARTS    restarts after a crash or a lost rank       (default: 0); the run resumes by itself
   LOCAL_ADDR      address of this node for the others         (default: what its name resolves to)
-  COMMAND         train, or bench with its options last       (default: train)
+  COMMAND         train, bench, evaluate or generate; options last   (default: train)
   PYTHON          interpreter   (default: the active environment's, else .venv/bin/python, else python3)
   OMP_NUM_THREADS threads a process                           (default: cores / processes, at most 16)
 

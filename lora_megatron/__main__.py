@@ -60,6 +60,8 @@ def _run(arguments: argparse.Namespace) -> None:
     # Each command imports what it needs when it runs: `--help` must not wait for torch.
     if arguments.command in ("train", "plan", "bench"):
         _run_configured(arguments)
+    elif arguments.command in ("generate", "evaluate"):
+        _run_decoding(arguments)
     elif arguments.command == "merge":
         from pathlib import Path
 
@@ -86,6 +88,20 @@ def _run(arguments: argparse.Namespace) -> None:
         from lora_megatron.commands.inspect import run_inspect
 
         run_inspect(Path(arguments.path), as_json=arguments.json)
+    elif arguments.command == "score":
+        from pathlib import Path
+
+        from lora_megatron.commands.score import run_score
+
+        run_score(
+            arguments.task,
+            Path(arguments.predictions),
+            Path(arguments.references),
+            metas=None if arguments.metas is None else Path(arguments.metas),
+            bootstrap=arguments.bootstrap,
+            seed=arguments.seed,
+            as_json=arguments.json,
+        )
     elif arguments.command == "report":
         from pathlib import Path
 
@@ -130,6 +146,42 @@ def _run_configured(arguments: argparse.Namespace) -> None:
             warm_up=arguments.warm_up,
             layers=arguments.layers,
             out=arguments.out,
+        )
+
+
+def _run_decoding(arguments: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from lora_megatron.commands.decoding_arguments import decoding_from
+    from lora_megatron.config import load_config
+
+    config = load_config(arguments.config, arguments.overrides)
+    decoding = decoding_from(arguments, getattr(arguments, "task", None))  # so does a flag that cannot work
+    common = {
+        "decoding": decoding,
+        "adapter": Path(arguments.adapter) if arguments.adapter else None,
+        "batch_size": arguments.batch_size,
+        "cut_prompts": arguments.cut_prompts,
+    }
+    if arguments.command == "generate":
+        from lora_megatron.commands.generate import GenerationOptions, run_generation
+
+        file, out = (Path(path) if path else None for path in (arguments.prompts, arguments.out))
+        run_generation(config, GenerationOptions(prompts=tuple(arguments.prompt), file=file, out=out, **common))
+    else:
+        from lora_megatron.commands.evaluate import EvaluationOptions, run_evaluation
+
+        run_evaluation(
+            config,
+            EvaluationOptions(
+                task=arguments.task,
+                out=Path(arguments.out),
+                data=Path(arguments.data) if arguments.data else None,
+                split=arguments.split,
+                limit=arguments.limit,
+                bootstrap=arguments.bootstrap,
+                **common,
+            ),
         )
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lora_megatron import __version__
+from lora_megatron.commands.decoding_arguments import add_evaluate, add_generate
 
 _EXAMPLES = """examples:
   lora-megatron quickstart --out runs/quickstart
@@ -15,6 +16,7 @@ _EXAMPLES = """examples:
   torchrun --standalone --nproc-per-node 2 -m lora_megatron train config.yaml parallel.tensor=2
   lora-megatron plan launch/configs/gpt3_175b_plan.yaml
   lora-megatron bench config.yaml --methods lora,full
+  lora-megatron evaluate config.yaml --adapter runs/r8/adapter --task e2e --data data/e2e --out runs/r8/e2e-test
   lora-megatron merge --base path/to/model --adapter runs/r8/adapter --out path/to/merged
 
 exit status: 0 done, 2 configuration, 3 data, 4 checkpoint or disk, 5 numerical, 6 a hang or a lost rank,
@@ -43,6 +45,9 @@ def build_parser() -> argparse.ArgumentParser:
     _add_configuration(train)
     _add_plan(commands)
     _add_bench(commands)
+    _add_score(commands)
+    _add_configuration(add_generate(commands))
+    _add_configuration(add_evaluate(commands))
     doctor = commands.add_parser(
         "doctor",
         help="say what of the optional software is here, and what its absence costs",
@@ -169,6 +174,30 @@ def _add_bench(commands: Any) -> None:
     bench.add_argument("--warm-up", type=int, default=3, help="steps before them (default: %(default)s)")
     bench.add_argument("--layers", type=int, help="measure a slice of so many layers; default: as many as fit")
     bench.add_argument("--out", default="runs/bench", help="folder to write (default: %(default)s)")
+
+
+def _add_score(commands: Any) -> None:
+    score = commands.add_parser(
+        "score",
+        help="score predictions in text files by the metrics of a task",
+        description="Score predictions against references, as the task's official scripts do, with 95% intervals. "
+        "A metric that cannot be computed here is named, with the reason.",
+        epilog="examples:\n  lora-megatron score --task e2e --predictions predictions.txt --references references.txt\n"
+        "  lora-megatron score --task wikisql --predictions p.txt --references r.txt --metas metas.jsonl --json",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    score.add_argument("--task", required=True, help="wikisql, mnli, samsum, e2e, dart, webnlg, or text for any other")
+    score.add_argument("--predictions", required=True, metavar="FILE", help="UTF-8 text, a prediction a line")
+    score.add_argument(
+        "--references",
+        required=True,
+        metavar="FILE",
+        help="UTF-8 text, a reference a line; those of one instance on lines in a row, a blank line between",
+    )
+    score.add_argument("--metas", metavar="FILE", help="for wikisql's execution: the data's column meta, a line each")
+    score.add_argument("--bootstrap", type=int, default=1000, help="resamples of the intervals (default: %(default)s)")
+    score.add_argument("--seed", type=int, default=0, help="of the resamples (default: %(default)s)")
+    score.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
 
 
 def _add_folders(parser: argparse.ArgumentParser, *, adapter: str) -> None:

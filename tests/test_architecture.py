@@ -26,7 +26,7 @@ LEVELS = (
     ("layers",),
     ("methods",),
     ("model",),
-    ("checkpoint", "data", "measure"),
+    ("checkpoint", "data", "measure", "metrics"),
     ("huggingface",),
     ("training", "evaluation", "analysis", "planning"),
     ("bench",),

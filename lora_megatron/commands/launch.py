@@ -30,7 +30,7 @@ from lora_megatron.config import Config, load_config
 from lora_megatron.errors import EXIT_DONE, EXIT_PREEMPTED, ConfigError, LostRankError, UserError
 from lora_megatron.parallel.agent import EXIT_LOST_RANK, FINAL, FORWARDED, Agent, status_of_workers
 
-COMMANDS = ("train", "bench")
+COMMANDS = ("train", "bench", "generate", "evaluate")
 LOOPBACK = "127.0.0.1"
 _MOST_THREADS = 16
 

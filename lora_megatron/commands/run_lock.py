@@ -19,7 +19,7 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 class RunLock:
-    """Held from construction until `release`, which also removes the file; makes the folder.
+    """Held from construction until `release`, which also removes the file; makes the folder, which `key` named.
 
     `supported` is False on a file system that knows no locks; nothing is held there.
 
@@ -27,9 +27,9 @@ class RunLock:
         ConfigError: another job holds it; names that job's process and host.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, key: str = "run.dir") -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._path = folder / LOCK_NAME
+        self._path, self._key = folder / LOCK_NAME, key
         self.supported = True
         self._file = self._acquire(folder)
         with contextlib.suppress(OSError):  # on a full disk the lock holds all the same, it only names nobody
@@ -47,7 +47,7 @@ class RunLock:
                 holder = os.read(file, 500).decode(errors="replace") or "another process"
                 os.close(file)
                 raise ConfigError(
-                    f"run.dir = {folder} is in use by {holder}: wait until that ends, or choose another run.dir"
+                    f"{self._key} = {folder} is in use by {holder}: wait until that ends, or choose another {self._key}"
                 ) from None
             except OSError as error:
                 if error.errno not in _NO_LOCKS:

@@ -67,11 +67,16 @@ class ExampleTable:
             return [self[index][2]]
         return self._table.column("references")[index].as_py()
 
+    def meta(self, index: int) -> str | None:
+        """What scorers know of row `index` besides: JSON from its `meta` column, None without one."""
+        return self._table.column("meta")[index].as_py() if "meta" in self._table.column_names else None
+
 
 def open_examples(path: str | Path, *, with_references: bool = False) -> ExampleTable:
     """Open and check a Parquet file with the columns context and target (or prompt and completion).
 
-    with_references: also decode the `references` column where there is one (evaluation needs it, training does not).
+    with_references: also decode the columns `references` and `meta` where there are any (evaluation needs them,
+    training does not).
 
     Raises DataError when the file is missing, not Parquet, empty, damaged, without a manifest beside it or
     different from what that says, lacks the columns, or holds nulls, invalid UTF-8, a row above 1 MiB, or decodes to
@@ -88,7 +93,7 @@ def open_examples(path: str | Path, *, with_references: bool = False) -> Example
             raise DataError(
                 f"{path} has {file.metadata.num_rows} rows, {MANIFEST_NAME} says {entry.rows}; prepare the data again"
             )
-        optional = ["id", "references"] if with_references else ["id"]
+        optional = ["id", "references", "meta"] if with_references else ["id"]
         names = [*columns, *(name for name in optional if name in file.schema_arrow.names)]
         _check_claimed_sizes(path, file.metadata, names)
         table = _read_capped(path, file, names)
@@ -116,7 +121,7 @@ def _text_columns(path: Path, schema: pa.Schema) -> tuple[str, str]:
             break
     else:
         raise DataError(f"{path} has the columns {schema.names}; expected context and target (or prompt, completion)")
-    for name in ("id", "references", *names):
+    for name in ("id", "references", "meta", *names):
         kind = schema.field(name).type if name in schema.names else pa.string()
         element = kind.value_type if name == "references" and pa.types.is_list(kind) else kind
         if not (pa.types.is_string(element) or pa.types.is_large_string(element)):

@@ -26,6 +26,7 @@ from megatron.core.tensor_parallel import (
 )
 from torch import Tensor, nn
 
+from lora_megatron.errors import NumericalError
 from lora_megatron.layers.attention import SdpaAttention
 from lora_megatron.layers.cache import LayerCache, Span
 from lora_megatron.parallel.agree import device_for_collectives
@@ -36,7 +37,8 @@ Pick = Callable[[Tensor], Tensor]
 
 
 class Decoder(Protocol):
-    """What a search needs of a model. Every call is collective over the ranks of one copy of the model."""
+    """What a search needs of a model. Every call is collective over the ranks of one copy of the model, and raises
+    NumericalError on all of them where a logit is not finite."""
 
     def start(self, prompts: Sequence[Sequence[int]], pick: Pick, shape: tuple[int, ...]) -> Tensor:
         """Forget the batch before; read prompts (none empty) and pick from the logits of what follows each."""
@@ -126,7 +128,13 @@ class CachedDecoder:
             attention.cache.span = self._span
         logits = self._forward(tokens)
         self._lengths = [old + len(row) for old, row in zip(self._lengths, new, strict=True)]
-        return self._agree(None if logits is None else pick(self._whole(logits)), shape)
+        picked = self._agree(None if logits is None else self._picked(self._whole(logits), pick), shape)
+        if bool(picked.isnan().any()):
+            raise NumericalError(
+                "the model's logits are not finite: its weights or the adapter's are damaged, or too large for "
+                "train.precision"
+            )
+        return picked
 
     def _forward(self, tokens: Tensor) -> Tensor | None:
         """[b, s] -> logits [b, 1, vocabulary / t] of the last real position, on the last stage."""
@@ -150,13 +158,18 @@ class CachedDecoder:
         whole = gather_from_tensor_model_parallel_region(logits[:, 0].contiguous())
         return whole[:, : self._vocab_size].float()
 
+    @staticmethod
+    def _picked(logits: Tensor, pick: Pick) -> Tensor:
+        """NaN throughout where a logit is not finite, so that every rank learns of it."""
+        return pick(logits).to(torch.float64).masked_fill(~logits.isfinite().all(), torch.nan)
+
     def _agree(self, picked: Tensor | None, shape: tuple[int, ...]) -> Tensor:
         """The first tensor rank's pick of the last stage, on every rank of this copy of the model, on the CPU."""
         if picked is None:
             numbers = torch.zeros(shape, dtype=torch.float64, device=self._device)
         else:
             assert tuple(picked.shape) == shape
-            numbers = picked.to(torch.float64).contiguous()
+            numbers = picked.contiguous()
         if mpu.get_pipeline_model_parallel_world_size() > 1:
             last = mpu.get_pipeline_model_parallel_last_rank()
             dist.broadcast(numbers, src=last, group=mpu.get_pipeline_model_parallel_group())

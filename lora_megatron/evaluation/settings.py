@@ -46,10 +46,13 @@ class Decoding:
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
         ):
             if not fine:
-                flag = name.replace("_", "-")
-                raise ConfigError(f"--{flag} {getattr(self, name)} cannot be: give {what}")
+                raise self.error_of(name, f"cannot be: give {what}")
         if self.sample and self.beams > 1:
             raise ConfigError(f"--sample and --beams {self.beams}: choose one of them")
+
+    def error_of(self, name: str, problem: str) -> ConfigError:
+        """`--flag value` and what is wrong with it."""
+        return ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)} {problem}")
 
     @property
     def kind(self) -> Literal["beams", "sampling", "greedy"]:

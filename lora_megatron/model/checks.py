@@ -53,6 +53,15 @@ def check_plan(config: Config, shape: ModelShape, method: Method, world_size: in
         raise ConfigError("method.name = bitfit trains bias vectors, and this model has none: choose another method")
 
 
+def check_decoding(config: Config, shape: ModelShape, method: Method, world_size: int) -> None:
+    """Raise ConfigError for the first thing that keeps this model from being run without training."""
+    layout = layout_of(config)
+    _check_layout(layout, shape)
+    check_world_size(layout, world_size)
+    _check_storage(config, layout, shape)
+    _check_ranks(shape, method)
+
+
 def _check_layout(layout: Layout, shape: ModelShape) -> None:
     if layout.context > 1:
         raise ConfigError(

@@ -31,14 +31,21 @@ def is_lost_contact(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def loss_as_error() -> Iterator[None]:
-    """Within, losing contact with another rank raises LostRankError, and running out of memory OutOfMemoryAlone."""
+def loss_as_error(
+    *,
+    lower: str = "lower data.micro_batch_size, set train.recompute=full",
+    again: str = "start again with run.resume=auto",
+) -> Iterator[None]:
+    """Within, losing contact with another rank raises LostRankError, and running out of memory OutOfMemoryAlone.
+
+    lower: what to do for less memory; again: how to go on.
+    """
     try:
         yield
     except torch.OutOfMemoryError as error:
         raise OutOfMemoryAlone(
-            f"rank {dist.get_rank()} is out of GPU memory ({'. '.join(str(error).split('. ')[:2])}): lower "
-            "data.micro_batch_size, set train.recompute=full, or cut the model more (`lora-megatron plan` helps)"
+            f"rank {dist.get_rank()} is out of GPU memory ({'. '.join(str(error).split('. ')[:2])}): "
+            f"{lower}, or cut the model more (`lora-megatron plan` helps)"
         ) from error
     except Exception as error:
         if not is_lost_contact(error):
@@ -47,5 +54,5 @@ def loss_as_error() -> Iterator[None]:
         assert sign is not None
         raise LostRankError(
             f"lost contact with another rank ({sign[0]}): it failed (its own log says why), was killed, or its machine "
-            "is gone; start again with run.resume=auto"
+            f"is gone; {again}"
         ) from error

@@ -69,12 +69,15 @@ def model_class(name: str) -> Any:
     return getattr(transformers, f"{family}LMHeadModel" if family == "GPT2" else f"{family}ForCausalLM")
 
 
-def make_model(name: str) -> Any:
-    """A transformers causal LM in fp32; every parameter random, also those that start as ones and zeros."""
+def make_model(name: str, **changes: Any) -> Any:
+    """A transformers causal LM in fp32; every parameter random, also those that start as ones and zeros.
+
+    changes: to its configuration.
+    """
     import transformers
 
     family, values = MODELS[name]
-    config = getattr(transformers, f"{family}Config")(**values)
+    config = getattr(transformers, f"{family}Config")(**{**values, **changes})
     for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop", "dropout", "attention_dropout", "hidden_dropout"):
         if hasattr(config, key):
             setattr(config, key, 0.0)

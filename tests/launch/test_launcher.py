@@ -106,7 +106,7 @@ def test_a_command_that_cannot_be_launched_is_one_line(capsys: pytest.CaptureFix
         for number, handler in handlers.items():
             signal.signal(number, handler)
     assert capsys.readouterr().err == (
-        "error: COMMAND is one of train, bench, and CONFIG is to follow: see torchrun.sh --help\n"
+        "error: COMMAND is one of train, bench, generate, evaluate, and CONFIG is to follow: see torchrun.sh --help\n"
     )
 
 
