@@ -24,7 +24,7 @@ from lora_megatron.commands.history import restore, resume
 from lora_megatron.commands.preflight import check_disk, preflight
 from lora_megatron.commands.recording import on_disk, on_main_disk, train_and_record
 from lora_megatron.commands.run_lock import RunLock
-from lora_megatron.commands.selecting import choose_selection
+from lora_megatron.commands.selecting import check_selection, open_selection
 from lora_megatron.commands.summary import Run, continuations, summarise
 from lora_megatron.config import Config, ModelSection
 from lora_megatron.data.batches import BatchSource
@@ -120,7 +120,7 @@ def _plan(config: Config) -> _Plan:
     config = config.model_copy(update={"model": ModelSection(**base.shape.to_dict())})
     method = choose_method(config.method, num_layers=base.shape.num_layers)
     check(config, base.shape, method, dist.get_world_size())
-    choose_selection(config)
+    check_selection(config)
     _check_start(config.method.start_from)
     return _Plan(config, tokenizer, base, method)
 
@@ -230,7 +230,7 @@ def _build_trainer(
         data=_source(table, tokenizer, config, shuffle=True),
         held_out=_source(held_out_table, tokenizer, config, shuffle=False) if held_out_table else None,
         meter=ActivationMeter(chunks),
-        selection=choose_selection(config),
+        selection=together(lambda: open_selection(config, tokenizer)),
     )
 
 

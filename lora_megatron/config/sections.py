@@ -154,9 +154,10 @@ class TrainSection(Section):
     """Steps between evaluations, or `epoch` for one at the end of each, the first before training; 0 evaluates after
     the last step only."""
     best: str = "none"
-    """By what the best evaluation is chosen: `loss` (the held-out one). Whatever was best so far, of those after at
-    least one step, is kept in `best/` of the run folder, in the form of `adapter/` (or `model/`, where the whole model
-    trains), which remains that of the last step. `none` keeps none."""
+    """What evaluations are compared by: `loss` (the held-out one), or a task's metric on the rows of `data.validation`,
+    such as `e2e.bleu` or `mnli.accuracy`, decoded as `lora-megatron evaluate` does by default. The best so far, after
+    at least one step, is kept in `best/` of the run folder, in the form of `adapter/` (or `model/`, where the whole
+    model trains), which remains that of the last step. `none` keeps none."""
     samples: int = Field(0, ge=0, le=LARGEST_COUNT)
     """Held-out contexts to continue greedily before and after training, for the report."""
     save_every: int = Field(0, ge=0, le=LARGEST_COUNT)

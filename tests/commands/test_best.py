@@ -11,6 +11,7 @@ from unittest.mock import patch
 
 import pytest
 
+from data_prep.writer import DatasetWriter
 from lora_megatron.checkpoint.folder import read_manifest, write_manifest
 from lora_megatron.commands import train
 from lora_megatron.parallel import groups
@@ -24,6 +25,7 @@ from tests.commands.runs import (
     attempt_each,
     checkpoint_of,
     evaluations_of,
+    losses_of,
     make_tree,
     names_in,
     nothing_begun,
@@ -173,16 +175,54 @@ def test_a_metric_is_taken_from_the_model_and_logged(corpus: Path, tmp_path: Pat
     values = iter([9.0, 1.0, 5.0, 3.0, float("nan")])
     chosen = Selection("some.metric", higher_is_better=True, measure=lambda chunks: next(values) * len(chunks))
     tree = best_tree(corpus, tmp_path / "run", train={"steps": 4})
-    with patch.object(train, "choose_selection", lambda config: chosen):
+    with patch.object(train, "open_selection", lambda config, tokenizer: chosen):
         assert attempt(tree) == Outcome()
     assert [line["some.metric"] for line in evaluations_of(tmp_path / "run")] == [9.0, 1.0, 5.0, 3.0, None]
     assert (what_is_best(tmp_path / "run")["step"], what_is_best(tmp_path / "run")["value"]) == (2, 5.0)
 
 
+def labelled(folder: Path) -> Path:
+    """A corpus whose labels training learns in a few steps: one in training, of two in validation the commoner."""
+    with DatasetWriter(folder, preparer="test", options={}) as writer:
+        for name, count in (("train", 24), ("validation", 12)):
+            with writer.split(name) as split:
+                for row in range(count):
+                    label = "entailment" if name == "train" or row < 7 else "neutral"
+                    split.write(id=str(row), context=f"{label[0]}{row % 7}", target=label, references=[label])
+    return folder
+
+
+def test_a_tasks_metric_chooses_the_same_on_every_layout(pool: Pool, tmp_path: Path) -> None:
+    """Rows are answered by the model in training, which goes on as if they had not been."""
+    corpus = labelled(tmp_path / "labelled")
+    sections: Tree = {"method": {"name": "full"}, "optimizer": {"lr": 0.01}}
+    train = {"save_every": 0, "eval_every": 3, "steps": 12, "schedule": "constant", "warmup_steps": 0}
+    layouts: Tree = {"tp2": {"tensor": 2}, "pp2": {"pipeline": 2}}
+    by_accuracy = {**sections, "train": {**train, "best": "mnli.accuracy"}}
+    trees = [best_tree(corpus, tmp_path / name, parallel=layout, **by_accuracy) for name, layout in layouts.items()]
+    assert attempt(best_tree(corpus, tmp_path / "one", **by_accuracy)) == Outcome()
+    assert attempt(best_tree(corpus, tmp_path / "by-loss", **sections, train=train)) == Outcome()
+    outcomes = pool.run(2, attempt_each, trees=trees, store=str(tmp_path / "store"))
+    assert outcomes == [[Outcome()] * len(trees)] * 2
+    assert losses_of(tmp_path / "one") == losses_of(tmp_path / "by-loss")
+    assert what_is_best(tmp_path / "by-loss")["step"] == 12
+    for name in ("one", *layouts):
+        found = {line["step"]: line["mnli.accuracy"] for line in evaluations_of(tmp_path / name)}
+        assert found == pytest.approx({0: 500 / 12, 3: 500 / 12, 6: 700 / 12, 9: 700 / 12, 12: 700 / 12})
+        assert what_is_best(tmp_path / name) == {"metric": "mnli.accuracy", "step": 6, "value": found[6]}
+
+
+def test_a_metric_that_the_rows_cannot_give_is_refused_at_the_start(corpus: Path, tmp_path: Path) -> None:
+    outcome = attempt(best_tree(corpus, tmp_path / "run", train={"best": "wikisql.execution"}))
+    assert outcome.status == 2
+    assert outcome.message.startswith("train.best = wikisql.execution cannot be computed here: ")
+    assert nothing_begun(tmp_path / "run")
+
+
 @pytest.mark.parametrize(
     ("section", "values", "words"),
     [
-        ("train", {"best": "blue"}, "train.best = blue is unknown: use one of none, loss"),
+        ("train", {"best": "blue"}, "train.best = blue is unknown: use one of none, loss, wikisql.logical_form"),
         ("train", {"eval_every": 0}, "train.best = loss chooses between evaluations, and train.eval_every = 0"),
         ("data", {"validation": None}, "train.best = loss needs rows to evaluate: give data.validation"),
     ],
