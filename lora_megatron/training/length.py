@@ -18,7 +18,7 @@ def total_steps(config: Config, rows: int) -> int:
     if section.epochs is None:
         assert section.steps is not None, "one of the two is always set"
         return section.steps
-    epochs = Fraction(str(section.epochs))  # 0.1 is a tenth: as a float it is more, and ceil would add a step
+    epochs = Fraction(str(section.epochs))  # as floats 1.1 x 50 is above 55, and ceil would add a step
     return math.ceil(epochs * rows / config.data.global_batch_size)
 
 
