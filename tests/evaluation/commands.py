@@ -65,8 +65,16 @@ def _end_of(model: Any, prompts: Sequence[list[int]]) -> int:
     return int(counts.argmax())
 
 
-def continued(model: Any, prompt: Sequence[int], *, end: int | None, **settings: Any) -> list[int]:
-    """What transformers' `generate` says after the prompt, up to the end token, at most NEW tokens."""
+def continued(model: Any, prompt: Sequence[int], *, end: int | None, ban: int = 0, **settings: Any) -> list[int]:
+    """What transformers' `generate` says after the prompt, up to the end token, at most NEW tokens.
+
+    ban: no sequence of so many tokens twice in the continuation, whatever the prompt has.
+    """
+    from transformers import LogitsProcessorList, NoRepeatNGramLogitsProcessor
+
+    def processor(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return NoRepeatNGramLogitsProcessor(ban)(ids[:, len(prompt) :], scores)
+
     out = model.generate(
         torch.tensor([prompt]),
         attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
@@ -74,6 +82,7 @@ def continued(model: Any, prompt: Sequence[int], *, end: int | None, **settings:
         max_new_tokens=NEW,
         eos_token_id=end,
         pad_token_id=0 if end is None else end,
+        logits_processor=LogitsProcessorList([processor] if ban else []),
         **settings,
     )[0, len(prompt) :].tolist()
     return out[: out.index(end)] if end in out else out

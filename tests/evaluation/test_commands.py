@@ -27,6 +27,7 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "dp2-tp2-sp": (4, ["parallel.tensor=2", "parallel.sequence=true"]),
 }
 GREEDY = ["--task", "text"]
+SEARCH = {"num_beams": 10, "length_penalty": 0.8}
 PAPER = ["--task", "e2e"]  # the paper's GPT-2: its beam search bans repetitions of the continuation alone
 BEAMS = ["--task", "text", "--beams", "4", "--length-penalty", "0.9", "--no-repeat-ngram", "2", "--early-stopping"]
 
@@ -85,17 +86,16 @@ def test_predictions_are_those_of_transformers(
 def test_the_paper_s_search_is_the_default_of_its_tasks(
     pool: Pool, reader: Callable[[str], Reader], tmp_path: Path
 ) -> None:
-    """transformers bans repetitions of the prompt too, so 4-grams are left out of the comparison."""
     files = reader("gpt2")
-    commands = [
-        evaluated(files, tmp_path / "default", *PAPER),
-        evaluated(files, tmp_path / "no-ban", *PAPER, "--no-repeat-ngram", "0"),
-    ]
-    assert pool.run(1, run_each, commands=commands, store=str(tmp_path / "store")) == [[0, 0]]
+    bans = {"default": (4, []), "pairs": (2, ["--no-repeat-ngram", "2"]), "none": (0, ["--no-repeat-ngram", "0"])}
+    commands = [evaluated(files, tmp_path / name, *PAPER, *words) for name, (_, words) in bans.items()]
+    assert pool.run(1, run_each, commands=commands, store=str(tmp_path / "store")) == [[0, 0, 0]]
     settings = json.loads((tmp_path / "default" / "evaluation.json").read_text())
     said = {"beams": 10, "length_penalty": 0.8, "no_repeat_ngram": 4, "no_repeat_prompt": False}
     assert {name: settings[name] for name in said} == said
-    check_texts(files, tmp_path / "no-ban", theirs(files, "gpt2", files.merged, num_beams=10, length_penalty=0.8))
+    for name, (ban, _) in bans.items():
+        check_texts(files, tmp_path / name, theirs(files, "gpt2", files.merged, ban=ban, **SEARCH))
+    assert theirs(files, "gpt2", files.merged, ban=2, **SEARCH) != theirs(files, "gpt2", files.merged, ban=0, **SEARCH)
 
 
 def brute_force(reader: Reader, name: str, labels: Sequence[str]) -> list[dict[str, float]]:
@@ -133,7 +133,8 @@ def test_scores_are_written_and_shown(
     reader: Callable[[str], Reader], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     files = reader("llama")
-    (status,) = run_alone(evaluated(files, tmp_path / "out", *GREEDY, "--limit", "5"))
+    folder = ["--data", str(files.data.parent)]  # its test.parquet
+    (status,) = run_alone([*evaluated(files, tmp_path / "out", *GREEDY, "--limit", "5"), *folder])
     assert status == 0
     scores = json.loads((tmp_path / "out" / "scores.json").read_text())
     assert scores["instances"] == len(lines_of(tmp_path / "out" / "predictions.jsonl")) == 5
