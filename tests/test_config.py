@@ -97,7 +97,18 @@ def test_an_unknown_target_names_the_valid_ones() -> None:
         ("train", "steps", 1.5, "integer"),
         ("train", "steps", -1, "greater than or equal to 0"),
         ("train", "steps", True, "switches"),
-        ("train", "steps", None, "integer"),
+        ("train", "epochs", 0, "greater than 0"),
+        ("train", "epochs", -1, "greater than 0"),
+        ("train", "epochs", float("nan"), "finite"),
+        ("train", "epochs", True, "switches"),
+        ("train", "epochs", "five", "number"),
+        ("train", "eval_every", "epochs", "a number of steps from 0 to 1,000,000,000, or epoch"),
+        ("train", "eval_every", -1, "or epoch"),
+        ("train", "eval_every", 1.5, "or epoch"),
+        ("train", "eval_every", True, "or epoch"),
+        ("train", "best", False, "switches"),
+        ("train", "label_smoothing", 1, "less than 1"),
+        ("train", "label_smoothing", -0.1, "greater than or equal to 0"),
         ("train", "seed", 2.5, "integer"),
         ("optimizer", "lr", "fast", "number"),
         ("optimizer", "lr", float("nan"), "finite"),
@@ -154,6 +165,19 @@ def test_the_file_wins_over_defaults_and_overrides_over_the_file(tmp_path: Path)
     assert config.method.targets == {"q": 8, "fc1": 2}
     assert config.run.dir == "a=b"
     assert config.parallel.sequence is True
+
+
+def test_a_run_is_so_many_steps_or_so_many_epochs_long(tmp_path: Path) -> None:
+    for tree, steps, epochs in (({}, 100, None), ({"steps": 7}, 7, None), ({"epochs": 2.5}, None, 2.5)):
+        config = parse_config({"train": tree})
+        assert (config.train.steps, config.train.epochs) == (steps, epochs)
+        assert load_config(written(tmp_path, config.to_yaml())) == config, "the resolved one is read as it was"
+    message = refusal({"train": {"steps": 3, "epochs": 2}})
+    assert message.startswith("train.epochs = 2 is not valid: train.steps = 3 is given too")
+    assert "train.steps=null" in message
+    path = written(tmp_path, "train: {steps: 3}")
+    assert load_config(path, ["train.steps=null", "train.epochs=2"]).train.steps is None
+    assert load_config(path, ["train.steps=null"]).train.steps == 100
 
 
 def test_an_override_can_start_a_section_and_reach_into_a_map(tmp_path: Path) -> None:

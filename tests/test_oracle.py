@@ -44,6 +44,8 @@ VARIANTS: dict[str, Experiment] = {
     "dropout": DROPOUT,
     "dropout-full-recompute": replace(DROPOUT, recompute="full"),
     "llama-dropout-micro-batch-2": replace(LLAMA, dropout=0.3, steps=2, micro_batch_size=2),
+    "label-smoothing": replace(GPT, label_smoothing=0.1, steps=2),
+    "label-smoothing-full": replace(GPT, label_smoothing=0.1, method={"name": "full"}, steps=2),
     "packing": replace(GPT, packing=True, steps=2),
     "micro-batch-2": replace(GPT, micro_batch_size=2, steps=2),
     "q-v-only": replace(LLAMA, method={"targets": {"q": 1, "v": 3}}, steps=2),
@@ -55,6 +57,7 @@ VARIANTS: dict[str, Experiment] = {
 }
 ALL = tuple(VARIANTS)
 MAIN = ("gpt", "llama")
+SMOOTHED = ("label-smoothing", "label-smoothing-full")
 RECOMPUTE = (
     "gpt-full-recompute",
     "gpt-one-layer-recomputed",
@@ -67,13 +70,13 @@ DROPOUTS = ("dropout", "dropout-full-recompute", "llama-dropout-micro-batch-2")
 LAYOUTS: dict[str, tuple[int, Layout, tuple[str, ...]]] = {
     "one": (1, Layout(), ALL),
     "tp2": (2, Layout(tensor=2), ALL),
-    "tp4": (4, Layout(tensor=4), ("gpt", "dropout", "k-only-rank-1", "rslora")),
+    "tp4": (4, Layout(tensor=4), ("gpt", "dropout", "k-only-rank-1", "rslora", *SMOOTHED)),
     "tp2-sp": (2, Layout(tensor=2, sequence=True), ALL),
     "tp4-sp": (4, Layout(tensor=4, sequence=True), ("gpt", "dropout", "k-only-rank-1")),
     "pp2": (
         2,
         Layout(pipeline=2),
-        (*MAIN, *RECOMPUTE, *DROPOUTS, "packing", "micro-batch-2", "ranks-per-layer", "neox", "qwen3-full"),
+        (*MAIN, *RECOMPUTE, *DROPOUTS, *SMOOTHED, "packing", "micro-batch-2", "ranks-per-layer", "neox", "qwen3-full"),
     ),
     "pp4": (4, Layout(pipeline=4), (*MAIN, "ranks-per-layer")),
     "vpp2": (2, Layout(pipeline=2, virtual_pipeline=2), (*MAIN, *RECOMPUTE, *DROPOUTS)),
@@ -125,6 +128,12 @@ def test_dropout_acts_in_training_only(pool: Pool) -> None:
     assert abs(with_dropout["loss"][0] - without["loss"][0]) > 1e-4
     assert with_dropout["eval"] == pytest.approx(without["eval"], rel=1e-6)
     assert with_dropout["loss"][0] != with_dropout["eval"]
+
+
+def test_labels_are_smoothed_in_training_only(pool: Pool) -> None:
+    smoothed, without = records(pool, "one")["label-smoothing"], twin(pool, "micro-batch-2")
+    assert smoothed["eval"] == pytest.approx(without["eval"], rel=1e-6)
+    assert abs(smoothed["loss"][0] - without["loss"][0]) > 1e-4
 
 
 def test_evaluation_is_the_loss_of_the_first_step(pool: Pool) -> None:

@@ -55,6 +55,7 @@ class Experiment:
     recompute_layers: int | None = None
     storage: StorageFormat | None = None
     dropout: float = 0.0
+    label_smoothing: float = 0.0
     steps: int = 3
     sequence_length: int = 16
     micro_batch_size: int = 1
@@ -106,9 +107,10 @@ def build_chunks(experiment: Experiment) -> tuple[list[Any], Record | None]:
         experiment.precision,
         experiment.recompute,
         experiment.dropout,
-        7,
-        experiment.storage,
+        adapter_seed=7,
+        storage=experiment.storage,
         recompute_layers=experiment.recompute_layers,
+        label_smoothing=experiment.label_smoothing,
     )
     chunks = build(shape, method, experiment.layout, options)
     initialise_base(chunks, seed=3, num_layers=shape.num_layers)

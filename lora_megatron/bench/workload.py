@@ -76,7 +76,9 @@ def bench_config(config: Config, method: str) -> Config:
         update={
             "base": config.base.model_copy(update=whole),
             "method": config.method.model_copy(update={"name": method, "start_from": None}),
-            "train": config.train.model_copy(update={"warmup_steps": 0, "schedule": "constant", "spike_factor": 0.0}),
+            "train": config.train.model_copy(
+                update={"steps": 0, "epochs": None, "warmup_steps": 0, "schedule": "constant", "spike_factor": 0.0}
+            ),
         }
     )
 

@@ -109,11 +109,17 @@ def join_adapter_parts(temporary: Path, method: Method, shape: ModelShape, facts
 
 
 def save_adapter(
-    folder: Path, chunks: Sequence[nn.Module], method: Method, shape: ModelShape, facts: dict[str, Any]
+    folder: Path,
+    chunks: Sequence[nn.Module],
+    method: Method,
+    shape: ModelShape,
+    facts: dict[str, Any],
+    **more: Any,
 ) -> None:
     """Write the adapter folder with all ranks, replacing an older one in one step.
 
-    `facts` are written beside the tensors: base, base_fingerprint, seed, and those of `describe_method`.
+    `facts` are written beside the tensors: base, base_fingerprint, seed, and those of `describe_method`; `more` only
+    into the manifest.
 
     Raises:
         CheckpointError: on all ranks; nothing half-written remains and an older adapter is untouched.
@@ -121,7 +127,7 @@ def save_adapter(
 
     def write(temporary: Path) -> dict[str, Any]:
         write_stage_file(temporary / adapter_part_name(), adapter_tensors(chunks, shape), {"format": "pt"})
-        return {"kind": "adapter", "adapter": facts}
+        return {"kind": "adapter", "adapter": facts, **more}
 
     def finish(temporary: Path) -> None:
         join_adapter_parts(temporary, method, shape, facts)

@@ -103,8 +103,12 @@ def load_base(folder: Path, chunks: Sequence[nn.Module]) -> None:
             beat()
 
 
-def save_model(folder: Path, chunks: Sequence[nn.Module], shape: ModelShape, facts: dict[str, Any]) -> None:
+def save_model(
+    folder: Path, chunks: Sequence[nn.Module], shape: ModelShape, facts: dict[str, Any], **more: Any
+) -> None:
     """Write the whole model as a base for later runs, one safetensors file per pipeline stage; collective.
+
+    `facts` go into its configuration, `more` into the manifest.
 
     Raises:
         CheckpointError: the disk is full or the directory vanished; nothing half-written remains.
@@ -120,7 +124,7 @@ def save_model(folder: Path, chunks: Sequence[nn.Module], shape: ModelShape, fac
         )
         if stage == 0 and is_writer():
             write_json(temporary / CONFIG, {"format": _FORMAT, "shape": shape.to_dict(), **facts})
-        return {"kind": "model", "tensors": sorted(base_tensor_names(shape))}
+        return {"kind": "model", "tensors": sorted(base_tensor_names(shape)), **more}
 
     write_folder(folder, write, replace=True)
 

@@ -71,6 +71,7 @@ def _model(folder: Path, manifest: Facts) -> Facts:
         **_weights_in(folder, _tensor_files(manifest)),
         "fingerprint": base.fingerprint,
         "tokenizer_fingerprint": read_tokenizer_fingerprint(folder),
+        **({"best": manifest["best"]} if "best" in manifest else {}),
         "shape": base.shape.to_dict(),
     }
 
@@ -81,6 +82,7 @@ def _adapter(folder: Path, manifest: Facts) -> Facts:
         "path": str(folder),
         **_adapter_facts(manifest.get("adapter"), folder),
         **_weights_in(folder, _tensor_files(manifest)),
+        **({"best": manifest["best"]} if "best" in manifest else {}),
     }
 
 
@@ -121,7 +123,7 @@ def _peft(folder: Path) -> Facts:
 
 def _run(folder: Path) -> Facts:
     status = load_json_object(folder / STATUS, "the status of a run", CheckpointError)
-    parts = [folder / "adapter", folder / "model", *checkpoints(folder)]
+    parts = [folder / "adapter", folder / "model", folder / "best", *checkpoints(folder)]
     return {
         "kind": "run",
         "path": str(folder),

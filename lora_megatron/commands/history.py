@@ -34,9 +34,12 @@ def resume(trainer: Trainer, folder: Path, progress: Progress) -> None:
         ConfigError: it is beyond the last step.
         CheckpointError: a tensor is missing or of another shape.
     """
-    steps = trainer.config.train.steps
-    if progress.step > steps:
-        raise ConfigError(f"train.steps = {steps}, and {folder} is at step {progress.step} already: raise train.steps")
+    if progress.step > trainer.steps:
+        epochs = trainer.config.train.epochs
+        asked = (
+            f"train.steps = {trainer.steps}" if epochs is None else f"train.epochs = {epochs:g} ({trainer.steps} steps)"
+        )
+        raise ConfigError(f"{asked}, and {folder} is at step {progress.step} already: raise {asked.partition(' ')[0]}")
     named = list(named_parameters([chunk.module for chunk in trainer.chunks]))
     optimizer = trainer.optimizer
     together(

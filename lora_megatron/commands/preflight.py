@@ -235,6 +235,7 @@ def check_disk(config: Config, checkpoint: int) -> str:
     run, keep = Path(config.run.dir), max(2, config.train.keep_checkpoints)
     if not config.train.save_every:
         keep = 1  # the last step's, and one more if a signal comes before
+    keep += config.train.best != "none"  # the best, the one it displaces and the one being written are smaller together
     have = sum(file.stat().st_size for folder in checkpoints(run) for file in folder.iterdir())
     needed = max(0, (keep + 1) * checkpoint - have)
     free = shutil.disk_usage(run).free

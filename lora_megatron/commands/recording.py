@@ -16,6 +16,7 @@ from typing import Any, Self, TypeVar
 
 from lora_megatron.checkpoint.folder import disk_errors
 from lora_megatron.checkpoint.state import set_aside_newer
+from lora_megatron.commands.best import keep_best, recall_best
 from lora_megatron.commands.grace import Grace, checkpoint_bytes
 from lora_megatron.commands.history import BAD_STEPS_NAME, append_line, cut_logs, known_good_before, restore, resume
 from lora_megatron.commands.saving import Saver
@@ -26,6 +27,7 @@ from lora_megatron.measure.run_record import STRAGGLERS_NAME
 from lora_megatron.parallel.agree import together
 from lora_megatron.training.bad_steps import SKIP, BadStep
 from lora_megatron.training.loop import Callbacks, StepReport, train
+from lora_megatron.training.selection import Best
 from lora_megatron.training.stragglers import Look, Stragglers
 
 T = TypeVar("T")
@@ -53,19 +55,20 @@ def train_and_record(run: Run, identity: dict[str, Any], adapter_facts: dict[str
         NumericalError, Preempted: see `training.loop.train`.
         CheckpointError: something cannot be written.
     """
-    trainer, config = run.trainer, run.config
+    trainer = run.trainer
     if trainer.step == 0:
         run.before = continuations(run)
     progress = TrainingProgress(
-        config.train.steps, first_step=trainer.step, enabled=run.ranks.is_main, description=run.method.name
+        trainer.steps, first_step=trainer.step, enabled=run.ranks.is_main, description=run.method.name
     )
     with _Record(run) as record, progress, Saver(run, identity, adapter_facts) as saver:
-        recording = _Recording(run, identity, record, progress, saver)
+        recording = _Recording(run, identity, adapter_facts, record, progress, saver)
         train(
             trainer,
             Callbacks(
                 on_step=recording.on_step,
                 on_evaluation=recording.on_evaluation,
+                keep_best=recording.keep_best,
                 on_bad_step=recording.on_bad_step,
                 save=saver.save,
                 go_back=recording.go_back,
@@ -93,9 +96,9 @@ class _Record:
         values = {**asdict(report), **more}
         on_main_disk(self._run, lambda: self._metrics.write(values.pop("step"), values))
 
-    def write_evaluation(self, step: int, loss: float) -> None:
+    def write_evaluation(self, step: int, loss: float, measured: dict[str, float]) -> None:
         """A line of evaluations.jsonl."""
-        on_main_disk(self._run, lambda: self._metrics.write_evaluation(step, loss))
+        on_main_disk(self._run, lambda: self._metrics.write_evaluation(step, loss, measured))
 
     def write_bad_step(self, bad: BadStep) -> None:
         """A line of bad_steps.jsonl."""
@@ -126,6 +129,7 @@ class _Recording:
 
     run: Run
     identity: dict[str, Any]
+    adapter_facts: dict[str, Any]
     record: _Record
     progress: TrainingProgress
     saver: Saver
@@ -152,11 +156,18 @@ class _Recording:
             tokens_per_second=report.tokens_per_second_per_rank * self.run.ranks.world_size,
         )
 
-    def on_evaluation(self, step: int, loss: float) -> None:
-        self.record.write_evaluation(step, loss)
-        self.progress.note(f"held-out loss {loss:.4f} after step {step}")
+    def on_evaluation(self, step: int, loss: float, measured: dict[str, float]) -> None:
+        self.record.write_evaluation(step, loss, measured)
+        best = self.run.trainer.best
+        shown = "".join(f", {name} {value:.4f}" for name, value in measured.items())
+        mark = ", the best so far" if best is not None and best.step == step else ""
+        self.progress.note(f"held-out loss {loss:.4f}{shown} after step {step}{mark}")
         # A run that is about to end must know, and name, the newest checkpoint that there is.
         self.saver.look() if math.isfinite(loss) else self.saver.wait()
+
+    def keep_best(self, best: Best) -> None:
+        self.saver.wait()  # what the best displaces is kept for the checkpoints that there are
+        keep_best(self.run, best, self.adapter_facts)
 
     def on_bad_step(self, report: StepReport, bad: BadStep) -> None:
         self.record.write(report, **({"skipped": True} if bad.action == SKIP else {}))
@@ -181,6 +192,7 @@ class _Recording:
         on_main_disk(self.run, lambda: set_aside_newer(self.record.folder, trainer.step, say))
         self.record.reopen()
         restore(trainer, self.record.folder)
+        trainer.best = recall_best(self.run, say)
         say(
             f"warning: went back from the bad step {bad_step} to {folder}; samples {progress.consumed_samples} to "
             f"{position - 1} of the stream are left out ({trainer.bad.rollbacks} of at most "

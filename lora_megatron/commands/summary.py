@@ -100,6 +100,7 @@ def summarise(run: Run, *, wall_seconds: float) -> dict[str, Any]:
             "before": held_out_curve[0][1] if held_out_curve and held_out_curve[0][0] == 0 else None,
             "after": held_out_curve[-1][1] if held_out_curve else None,
         },
+        "best": {"by": config.train.best, **asdict(trainer.best)} if trainer.best else None,
         "trainable_parameters": trainable,
         "total_parameters": total,
         "checkpoint_bytes": _checkpoint_bytes(run),

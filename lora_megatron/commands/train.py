@@ -13,16 +13,18 @@ from typing import Any
 
 import torch.distributed as dist
 
-from lora_megatron.checkpoint.adapter import describe_method, load_adapter, save_adapter
-from lora_megatron.checkpoint.base import Base, save_model
+from lora_megatron.checkpoint.adapter import describe_method, load_adapter
+from lora_megatron.checkpoint.base import Base
 from lora_megatron.checkpoint.folder import MANIFEST
 from lora_megatron.commands import run_folder
 from lora_megatron.commands.base import resolve_base, tokenizer_of
+from lora_megatron.commands.best import BEST_NAME, drop_unneeded, recall_best, save_trained
 from lora_megatron.commands.grace import checkpoint_bytes
 from lora_megatron.commands.history import restore, resume
 from lora_megatron.commands.preflight import check_disk, preflight, settle_recomputation
 from lora_megatron.commands.recording import on_disk, on_main_disk, train_and_record
 from lora_megatron.commands.run_lock import RunLock
+from lora_megatron.commands.selecting import check_selection, open_selection
 from lora_megatron.commands.summary import Run, continuations, summarise
 from lora_megatron.config import Config, ModelSection
 from lora_megatron.data.batches import BatchSource
@@ -44,6 +46,7 @@ from lora_megatron.parallel.peers import loss_as_error
 from lora_megatron.parallel.stopping import stop_if_asked
 from lora_megatron.parallel.watchdog import Watchdog
 from lora_megatron.training.choose_optimizer import choose_optimizer
+from lora_megatron.training.length import show_length
 from lora_megatron.training.loop import Trainer
 from lora_megatron.training.optimizer import wrap_ddp
 
@@ -117,6 +120,7 @@ def _plan(config: Config) -> _Plan:
     config = config.model_copy(update={"model": ModelSection(**base.shape.to_dict())})
     method = choose_method(config.method, num_layers=base.shape.num_layers)
     check(config, base.shape, method, dist.get_world_size())
+    check_selection(config)
     _check_start(config.method.start_from)
     return _Plan(config, tokenizer, base, method)
 
@@ -175,13 +179,16 @@ def _train(plan: _Plan, ranks: Ranks, launchers: list[str], started: float) -> N
     size = checkpoint_bytes(run)
     found.append(on_disk(run, lambda: check_disk(config, size) if ranks.is_main else ""))
     say(f"preflight in {looked:.2f} s: {', '.join(found)}")
+    trainer.best = recall_best(run, say)
     on_main_disk(run, lambda: run_folder.begin(config, trainer.step, launchers, say))
     _say_what_is_cut(trainer, say)
+    if length := show_length(config, len(trainer.data)):
+        say(length)
     _run(run, identity, started)
 
 
 def _run(run: Run, identity: dict[str, Any], started: float) -> None:
-    config, base, method = run.config, run.base, run.method
+    config, base, method, trainer = run.config, run.base, run.method, run.trainer
     facts = {
         "base": config.base.weights,
         "base_fingerprint": base.fingerprint,
@@ -191,16 +198,16 @@ def _run(run: Run, identity: dict[str, Any], started: float) -> None:
     train_and_record(run, identity, facts)
     beat("finish")
     folder = Path(config.run.dir)
-    if method.trains_base:
-        tokenizer = {"tokenizer": config.data.tokenizer, "tokenizer_fingerprint": run.tokenizer.fingerprint}
-        save_model(folder / "model", run.bare_chunks, base.shape, tokenizer)
-    else:
-        save_adapter(folder / "adapter", run.bare_chunks, method, base.shape, facts)
+    save_trained(run, folder / ("model" if method.trains_base else "adapter"), facts)
     run.after = continuations(run)
     summary = summarise(run, wall_seconds=time.monotonic() - started)
     on_main_disk(run, lambda: write_report(folder, summary))
-    on_main_disk(run, lambda: run_folder.set_status(config, "done", step=run.trainer.step))
+    if best := trainer.best:
+        on_main_disk(run, lambda: drop_unneeded(folder, best))
+    on_main_disk(run, lambda: run_folder.set_status(config, "done", step=trainer.step))
     if run.ranks.is_main:
+        if best:
+            _say(f"best: {config.train.best} {best.value:.4f} after step {best.step}: {folder / BEST_NAME}")
         _say(f"done: {folder / 'report.md'}")
 
 
@@ -224,6 +231,7 @@ def _build_trainer(
         data=_source(table, tokenizer, config, shuffle=True),
         held_out=_source(held_out_table, tokenizer, config, shuffle=False) if held_out_table else None,
         meter=ActivationMeter(chunks),
+        selection=together(lambda: open_selection(config, tokenizer)),
     )
 
 
@@ -242,6 +250,7 @@ def _identity(config: Config, base: Base, method: Method, table: ExampleTable, t
         "packing": data.packing,
         "seed": config.train.seed,
         "precision": config.train.precision,
+        **({"label_smoothing": config.train.label_smoothing} if config.train.label_smoothing else {}),
         **({"storage": config.base.storage, "gemm": config.base.gemm} if storage_of(config) else {}),
     }
 

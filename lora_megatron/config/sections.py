@@ -9,12 +9,13 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Target = Literal["q", "k", "v", "o", "fc1", "gate", "up", "fc2"]
 # Far beyond any model or run, and small enough that nothing overflows or is looped over for ever.
 LARGEST_SIZE, LARGEST_COUNT, MOST_LAYERS, MOST_RANKS = 2**31, 10**9, 10**6, 10**6
 LARGEST_SEED = 2**63 - 1
+DEFAULT_STEPS = 100
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -138,13 +139,25 @@ class DataSection(Section):
 
 
 class TrainSection(Section):
-    steps: int = Field(100, ge=0, le=LARGEST_COUNT)
+    steps: int | None = Field(None, ge=0, le=LARGEST_COUNT)
+    """Not given, or null: as many as `epochs` take; 100 without `epochs` either."""
+    epochs: float | None = Field(None, gt=0, le=LARGEST_COUNT)
+    """Passes over the rows of `data.train` (packed rows, with `data.packing`), instead of `steps`: ceil(epochs x rows /
+    `data.global_batch_size`) steps."""
     warmup_steps: int = Field(0, ge=0, le=LARGEST_COUNT)
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """Learning rate after warm-up: down to zero at the last step, or constant."""
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    """Share of each target that is spread evenly over the vocabulary, in training; held-out losses are without it."""
     seed: int = Field(42, ge=0, le=LARGEST_SEED)
-    eval_every: int = Field(0, ge=0, le=LARGEST_COUNT)
-    """Steps between evaluations, the first before training; 0 evaluates after the last step only."""
+    eval_every: int | Literal["epoch"] = 0
+    """Steps between evaluations, or `epoch` for one at the end of each, the first before training; 0 evaluates after
+    the last step only."""
+    best: str = "none"
+    """What evaluations are compared by: `loss` (the held-out one), or a task's metric on the rows of `data.validation`,
+    such as `e2e.bleu` or `mnli.accuracy`, decoded as `lora-megatron evaluate` does by default. The best so far, after
+    at least one step, is kept in `best/` of the run folder, in the form of `adapter/` (or `model/`, where the whole
+    model trains), which remains that of the last step. `none` keeps none."""
     samples: int = Field(0, ge=0, le=LARGEST_COUNT)
     """Held-out contexts to continue greedily before and after training, for the report."""
     save_every: int = Field(0, ge=0, le=LARGEST_COUNT)
@@ -168,6 +181,30 @@ class TrainSection(Section):
     """A loss above this many times the median of the last 20 steps is a spike; 0 looks for none."""
     straggler_every: int = Field(100, ge=0, le=LARGEST_COUNT)
     """Steps between lines that name the slowest rank; 0 writes none."""
+
+    @field_validator("eval_every", mode="before")
+    @classmethod
+    def _steps_or_epoch(cls, value: Any) -> Any:
+        if value == "epoch" or (type(value) is int and 0 <= value <= LARGEST_COUNT):
+            return value
+        raise ValueError(f"it is a number of steps from 0 to {LARGEST_COUNT:,}, or epoch")
+
+    @field_validator("epochs")
+    @classmethod
+    def _one_length(cls, epochs: float | None, info: Any) -> float | None:
+        if epochs is not None and (steps := info.data.get("steps")) is not None:
+            raise ValueError(
+                f"train.steps = {steps} is given too, and each says how long to train: keep one (train.steps=null or "
+                "train.epochs=null drops that of a file)"
+            )
+        return epochs
+
+    @model_validator(mode="before")
+    @classmethod
+    def _some_length(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("steps") is None and values.get("epochs") is None:
+            return {**values, "steps": DEFAULT_STEPS}
+        return values
 
 
 class RunSection(Section):

@@ -11,8 +11,10 @@ either: dloss/dx of each token, for a loss of weight 1, is computed while its lo
 multiplies it by the weight that the token turned out to have. Where W trains, dW needs dloss/dz of all tokens at once:
 the logits are kept in their own precision and overwritten by it, again a chunk at a time.
 
+With label smoothing the target is no longer one label: see `layers.smoothing`.
+
 Logits are rounded to the precision of W, what follows is in fp32, and dloss/dz is rounded once, as in megatron-core.
-Ranks exchange three numbers a token (own maximum, own sum, the label's logit if it is here) in one collective.
+Ranks exchange three numbers a token (own maximum, own sum, own part of the target's logit) in one collective.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from lora_megatron.layers.smoothing import NO_SMOOTHING, Labels, Smoothing
 
 CHUNK_BYTES = 256 * 2**20
 """Most bytes of a chunk's logits in fp32: small beside a model, and with GPT-3's 50,304 columns still 1,334 tokens,
@@ -78,25 +82,6 @@ class VocabularyShard:
         out.copy_(partial)
 
 
-@dataclass(frozen=True)
-class _Labels:
-    """Where the labels of a chunk are: which are among this rank's columns, and in which column."""
-
-    here: Tensor
-    """[n], 1 or 0 in fp32."""
-    column: Tensor
-    """[n, 1], some column for labels of other ranks."""
-
-    @classmethod
-    def of(cls, labels: Tensor, shard: VocabularyShard, columns: int, dtype: torch.dtype) -> _Labels:
-        own = labels - shard.first
-        return cls(((own >= 0) & (own < columns)).to(dtype), own.clamp(0, columns - 1).unsqueeze(1))
-
-    def logit(self, logits: Tensor) -> Tensor:
-        """[n, V/t] -> [n]: the label's entry, 0 where it is another rank's."""
-        return logits.gather(1, self.column).squeeze(1).to(self.here.dtype) * self.here
-
-
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
@@ -144,7 +129,13 @@ class _LossOfHidden(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, shard: VocabularyShard, needs_gradient: bool
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        shard: VocabularyShard,
+        smoothing: Smoothing,
+        needs_gradient: bool,
     ) -> Tensor:
         ctx.shard = shard
         columns, wide = weight.shape[0], _wide(weight.dtype)
@@ -160,12 +151,16 @@ class _LossOfHidden(torch.autograd.Function):
                 scratch = _scratch(len(x), logits)
             torch.mm(x, weight.t(), out=logits)
             logits[:, shard.real :] = torch.finfo(logits.dtype).min
-            where = _Labels.of(labels[:, rows].reshape(-1), shard, columns, wide)
-            own_maximum, chosen = logits.amax(1).to(wide), where.logit(logits)
+            where = Labels.of(labels[:, rows].reshape(-1), shard.first, columns, wide)
+            own_maximum, chosen = logits.amax(1).to(wide), where.logit(logits, shard.real, smoothing)
             exps = _exponentials(logits, own_maximum, scratch)
             softmax = _Softmax.of(own_maximum, exps.sum(1), chosen, shard)
             losses[:, rows] = softmax.loss.view(shard.parts, -1)
-            if gradient is not None:
+            if gradient is not None and smoothing.share:
+                exps.div_(softmax.divisor.unsqueeze(1))
+                logits.copy_(where.subtract_smoothed(exps, 1.0, shard.real, smoothing))
+                shard.sum_over_ranks(logits @ weight, gradient[rows])
+            elif gradient is not None:
                 at_label = exps.gather(1, where.column) / softmax.divisor.unsqueeze(1) - where.here.unsqueeze(1)
                 torch.div(exps, softmax.divisor.unsqueeze(1), out=logits)
                 logits.scatter_(1, where.column, at_label.to(logits.dtype))
@@ -175,20 +170,20 @@ class _LossOfHidden(torch.autograd.Function):
         return losses.view(-1)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
         shard: VocabularyShard = ctx.shard
         rank = shard.group.rank() if shard.group is not None and shard.sequence_parallel else 0
         own = grads[0].view(shard.parts, -1)[rank]
         # In place: nobody else holds it, and autograd refuses a second backward pass over it.
-        return gradient.detach().mul_(own.unsqueeze(1)), None, None, None, None
+        return gradient.detach().mul_(own.unsqueeze(1)), None, None, None, None, None
 
 
 class _LossOfLogits(torch.autograd.Function):
     """Trained weight: logits tokens x V/t, labels -> losses; the backward pass overwrites the logits."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, shard: VocabularyShard) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, shard: VocabularyShard, smoothing: Smoothing) -> Tensor:
         tokens, columns = logits.shape
         wide = _wide(logits.dtype)
         losses, maximum, total = (torch.empty(tokens, dtype=wide, device=logits.device) for _ in range(3))
@@ -196,16 +191,19 @@ class _LossOfLogits(torch.autograd.Function):
         scratch = logits.new_empty(size, columns, dtype=wide)
         for rows in _slices(tokens, size):
             z = logits[rows]
-            own_maximum, own = z.amax(1).to(wide), _Labels.of(labels[rows], shard, columns, wide)
+            own_maximum, own = z.amax(1).to(wide), Labels.of(labels[rows], shard.first, columns, wide)
+            chosen = own.logit(z, shard.real, smoothing)
             exps = _exponentials(z, own_maximum, scratch[: len(z)])
-            softmax = _Softmax.of(own_maximum, exps.sum(1), own.logit(z), shard)
+            softmax = _Softmax.of(own_maximum, exps.sum(1), chosen, shard)
             losses[rows], maximum[rows], total[rows] = softmax.loss, softmax.maximum, softmax.total
-        ctx.shard = shard
+        ctx.shard, ctx.smoothing = shard, smoothing
         ctx.save_for_backward(logits, labels, maximum, total)
         return losses
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        shard: VocabularyShard = ctx.shard
+        smoothing: Smoothing = ctx.smoothing
         logits, labels, maximum, total = ctx.saved_tensors
         logits = logits.detach()
         tokens, columns = logits.shape
@@ -214,34 +212,41 @@ class _LossOfLogits(torch.autograd.Function):
         scratch = _scratch(size, logits)
         for rows in _slices(tokens, size):
             z, weight = logits[rows], weights[rows].unsqueeze(1)
-            own = _Labels.of(labels[rows], ctx.shard, columns, total.dtype)
+            own = Labels.of(labels[rows], shard.first, columns, total.dtype)
             exps = _exponentials(z, maximum[rows], None if scratch is None else scratch[: len(z)])
             factor = weight / total[rows].unsqueeze(1)
+            if smoothing.share:
+                z.copy_(own.subtract_smoothed(exps.mul_(factor), weight, shard.real, smoothing))
+                continue
             at_label = exps.gather(1, own.column) * factor - own.here.unsqueeze(1) * weight
             torch.mul(exps, factor, out=z)
             z.scatter_(1, own.column, at_label.to(z.dtype))
-        return logits, None, None
+        return logits, None, None, None
 
 
 def _slices(rows: int, size: int) -> Iterator[slice]:
     return (slice(first, min(first + size, rows)) for first in range(0, rows, size))
 
 
-def loss_of_hidden(hidden: Tensor, weight: Tensor, labels: Tensor, shard: VocabularyShard) -> Tensor:
+def loss_of_hidden(
+    hidden: Tensor, weight: Tensor, labels: Tensor, shard: VocabularyShard, *, smoothing: Smoothing = NO_SMOOTHING
+) -> Tensor:
     """Loss of every token under a frozen output weight: hidden [s or s/t, b, h], weight [V/t, h], labels [s, b] ->
     [s, b] in fp32. Where a gradient is asked for, one [s or s/t, b, h] is kept for it.
     """
     needs_gradient = torch.is_grad_enabled() and hidden.requires_grad
     flat = hidden.reshape(-1, hidden.shape[-1])
-    losses: Tensor = _LossOfHidden.apply(flat, weight.detach(), labels.reshape(-1), shard, needs_gradient)
+    losses: Tensor = _LossOfHidden.apply(flat, weight.detach(), labels.reshape(-1), shard, smoothing, needs_gradient)
     return losses.view(labels.shape)
 
 
-def loss_of_logits(logits: Tensor, labels: Tensor, shard: VocabularyShard) -> Tensor:
+def loss_of_logits(
+    logits: Tensor, labels: Tensor, shard: VocabularyShard, *, smoothing: Smoothing = NO_SMOOTHING
+) -> Tensor:
     """Loss of every token: logits [s, b, V/t] with padded columns at the minimum, labels [s, b] -> [s, b] in fp32.
 
     The backward pass writes the gradient into `logits`, which nothing else may hold by then.
     """
     flat = logits.reshape(-1, logits.shape[-1])
-    losses: Tensor = _LossOfLogits.apply(flat, labels.reshape(-1), shard)
+    losses: Tensor = _LossOfLogits.apply(flat, labels.reshape(-1), shard, smoothing)
     return losses.view(labels.shape)

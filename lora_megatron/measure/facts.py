@@ -33,12 +33,15 @@ def facts(summary: Summary) -> list[list[str]]:
     loss = summary.get("held_out_loss") or {}
     seconds = summary.get("step_seconds") or {}
     spread = f" (p10 {show_seconds(seconds.get('p10'))}, p90 {show_seconds(seconds.get('p90'))})" if seconds else ""
+    best = summary.get("best")
+    kept = f"{best['by']} {show_loss(best['value'])} after step {show_count(best['step'])}" if best else None
     return [
         ["layout", f"{markdown.layout_text(summary.get('layout') or {})}; ranks: {summary.get('world_size', MISSING)}"],
         ["device, precision", f"{summary.get('device', MISSING)}, {summary.get('precision', MISSING)}"],
         ["steps", show_count(summary.get("steps"))],
         ["held-out loss before (nats per token)", show_loss(loss.get("before"))],
         ["held-out loss after (nats per token)", show_loss(loss.get("after"))],
+        *([["kept in best/", kept]] if kept else []),
         ["trainable parameters", show_count(summary.get("trainable_parameters")) + trained_share(summary)],
         ["checkpoint of the trained parameters", show_bytes(summary.get("checkpoint_bytes"))],
         ["tokens per second, padding included", show_count(summary.get("tokens_per_second"))],

@@ -49,9 +49,9 @@ class MetricsWriter:
         """
         self._append(METRICS_NAME, step, values)
 
-    def write_evaluation(self, step: int, loss: float) -> None:
-        """Record the held-out loss after `step`, as `write` does."""
-        self._append(EVALUATIONS_NAME, step, {"held_out_loss": loss})
+    def write_evaluation(self, step: int, loss: float, measured: Mapping[str, float] | None = None) -> None:
+        """Record the held-out loss after `step`, and by name what else was measured, as `write` does."""
+        self._append(EVALUATIONS_NAME, step, {"held_out_loss": loss, **(measured or {})})
 
     def _append(self, name: str, step: int, values: Mapping[str, float | int | str | None]) -> None:
         if name not in self._streams:

@@ -5,6 +5,7 @@ A summary is what training hands over, plain JSON values; a key that is missing 
 
     method, layout {tensor, pipeline, virtual_pipeline, context, sequence, data}, world_size, device, precision, steps,
     held_out_loss {before, after} and train_curve, held_out_curve [[step, loss], ..] in nats per token,
+    best {by, step, value} (the evaluation whose weights are in best/),
     trainable_parameters, total_parameters, checkpoint_bytes, peak_memory_bytes (largest rank's), truncated_rows,
     tokens_per_second, tokens_per_second_per_rank, step_seconds {median, p10, p90}, wall_seconds,
     memory_by_rank [{rank, weights, gradients, optimizer, activations, peak, trained, reserved}, ..] in bytes,

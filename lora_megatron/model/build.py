@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lora_megatron.layers.activation import ACTIVATIONS
 from lora_megatron.layers.rope import attention_factor, inverse_frequencies
 from lora_megatron.layers.sharding import REPLICATED, Shard, declare
+from lora_megatron.layers.smoothing import Smoothing
 from lora_megatron.layers.storage.choose import StorageFormat
 from lora_megatron.methods.method import Method
 from lora_megatron.model.gpt import Gpt
@@ -44,6 +45,7 @@ class BuildOptions:
     """With recompute `full`: of each chunk the first so many; None is all."""
     meta: bool = False
     """Build without storage, to count parameters of a model of any size."""
+    label_smoothing: float = 0.0
 
 
 class _ShapesOnly(Gpt):
@@ -175,6 +177,7 @@ def build(shape: ModelShape, method: Method, layout: Layout, options: BuildOptio
     for chunk in chunks:
         _declare_embeddings(chunk, padding=padded - shape.vocab_size)
         chunk.mask_padded_vocabulary(shape.vocab_size)
+        chunk.smoothing = Smoothing(options.label_smoothing, shape.vocab_size)
     _freeze(chunks, method)
     if options.recompute == "full":
         for chunk in chunks:

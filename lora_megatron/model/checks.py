@@ -27,6 +27,7 @@ def options_of(config: Config, *, meta: bool = False) -> BuildOptions:
         recompute_layers=config.train.recompute_layers,
         dropout=config.method.dropout,
         adapter_seed=config.train.seed,
+        label_smoothing=config.train.label_smoothing,
         storage=storage_of(config),
         meta=meta,
     )

@@ -16,6 +16,7 @@ from megatron.core import parallel_state as mpu
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor, nn
 
+from lora_megatron.layers.smoothing import NO_SMOOTHING, Smoothing
 from lora_megatron.layers.vocabulary_loss import VocabularyShard, loss_of_hidden, loss_of_logits
 
 
@@ -24,6 +25,8 @@ class Gpt(GPTModel):
 
     real_columns: int | None = None
     """Columns of this rank's logits, from the first, that are tokens; None if all are."""
+    smoothing: Smoothing = NO_SMOOTHING
+    """Of labels, in training; evaluation has none."""
 
     def mask_padded_vocabulary(self, vocab_size: int) -> None:
         """Give padded vocabulary rows no probability, so that the loss does not depend on how much padding there is."""
@@ -46,14 +49,18 @@ class Gpt(GPTModel):
             weight = self._output_weight()
             if not (weight.requires_grad and torch.is_grad_enabled()):
                 shard = self._shard(weight, sequence_parallel=self.output_layer.sequence_parallel)
-                return _as_given(loss_of_hidden(hidden_states, weight, labels.t(), shard))
+                losses = loss_of_hidden(hidden_states, weight, labels.t(), shard, smoothing=self._smoothing_now())
+                return _as_given(losses)
         result: Tensor = super()._postprocess(hidden_states=hidden_states, labels=labels, **rest)
         return result
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """labels [b, s], logits [s, b, V/t] -> losses [b, s]; where the output weight trains."""
         shard = self._shard(self._output_weight(), sequence_parallel=False)
-        return _as_given(loss_of_logits(logits, labels.t(), shard))
+        return _as_given(loss_of_logits(logits, labels.t(), shard, smoothing=self._smoothing_now()))
+
+    def _smoothing_now(self) -> Smoothing:
+        return self.smoothing if self.training else NO_SMOOTHING
 
     def _output_weight(self) -> Tensor:
         weight: Tensor = (

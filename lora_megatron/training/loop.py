@@ -23,8 +23,10 @@ from lora_megatron.parallel.heartbeat import beat
 from lora_megatron.parallel.stopping import stop_if_asked, stop_on
 from lora_megatron.training.bad_steps import ROLLBACK, STOP, BadStep, BadSteps, decide, error_of
 from lora_megatron.training.held_out import held_out_loss
+from lora_megatron.training.length import ends_epoch, total_steps
 from lora_megatron.training.optimizer import Optimizer, gradient_bytes
 from lora_megatron.training.schedule import learning_rate
+from lora_megatron.training.selection import Best, Selection
 from lora_megatron.training.step import run_microbatches, where_not_finite
 from lora_megatron.training.verdict import SpikeGuard, Verdict, judge
 
@@ -33,7 +35,7 @@ _METERED_STEPS = 3
 
 @dataclass
 class Trainer:
-    """What a run holds on this rank, and where it stands (`step` of `config.train.steps`)."""
+    """What a run holds on this rank, and where it stands (`step` of `steps`)."""
 
     config: Config
     chunks: Sequence[DistributedDataParallel]
@@ -41,6 +43,8 @@ class Trainer:
     data: BatchSource
     held_out: BatchSource | None
     meter: ActivationMeter
+    selection: Selection | None = None
+    """What the best evaluation is chosen by; None: none is."""
     step: int = 0
     """Updates of the model so far."""
     consumed_samples: int = 0
@@ -50,10 +54,14 @@ class Trainer:
     steps_run: int = 0
     """Steps of this process; a resumed run starts at 0 again."""
     held_out_curve: list[tuple[int, float]] = field(default_factory=list)
+    best: Best | None = None
     bad: BadSteps = field(default_factory=BadSteps)
     guard: SpikeGuard = field(init=False)
+    steps: int = field(init=False)
+    """Of the whole run, however long it was asked to be."""
 
     def __post_init__(self) -> None:
+        self.steps = total_steps(self.config, rows=0 if self.config.train.epochs is None else len(self.data))
         self.guard = SpikeGuard(self.config.train.spike_factor)
 
     @property
@@ -84,8 +92,11 @@ class Callbacks:
 
     on_step: Callable[[StepReport], None]
     """After each good step."""
-    on_evaluation: Callable[[int, float], None]
-    """Held-out loss after a step."""
+    on_evaluation: Callable[[int, float, dict[str, float]], None]
+    """Held-out loss after a step, and by name what else was measured to choose by."""
+    keep_best: Callable[[Best], None]
+    """Write what is trained as the best so far; before the evaluation is recorded, or a kill in between would lose it.
+    """
     on_bad_step: Callable[[StepReport, BadStep], None]
     """After each bad one, before anything is done about it."""
     save: Callable[[], None]
@@ -95,7 +106,7 @@ class Callbacks:
 
 
 def train(trainer: Trainer, callbacks: Callbacks) -> None:
-    """Run to `train.steps`, calling back after each step, evaluation and due checkpoint.
+    """Run to the last step, calling back after each step, evaluation and due checkpoint.
 
     Raises:
         NumericalError: a loss, a gradient or a tensor to save is not finite, and the policy is, or has come to, `stop`.
@@ -104,8 +115,8 @@ def train(trainer: Trainer, callbacks: Callbacks) -> None:
     """
     try:
         if _evaluation_is_due(trainer):
-            evaluate(trainer, callbacks.on_evaluation)
-        while trainer.step < trainer.config.train.steps:
+            evaluate(trainer, callbacks)
+        while trainer.step < trainer.steps:
             _run_step(trainer, callbacks)
         stop_if_asked()
     except Preempted as preempted:
@@ -135,26 +146,34 @@ def _run_step(trainer: Trainer, callbacks: Callbacks) -> None:
     _require_gradient(report)
     stop_on(verdict.signal)
     if _evaluation_is_due(trainer):
-        evaluate(trainer, callbacks.on_evaluation)
-    section = trainer.config.train
-    if trainer.step == section.steps or (section.save_every and trainer.step % section.save_every == 0):
+        evaluate(trainer, callbacks)
+    save_every = trainer.config.train.save_every
+    if trainer.step == trainer.steps or (save_every and trainer.step % save_every == 0):
         _save(trainer, callbacks)
 
 
 def _evaluation_is_due(trainer: Trainer) -> bool:
     """Whether the held-out loss of this step belongs into the log and is not there: a stopped run makes up for it."""
-    section, step = trainer.config.train, trainer.step
-    due = step == section.steps > 0 or bool(section.eval_every and step % section.eval_every == 0)
+    every, step = trainer.config.train.eval_every, trainer.step
+    if every == "epoch":
+        batch = trainer.config.data.global_batch_size
+        due = step == trainer.steps > 0 or ends_epoch(step, rows=len(trainer.data), batch=batch)
+    else:
+        due = step == trainer.steps > 0 or bool(every and step % every == 0)
     return due and step not in (evaluated for evaluated, _ in trainer.held_out_curve)
 
 
 def _save(trainer: Trainer, callbacks: Callbacks) -> None:
+    _write(trainer, callbacks.save)
+    trainer.saved_step = trainer.step
+
+
+def _write(trainer: Trainer, save: Callable[[], None]) -> None:
     beat("save")
     try:
-        callbacks.save()
+        save()
     except NumericalError as error:
         raise NumericalError(f"after step {trainer.step}: {error}; {_where_to_resume(trainer)}") from None
-    trainer.saved_step = trainer.step
 
 
 def train_step(trainer: Trainer) -> tuple[StepReport, Verdict]:
@@ -168,7 +187,7 @@ def train_step(trainer: Trainer) -> tuple[StepReport, Verdict]:
         step,
         peak=config.optimizer.lr,
         warmup_steps=config.train.warmup_steps,
-        steps=config.train.steps,
+        steps=trainer.steps,
         schedule=config.train.schedule,
     )
     optimizer.set_lr(lr)
@@ -211,20 +230,37 @@ def microbatches_of_step(data: BatchSource, consumed: int, global_batch_size: in
     return Microbatches(numbers, lambda m: data.microbatch(consumed + (m * size + rank) * b))
 
 
-def evaluate(trainer: Trainer, on_evaluation: Callable[[int, float], None]) -> None:
-    """Held-out loss now, if there is held-out data; collective. Raises NumericalError when it is not finite."""
+def evaluate(trainer: Trainer, callbacks: Callbacks) -> None:
+    """Held-out loss now, if there is held-out data, and whether it is the best; collective.
+
+    Raises NumericalError when it is not finite.
+    """
     if trainer.held_out is None:
         return
     beat("evaluation")
     loss = held_out_loss(trainer.chunks, trainer.held_out)
+    measured = _select(trainer, loss.mean, callbacks) if math.isfinite(loss.mean) else {}
     trainer.held_out_curve.append((trainer.step, loss.mean))
-    on_evaluation(trainer.step, loss.mean)
+    callbacks.on_evaluation(trainer.step, loss.mean, measured)
     if not math.isfinite(loss.mean):
         raise NumericalError(
             f"held-out loss is {loss.mean} after step {trainer.step} ({loss.where}): training stopped and nothing of "
             f"this step was saved; {_where_to_resume(trainer)}; lower optimizer.lr or optimizer.weight_decay, or set "
             "optimizer.clip_grad"
         )
+
+
+def _select(trainer: Trainer, loss: float, callbacks: Callbacks) -> dict[str, float]:
+    """Keep what is trained if it is the best so far, after at least one step; what was measured to know."""
+    selection = trainer.selection
+    if selection is None:
+        return {}
+    value = selection.measure(trainer.chunks) if selection.measure else loss
+    if trainer.step and selection.improves(value, over=trainer.best):
+        best = Best(trainer.step, value)
+        _write(trainer, lambda: callbacks.keep_best(best))
+        trainer.best = best
+    return {selection.name: value} if selection.measure else {}
 
 
 def _where_to_resume(trainer: Trainer) -> str:

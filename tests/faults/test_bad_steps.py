@@ -14,12 +14,25 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lora_megatron.checkpoint.folder import read_manifest
 from lora_megatron.commands import train as command
 from lora_megatron.errors import CheckpointError
 from lora_megatron.training import loop
 from lora_megatron.training.loop import Trainer
+from lora_megatron.training.step import StepLoss
 from lora_megatron.training.verdict import SpikeGuard
-from tests.commands.runs import Outcome, Tree, attempt, log_of, losses_of, make_tree, names_in, status_of
+from tests.commands.runs import (
+    Outcome,
+    Tree,
+    attempt,
+    checkpoint_of,
+    evaluations_of,
+    log_of,
+    losses_of,
+    make_tree,
+    names_in,
+    status_of,
+)
 from tests.pool import Pool
 
 BATCH = 4
@@ -153,6 +166,22 @@ def test_what_does_not_end_ends_the_run(corpus: Path, tmp_path: Path, policy: st
     assert f"loss is nan {words}" in outcome.message
     assert [line["action"] for line in bad_steps(run)] == [policy, policy, "stop"]
     assert (status_of(run)["state"], status_of(run)["exit_status"]) == ("failed", 5)
+
+
+def test_going_back_takes_the_best_of_the_abandoned_course_back(corpus: Path, tmp_path: Path) -> None:
+    """The fifth evaluation is the best, of the course that is left and of the one that is followed."""
+    run, losses = tmp_path / "run", iter([9.0, 5.0, 4.0, 3.0, 2.0, 1.0, 1.0, 6.0, 6.0, 6.0])
+    train = {"on_bad_step": "rollback", "steps": 7, "save_every": 1, "keep_checkpoints": 9}
+    tree = make_tree(corpus, run, train={**train, "eval_every": 1, "best": "loss"})
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(loop, "held_out_loss", lambda *_: StepLoss(next(losses), 1))
+        assert train_with(tree, Fault("loss", 0, (5,))) == Outcome()
+    assert [line["step"] for line in evaluations_of(run)] == list(range(8))
+    assert read_manifest(run / "best")["best"] == {"metric": "loss", "step": 5, "value": 1.0}
+    file = "adapter_model.safetensors"
+    assert (run / "best" / file).read_bytes() == (checkpoint_of(run, 5) / file).read_bytes()
+    (left,) = (path for path in (run / "earlier_best").iterdir() if path.name.startswith("superseded-step-00000005-"))
+    assert (left / file).read_bytes() != (run / "best" / file).read_bytes()
 
 
 def test_there_must_be_a_checkpoint_to_go_back_to(corpus: Path, tmp_path: Path) -> None:
