@@ -78,7 +78,7 @@ class DecodingModel:
         layout = layout_of(self.config)
         ranks = groups.build_mesh(layout, seed=self.config.train.seed, timeout_minutes=section.timeout_minutes)
         beat("load")
-        options = replace(options_of(self.config), dropout=0.0, recompute="none")
+        options = replace(options_of(self.config), dropout=0.0, recompute="none", recompute_layers=None)
         chunks = build(self.base.shape, self.method, layout, options)
         together(lambda: self.base.load(chunks))
         if self.adapter is not None:

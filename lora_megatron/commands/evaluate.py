@@ -14,7 +14,7 @@ from lora_megatron.commands.run_lock import RunLock
 from lora_megatron.commands.score import print_scores
 from lora_megatron.config import Config
 from lora_megatron.data.parquet import ExampleTable, open_examples
-from lora_megatron.errors import ConfigError, Preempted
+from lora_megatron.errors import ConfigError, DataError, Preempted
 from lora_megatron.evaluation.answering import Answering
 from lora_megatron.evaluation.answers import answers
 from lora_megatron.evaluation.decoder import decoding
@@ -82,7 +82,7 @@ def run_evaluation(config: Config, options: EvaluationOptions) -> None:
     with joined(config):
         require_equal("the command line", repr(options))
         plan = together(lambda: _plan(config, options))
-        require_equal("the data", plan.data_hash)
+        require_equal("the data", plan.table.content_hash)
         model = plan_model(config, options.adapter)
         answering, prompts = together(lambda: _fit(model, plan, options))
         identity = _identity(model, plan, options)
@@ -95,8 +95,8 @@ def run_evaluation(config: Config, options: EvaluationOptions) -> None:
 class _Plan:
     """The rows of an evaluation."""
 
+    table: ExampleTable
     instances: list[Instance]
-    data_hash: str
 
     @property
     def ids(self) -> list[str]:
@@ -106,7 +106,12 @@ class _Plan:
 def _plan(config: Config, options: EvaluationOptions) -> _Plan:
     table = _table(config, options)
     group = TASKS[options.task].kind == "generate"  # a label is not one of several texts for a context
-    return _Plan(instances_of(table, group=group, limit=options.limit), table.content_hash)
+    if table.rendered and not group:
+        raise DataError(
+            f"{table.path} was rendered by a chat template, and the labels of {options.task} stand alone: prepare it "
+            "without --chat-template, or evaluate it as --task text"
+        )
+    return _Plan(table, instances_of(table, group=group, limit=options.limit))
 
 
 def _table(config: Config, options: EvaluationOptions) -> ExampleTable:
@@ -125,11 +130,11 @@ def _table(config: Config, options: EvaluationOptions) -> ExampleTable:
 
 
 def _fit(model: DecodingModel, plan: _Plan, options: EvaluationOptions) -> tuple[Answering, list[Prompt]]:
+    plan.table.check_tokenizer(model.tokenizer)
     answering = answering_of(
         options.task, options.decoding, model.tokenizer, positions=model.positions, cut=options.cut_prompts
     )
-    contexts = [(instance.id, instance.context) for instance in plan.instances]
-    return answering, answering.fit(prompts_of(contexts, model.tokenizer))
+    return answering, answering.fit(prompts_of(plan.instances, model.tokenizer))
 
 
 def _identity(model: DecodingModel, plan: _Plan, options: EvaluationOptions) -> dict[str, Any]:
@@ -140,7 +145,7 @@ def _identity(model: DecodingModel, plan: _Plan, options: EvaluationOptions) -> 
         "task": options.task,
         **how,
         "rows": len(plan.instances),
-        "data": plan.data_hash,
+        "data": plan.table.content_hash,
         "base": model.base.fingerprint,
         "adapter": model.adapter_hash,
         "tokenizer": model.tokenizer.fingerprint,
@@ -183,7 +188,8 @@ def _evaluate(
     finally:
         if log is not None:
             log.close()
-    together(lambda: _score(plan, log, identity, options) if log else None)
+    references = [instance.spoken_references(model.tokenizer) for instance in plan.instances]
+    together(lambda: _score(plan, references, log, identity, options) if log else None)
 
 
 def _predict(
@@ -215,13 +221,19 @@ def _predict(
             together(lambda part=part: log.append(part) if log else None)  # type: ignore[misc]
 
 
-def _score(plan: _Plan, log: PredictionLog, identity: dict[str, Any], options: EvaluationOptions) -> None:
+def _score(
+    plan: _Plan,
+    references: Sequence[Sequence[str]],
+    log: PredictionLog,
+    identity: dict[str, Any],
+    options: EvaluationOptions,
+) -> None:
     """scores.json, in one step, and the table; on rank 0."""
     metas = [instance.meta for instance in plan.instances]
     scores = score(
         options.task,
         [str(answer["prediction"]) for answer in log.answers],
-        [instance.references for instance in plan.instances],
+        references,
         metas=None if None in metas else metas,
         bootstrap=options.bootstrap,
     )

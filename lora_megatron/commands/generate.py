@@ -15,7 +15,7 @@ from lora_megatron.errors import ConfigError, DataError
 from lora_megatron.evaluation.answering import Answer, Continuing
 from lora_megatron.evaluation.answers import answers
 from lora_megatron.evaluation.decoder import decoding
-from lora_megatron.evaluation.rows import prompts_of
+from lora_megatron.evaluation.rows import Instance, prompts_of
 from lora_megatron.evaluation.settings import Decoding
 from lora_megatron.measure.atomic import write_text
 from lora_megatron.measure.rows_progress import RowsProgress
@@ -63,8 +63,8 @@ def run_generation(config: Config, options: GenerationOptions) -> None:
         answering = together(
             lambda: Continuing(options.decoding, model.tokenizer, model.positions, options.cut_prompts)
         )
-        numbered = [(str(number), text) for number, text in enumerate(texts)]
-        prompts = together(lambda: answering.fit(prompts_of(numbered, model.tokenizer)))
+        rows = [Instance(str(number), text, ()) for number, text in enumerate(texts)]
+        prompts = together(lambda: answering.fit(prompts_of(rows, model.tokenizer)))
         chunks, _ = model.build()
         say(f"continuing {len(texts)} prompts by {model.describe()}")
         size = options.batch_size or answering.batch_size()

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+from lora_megatron.data.examples import target_ids
 from lora_megatron.data.tokenizer import Tokenizer
 from lora_megatron.errors import ConfigError, DataError
 from lora_megatron.evaluation.decoder import Decoder
@@ -114,7 +115,7 @@ class Choosing:
         return max(1, SEQUENCES_AT_ONCE // len(self.labels))
 
     def _tokens(self) -> list[list[int]]:
-        return [[*self.tokenizer.encode(label), self.tokenizer.eos_id] for label in self.labels]
+        return [target_ids(label, self.tokenizer) for label in self.labels]
 
 
 def _fitted(prompt: Prompt, *, most: int, kept: int, positions: int, cut: bool) -> Prompt:

@@ -20,6 +20,14 @@ class Instance:
     references: tuple[str, ...]
     meta: str | None = None
     """What scorers know besides: JSON of the file's `meta` column."""
+    rendered: bool = False
+    """By a chat template: special tokens that context and references spell are special tokens."""
+
+    def spoken_references(self, tokenizer: Tokenizer) -> list[str]:
+        """The references as a prediction is written: without special tokens."""
+        if not self.rendered:
+            return list(self.references)
+        return [tokenizer.decode(tokenizer.encode_rendered(text)) for text in self.references]
 
 
 @dataclass(frozen=True)
@@ -44,10 +52,10 @@ def instances_of(table: ExampleTable, *, group: bool, limit: int | None = None) 
         if key not in found:
             if limit is not None and len(found) == limit:
                 break
-            found[key] = Instance(row_id, context, references, meta)
+            found[key] = Instance(row_id, context, references, meta, table.rendered)
     return list(found.values())
 
 
-def prompts_of(contexts: Sequence[tuple[str, str]], tokenizer: Tokenizer) -> list[Prompt]:
-    """(id, context) pairs as prompts."""
-    return [Prompt(row_id, prompt_ids(context, tokenizer)) for row_id, context in contexts]
+def prompts_of(rows: Sequence[Instance], tokenizer: Tokenizer) -> list[Prompt]:
+    """Their contexts, in order."""
+    return [Prompt(row.id, prompt_ids(row.context, tokenizer, rendered=row.rendered)) for row in rows]

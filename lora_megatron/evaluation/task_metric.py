@@ -48,18 +48,18 @@ def task_metric(
     """
     positions = chunks[0].max_sequence_length
     answering = answering_of(task, settings, tokenizer, positions=positions, cut=True)
-    prompts = answering.fit(prompts_of([(row.id, row.context) for row in rows], tokenizer))
+    prompts = answering.fit(prompts_of(rows, tokenizer))
     size = batch_size or answering.batch_size()
     with decoding(chunks, vocab_size=tokenizer.vocab_size) as decoder:
         found = [answer for part in answers(decoder, prompts, answering, batch_size=size) for answer in part]
     predictions = [str(answer["prediction"]) for answer in found]
-    value = together(lambda: _value(task, metric, predictions, rows) if is_main() else 0.0)
+    value = together(lambda: _value(task, metric, predictions, rows, tokenizer) if is_main() else 0.0)
     return float(json.loads(gather_text(json.dumps(value))[0]))
 
 
-def _value(task: str, metric: str, predictions: Sequence[str], rows: Sequence[Instance]) -> float:
+def _value(task: str, metric: str, predictions: Sequence[str], rows: Sequence[Instance], tokenizer: Tokenizer) -> float:
     metas = [row.meta for row in rows]
-    references = [row.references for row in rows]
+    references = [row.spoken_references(tokenizer) for row in rows]
     scores = score(task, predictions, references, metas=None if None in metas else metas, bootstrap=0)
     if metric not in scores.values:
         why = scores.unavailable.get(metric, f"there are {', '.join(scores.values)}")

@@ -93,9 +93,10 @@ def save_adapter(base: Path, out: Path) -> None:
     make_adapter(base, out, targets={"q": 4, "v": 4, "fc1": 2})
 
 
-def save_rows(folder: Path, rows: Sequence[tuple[str, list[str]]]) -> Path:
+def save_rows(folder: Path, rows: Sequence[tuple[str, list[str]]], *, rendered_for: str | None = None) -> Path:
     """test.parquet with these contexts and references; the first reference is the target."""
-    with DatasetWriter(folder, preparer="test", options={}) as writer, writer.split("test") as split:
+    writer = DatasetWriter(folder, preparer="test", options={}, rendered_for=rendered_for)
+    with writer, writer.split("test") as split:
         for number, (context, references) in enumerate(rows):
             split.write(id=f"row-{number}", context=context, target=references[0], references=references)
     return folder / "test.parquet"

@@ -15,7 +15,7 @@ import torch
 from lora_megatron.data.examples import prompt_ids
 from lora_megatron.data.tokenizer import load_tokenizer
 from lora_megatron.metrics.tasks import TASKS
-from tests.evaluation.commands import CONTEXTS, NEW, continued, lines_of, run_each
+from tests.evaluation.commands import CONTEXTS, END, NEW, continued, lines_of, run_each, save_rows
 from tests.evaluation.conftest import Reader
 from tests.huggingface.models import model_class
 from tests.pool import Pool
@@ -145,6 +145,29 @@ def test_scores_are_written_and_shown(
     assert "95% interval" in shown.out
     assert all(name in shown.out for name in TASKS["text"].metrics)
     assert f"with the adapter {files.adapter} on 5 rows of text" in shown.err
+
+
+def test_what_a_chat_template_rendered_is_read_as_in_training(
+    reader: Callable[[str], Reader], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its special tokens are special tokens, no line end follows, and references are compared without them."""
+    files, contexts = reader("llama"), [f"a{END}bc", f"{END}four"]
+    tokenizer, model = load_tokenizer(str(files.base)), model_of(files.merged, "llama")
+    wanted = [continued(model, tokenizer.encode_rendered(c), end=tokenizer.eos_id) for c in contexts]
+    said = [tokenizer.decode(tokens) for tokens in wanted]
+    rows = [(c, [text + END]) for c, text in zip(contexts, said, strict=True)]
+    data = save_rows(tmp_path / "rendered", rows, rendered_for=tokenizer.fingerprint)
+    out = tmp_path / "out"
+    assert run_alone([*evaluated(files, out, *GREEDY), "--data", str(data)]) == [0]
+    assert [line["prediction"] for line in lines_of(out / "predictions.jsonl")] == said
+    assert json.loads((out / "scores.json").read_text())["scores"]["exact_match"] == 100
+    again = [*evaluated(files, tmp_path / "mnli", "--task", "mnli"), "--data", str(data)]
+    other = save_rows(tmp_path / "other", rows, rendered_for="another")
+    capsys.readouterr()
+    assert run_alone(again, [*evaluated(files, tmp_path / "new", *GREEDY), "--data", str(other)]) == [3, 3]
+    errors = capsys.readouterr().err
+    assert "the labels of mnli stand alone" in errors
+    assert "was rendered by the chat template of another tokenizer" in errors
 
 
 def run_alone(*commands: list[str]) -> list[int]:

@@ -160,3 +160,27 @@ def test_a_signal_between_two_starts_starts_nothing(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(Agent, "signalled", True)
     with pytest.raises(SignalException):
         agent._rendezvous(object())  # type: ignore[arg-type]  # never looked at
+
+
+def test_every_command_of_several_ranks_is_handed_to_torchrun_with_its_options(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The layout in the overrides says how many processes; options may follow."""
+    seen: list[list[str]] = []
+    monkeypatch.setattr("lora_megatron.commands.launch.torchrun.run", lambda parsed: seen.append(parsed))
+    monkeypatch.setattr("lora_megatron.commands.launch.torch.cuda.device_count", lambda: 0)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    config = tmp_path / "c.yaml"
+    config.write_text("{}")
+    words = {"evaluate": ["--task", "e2e", "--out", "o"], "generate": ["--prompt", "a b"]}
+    try:
+        for command, options in words.items():
+            assert main([command, str(config), "parallel.tensor=2", *options]) == 0
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    for parsed, (command, options) in zip(seen, words.items(), strict=True):
+        assert parsed.nproc_per_node == "2"  # type: ignore[attr-defined]
+        wanted = [command, str(config), "parallel.tensor=2", *options]
+        assert [parsed.training_script, *parsed.training_script_args] == ["lora_megatron", *wanted]  # type: ignore[attr-defined]
