@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from data_prep.__main__ import build_parser
 from lora_megatron.arguments import parse_arguments
 from lora_megatron.config import Config, load_config
 from lora_megatron.model.presets import PRESETS
@@ -36,9 +37,15 @@ def test_presets_and_links_exist() -> None:
         assert (ROOT / target).exists(), target
 
 
+def commands_of(section: str, *, block: int = 1) -> list[str]:
+    """The lines of a section's n-th block of commands, comments off, continued lines joined."""
+    text = TEXT.split(f"## {section}\n")[1].split("```bash\n")[block].split("```")[0].replace("\\\n", " ")
+    return [line.partition("  #")[0].strip() for line in text.splitlines() if line.strip()]
+
+
 def test_the_training_commands_run_and_agree(tmp_path: Path) -> None:
-    """As printed, in order, in a folder of their own; the second training must repeat the first one's losses."""
-    block = TEXT.split("## Train")[1].split("```bash\n")[1].split("```")[0].replace("\\\n", " ")
+    """As printed, in order, in a folder of their own; the second training must repeat the first one's losses, and what
+    it trained is generated with, evaluated and scored."""
     (tmp_path / "launch").symlink_to(ROOT / "launch")
     (tmp_path / ".venv").symlink_to(sys.prefix)  # what `make install` makes, and what runs this test
     environment = {
@@ -46,10 +53,12 @@ def test_the_training_commands_run_and_agree(tmp_path: Path) -> None:
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
         "OMP_NUM_THREADS": "1",
     }
-    activate, *commands = [line.partition("#")[0].strip() for line in block.splitlines() if line.strip()]
+    activate, *commands = commands_of("Train")
     assert activate == ". .venv/bin/activate"
     assert len(commands) == 3
-    for command in commands:
+    for name in ("predictions.txt", "references.txt"):
+        (tmp_path / name).write_text("The Plough serves tea.\n", encoding="utf-8")
+    for command in (*commands, *commands_of("Generate, evaluate, score")):
         words = f"{activate} && {command}"
         done = subprocess.run(
             words, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240, check=False
@@ -61,6 +70,16 @@ def test_the_training_commands_run_and_agree(tmp_path: Path) -> None:
         losses.append([line["loss"] for line in map(json.loads, lines)])
     assert len(losses[0]) == 20
     assert max(abs(a - b) for a, b in zip(*losses, strict=True)) < 1e-4
+    evaluated = tmp_path / "runs" / "tiny" / "e2e"
+    assert len((evaluated / "predictions.jsonl").read_text(encoding="utf-8").splitlines()) == 20
+    assert json.loads((evaluated / "scores.json").read_text(encoding="utf-8"))["scores"].keys() >= {"bleu", "nist"}
+
+
+def test_the_commands_for_own_data_are_commands() -> None:
+    for command in commands_of("Train", block=2):
+        python, minus_m, module, *words = shlex.split(command)
+        assert (python, minus_m, module) == ("python", "-m", "data_prep")
+        assert build_parser().parse_args(words).preparer == words[0]
 
 
 def test_the_commands_of_a_cluster_are_commands() -> None:
