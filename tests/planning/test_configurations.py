@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from pathlib import Path
 
 import pytest
 
+from lora_megatron.arguments import parse_arguments
 from lora_megatron.config import Config, load_config
 from lora_megatron.methods.choose import choose_method
 from lora_megatron.methods.method import Method
@@ -41,6 +44,17 @@ def test_every_configuration_is_planned(path: Path) -> None:
     plan = plan_training(config, shape, method, world_size=layout_of(config).model_size, memory=gpu.memory)
     assert plan.chosen.fits(gpu.memory)
     assert plan.speed(gpu).tokens_per_second > 0
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_commands_of_every_header_are_understood(path: Path) -> None:
+    header = path.read_text(encoding="utf-8").replace("\\\n#", " ")
+    commands = re.findall(r"^# +lora-megatron (.*?)(?:  +# .*)?$", header, re.MULTILINE)
+    for command in commands:
+        arguments = parse_arguments(shlex.split(command))
+        assert (FOLDER.parents[1] / arguments.config).is_file()
+        files = [str(FOLDER.parents[1] / word) if word.endswith(".yaml") else word for word in arguments.overrides]
+        load_config(FOLDER.parents[1] / arguments.config, files)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda path: path.stem)
