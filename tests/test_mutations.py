@@ -19,6 +19,7 @@ import pytest
 from torch import Tensor
 
 from lora_megatron.layers import column, dropout, lora, norm, row
+from lora_megatron.layers.low_rank import Update
 from lora_megatron.layers.qkv import Part
 from lora_megatron.layers.sharding import REPLICATED, Shard
 from lora_megatron.layers.vocabulary_loss import VocabularyShard
@@ -69,9 +70,9 @@ def b_applied_before_the_sum() -> Any:
     """Every rank adds the whole low-rank update before the ranks are summed: it counts once per rank."""
     original = row.add_low_rank
 
-    def add_low_rank(fused: Tensor, parts: Any, scales: list[float], *rest: Any, **how: Any) -> Tensor:
+    def add_low_rank(fused: Tensor, update: Update) -> Tensor:
         ranks = build.mpu.get_tensor_model_parallel_world_size()
-        return original(fused, parts, [scale * ranks for scale in scales], *rest, **how)
+        return original(fused, replace(update, scales=tuple(scale * ranks for scale in update.scales)))
 
     return mock.patch.object(row, "add_low_rank", add_low_rank)
 

@@ -3,7 +3,7 @@
 
 `activation.Activation.exactly` is the reference. A program does one row. To round a row to FP8 its largest magnitude
 must be known: the row is read and computed twice, the second time from the cache, which is far less than writing it
-and reading it again.
+and reading it again. What adapters read of it besides is written on the second pass.
 """
 
 from __future__ import annotations
@@ -65,23 +65,26 @@ def _outputs(x, bias, row, column, inside, columns, KIND: tl.constexpr, GATED: t
 def _gradients(
     x, bias, grad, row, column, inside, columns, KIND: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr
 ):  # fmt: skip
-    """dL/dx at `column` (gate's, if gated) and dL/dup; the second means nothing if not gated."""
+    """dL/dx at `column` (gate's, if gated), dL/dup, and y; the second means nothing if not gated."""
     start = row * (columns * 2 if GATED else columns)
     value, slope = _value_and_slope(_loaded(x, bias, start + column, column, inside, BIAS), KIND)
     dy = tl.load(grad + row * columns + column, inside, 0.0).to(tl.float32)
     first = dy * slope
     second = dy * value
     if GATED:
-        first *= _loaded(x, bias, start + columns + column, columns + column, inside, BIAS)
-    return first, second
+        up = _loaded(x, bias, start + columns + column, columns + column, inside, BIAS)
+        first *= up
+        value *= up
+    return first, second, value
 
 
 @triton.jit
 def _forward(
-    x, bias, factor, out, scales, columns: tl.constexpr, C: tl.constexpr, KIND: tl.constexpr, GATED: tl.constexpr,
-    BIAS: tl.constexpr, FACTOR: tl.constexpr, MEASURE: tl.constexpr, CAST: tl.constexpr,
+    x, bias, factor, out, scales, y, columns: tl.constexpr, C: tl.constexpr, KIND: tl.constexpr, GATED: tl.constexpr,
+    BIAS: tl.constexpr, KEEP: tl.constexpr, FACTOR: tl.constexpr, MEASURE: tl.constexpr, CAST: tl.constexpr,
 ):  # fmt: skip
-    """out = y; with MEASURE or CAST its FP8 codes instead (`storage.kernels.quantise_rows` has the same two)."""
+    """out = y; with MEASURE or CAST its FP8 codes instead (`storage.kernels.quantise_rows` has the same two), and with
+    KEEP y itself beside them."""
     row = tl.program_id(0).to(tl.int64)
     scale = 1.0
     if MEASURE:
@@ -106,6 +109,8 @@ def _forward(
         for start in range(0, columns, C):
             column = start + tl.arange(0, C)
             value = _outputs(x, bias, row, column, column < columns, columns, KIND, GATED, BIAS)
+            if KEEP:
+                tl.store(y + row * columns + column, value.to(y.dtype.element_ty), column < columns)
             if CAST:
                 if FACTOR:
                     value *= tl.load(factor + column, column < columns, 0.0)
@@ -115,10 +120,11 @@ def _forward(
 
 @triton.jit
 def _backward(
-    x, bias, grad, factor, out, scales, columns: tl.constexpr, C: tl.constexpr, KIND: tl.constexpr,
-    GATED: tl.constexpr, BIAS: tl.constexpr, FACTOR: tl.constexpr, MEASURE: tl.constexpr, CAST: tl.constexpr,
+    x, bias, grad, factor, out, scales, dx, y, columns: tl.constexpr, C: tl.constexpr, KIND: tl.constexpr,
+    GATED: tl.constexpr, BIAS: tl.constexpr, KEEP_DX: tl.constexpr, KEEP_Y: tl.constexpr, FACTOR: tl.constexpr,
+    MEASURE: tl.constexpr, CAST: tl.constexpr,
 ):  # fmt: skip
-    """out = dL/dx; with MEASURE or CAST its FP8 codes."""
+    """out = dL/dx; with MEASURE or CAST its FP8 codes, and beside them dL/dx with KEEP_DX and y with KEEP_Y."""
     row = tl.program_id(0).to(tl.int64)
     width = columns * 2 if GATED else columns
     scale = 1.0
@@ -127,7 +133,7 @@ def _backward(
         for start in range(0, columns, C):
             column = start + tl.arange(0, C)
             inside = column < columns
-            first, second = _gradients(x, bias, grad, row, column, inside, columns, KIND, GATED, BIAS)
+            first, second, _ = _gradients(x, bias, grad, row, column, inside, columns, KIND, GATED, BIAS)
             if FACTOR:
                 first *= tl.load(factor + column, inside, 0.0)
                 if GATED:
@@ -149,7 +155,13 @@ def _backward(
         for start in range(0, columns, C):
             column = start + tl.arange(0, C)
             inside = column < columns
-            first, second = _gradients(x, bias, grad, row, column, inside, columns, KIND, GATED, BIAS)
+            first, second, value = _gradients(x, bias, grad, row, column, inside, columns, KIND, GATED, BIAS)
+            if KEEP_Y:
+                tl.store(y + row * columns + column, value.to(y.dtype.element_ty), inside)
+            if KEEP_DX:
+                tl.store(dx + row * width + column, first.to(dx.dtype.element_ty), inside)
+                if GATED:
+                    tl.store(dx + row * width + columns + column, second.to(dx.dtype.element_ty), inside)
             if CAST:
                 if FACTOR:
                     first *= tl.load(factor + column, inside, 0.0)
@@ -172,8 +184,8 @@ def activate(x: Tensor, bias: Tensor | None, name: str, *, gated: bool) -> Tenso
     """y [..., f] in x's type: x [..., f or 2 f] contiguous, bias [f or 2 f]."""
     rows, columns = _rows(x, gated)
     out = torch.empty(*x.shape[:-1], columns, dtype=x.dtype, device=x.device)
-    flags = (columns, _PIECE, name, gated, bias is not None, False, False, False)
-    _forward[(rows,)](x, bias, None, out, None, *flags, num_warps=8)
+    flags = (columns, _PIECE, name, gated, bias is not None, False, False, False, False)
+    _forward[(rows,)](x, bias, None, out, None, None, *flags, num_warps=8)
     return out
 
 
@@ -181,46 +193,68 @@ def activate_gradient(x: Tensor, bias: Tensor | None, grad: Tensor, name: str, *
     """dL/dx in x's shape and type, from grad = dL/dy [..., f] contiguous."""
     rows, columns = _rows(x, gated)
     out = torch.empty_like(x)
-    flags = (columns, _PIECE, name, gated, bias is not None, False, False, False)
-    _backward[(rows,)](x, bias, grad, None, out, None, *flags, num_warps=8)
+    flags = (columns, _PIECE, name, gated, bias is not None, False, False, False, False, False)
+    _backward[(rows,)](x, bias, grad, None, out, None, None, None, *flags, num_warps=8)
     return out
 
 
 def activate_in_fp8(
-    x: Tensor, bias: Tensor | None, factor: Tensor | None, name: str, *, gated: bool, agree: Agree | None
-) -> tuple[Tensor, Tensor]:
+    x: Tensor,
+    bias: Tensor | None,
+    factor: Tensor | None,
+    name: str,
+    *,
+    gated: bool,
+    agree: Agree | None,
+    keep: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """y diag(factor) as e4m3 with a scale per row: x [m, f or 2 f] -> [m, f], [m, 1] fp32; `agree` as in
-    `quantise_rows`."""
+    `quantise_rows`. With `keep` y itself too, in x's type."""
     rows, columns = _rows(x, gated)
     codes = torch.empty(rows, columns, dtype=torch.float8_e4m3fn, device=x.device)
-    return _in_fp8(_forward, (x, bias), factor, codes, columns, (name, gated, bias is not None), agree)
+    y = torch.empty(rows, columns, dtype=x.dtype, device=x.device) if keep else None
+    flags = (columns, _PIECE, name, gated, bias is not None, keep, factor is not None)
+    return codes, _in_fp8(_forward, (x, bias, factor), codes, (y,), flags, agree), y
 
 
 def activate_gradient_in_fp8(
-    x: Tensor, bias: Tensor | None, grad: Tensor, factor: Tensor | None, name: str, *, gated: bool, agree: Agree | None
-) -> tuple[Tensor, Tensor]:
-    """dL/dx diag(factor) as e4m3 with a scale per row: [m, f or 2 f], [m, 1] fp32."""
-    _, columns = _rows(x, gated)
+    x: Tensor,
+    bias: Tensor | None,
+    grad: Tensor,
+    factor: Tensor | None,
+    name: str,
+    *,
+    gated: bool,
+    agree: Agree | None,
+    keep: bool = False,
+    keep_y: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """dL/dx diag(factor) as e4m3 with a scale per row: [m, f or 2 f], [m, 1] fp32. With `keep` dL/dx itself too, with
+    `keep_y` the activation's output [m, f], both in x's type."""
+    rows, columns = _rows(x, gated)
     codes = torch.empty_like(x, dtype=torch.float8_e4m3fn)
-    return _in_fp8(_backward, (x, bias, grad), factor, codes, columns, (name, gated, bias is not None), agree)
+    dx = torch.empty_like(x) if keep else None
+    y = torch.empty(rows, columns, dtype=x.dtype, device=x.device) if keep_y else None
+    flags = (columns, _PIECE, name, gated, bias is not None, keep, keep_y, factor is not None)
+    return codes, _in_fp8(_backward, (x, bias, grad, factor), codes, (dx, y), flags, agree), dx, y
 
 
 def _in_fp8(
     kernel: triton.JITFunction,
     inputs: tuple[Tensor | None, ...],
-    factor: Tensor | None,
     codes: Tensor,
-    columns: int,
+    kept: tuple[Tensor | None, ...],
     flags: tuple[object, ...],
     agree: Agree | None,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
+    """Fill `codes` and what is kept beside them; return the scales."""
     rows = codes.shape[0]
     scales = torch.empty(rows, 1, dtype=torch.float32, device=codes.device)
-    arguments = (*inputs, factor, codes, scales, columns, _PIECE, *flags, factor is not None)
+    arguments = (*inputs, codes, scales, *kept, *flags)
     if agree is None:
         kernel[(rows,)](*arguments, True, True, num_warps=16)
     else:
         kernel[(rows,)](*arguments, True, False, num_warps=16)
         agree(scales)
         kernel[(rows,)](*arguments, False, True, num_warps=16)
-    return codes, scales
+    return scales

@@ -11,7 +11,7 @@ second each rank sees its tokens only, so dA must be summed over the tensor-para
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, cast
 
 from megatron.core.tensor_parallel import (
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from lora_megatron.layers.dropout import Dropout
 from lora_megatron.layers.frozen import frozen_linear
 from lora_megatron.layers.lora import AdapterSet, LoraFactors, seed_from
-from lora_megatron.layers.low_rank import add_low_rank
+from lora_megatron.layers.low_rank import Update, add_low_rank
 from lora_megatron.layers.low_rank_input import low_rank_input
 from lora_megatron.layers.qkv import Part
 from lora_megatron.layers.sharding import REPLICATED, Shard, declare
@@ -114,14 +114,13 @@ class LoraColumnParallelLinear(ColumnParallelLinear):
         if not self.adapters:
             plain: tuple[Tensor, Tensor | None] = super().forward(input_, *args, **kwargs)
             return plain
-        pairs = [cast(LoraFactors, pair) for pair in self.adapters.values()]
-        parts, scales = [self.parts[target] for target in self.adapters], [pair.scale for pair in pairs]
-        u, input_ = self._low_rank_input(input_, pairs)
+        update, input_ = self.low_rank_update(input_)
         output, bias = super().forward(input_, *args, **kwargs)
-        return add_low_rank(output, parts, scales, u, [pair.lora_B for pair in pairs]), bias
+        return add_low_rank(output, update), bias
 
-    def _low_rank_input(self, x: Tensor, pairs: Sequence[LoraFactors]) -> tuple[Tensor, Tensor]:
-        """u [s, b, sum of r] after its collective, and x for the large product."""
+    def low_rank_update(self, x: Tensor) -> tuple[Update, Tensor]:
+        """What the adapters add to the output, from x [s or s/t, b, in]; and x for the large product."""
+        pairs = [cast(LoraFactors, pair) for pair in self.adapters.values()]
         drop = None
         if self.dropout and self.training:
             cut = (self.tp_group.rank(), self.tp_group.size()) if self.sequence_parallel else (0, 1)
@@ -129,5 +128,8 @@ class LoraColumnParallelLinear(ColumnParallelLinear):
         # x is read once for all A's of the layer, and one collective serves them all.
         u, x = low_rank_input(x, [pair.lora_A for pair in pairs], drop)  # [s or s/t, b, sum of r]
         if self.sequence_parallel:
-            return gather_from_sequence_parallel_region(u, group=self.tp_group), x  # g
-        return copy_to_tensor_model_parallel_region(u, group=self.tp_group), x  # f
+            u = gather_from_sequence_parallel_region(u, group=self.tp_group)  # g
+        else:
+            u = copy_to_tensor_model_parallel_region(u, group=self.tp_group)  # f
+        parts = tuple(self.parts[target] for target in self.adapters)
+        return Update(parts, tuple(pair.scale for pair in pairs), u, tuple(pair.lora_B for pair in pairs)), x

@@ -7,7 +7,8 @@ backward    du = s g[:, part] B,   dB = s g[:, part]^T u,   the gradient of `fus
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,29 +22,27 @@ except ImportError:  # no Triton: the same, through general products
     kernels = None  # type: ignore[assignment]
 
 
-class _AddLowRank(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, fused: Tensor, parts: Sequence[Part], scales: Sequence[float], u: Tensor, *bs: Tensor
-    ) -> Tensor:
-        ctx.parts, ctx.scales = parts, scales
-        ctx.save_for_backward(u, *bs)
-        ctx.mark_dirty(fused)
-        flat = fused.view(-1, fused.shape[-1])
-        for part, scale, piece, b in zip(parts, scales, _pieces(u, bs), bs, strict=True):
+@dataclass(frozen=True)
+class Update:
+    """What is added to a layer's output: u [..., sum of r], and a part, a scale and b [part.rows, r] per adapter."""
+
+    parts: tuple[Part, ...]
+    scales: tuple[float, ...]
+    u: Tensor
+    bs: tuple[Tensor, ...]
+
+    def add_to(self, flat: Tensor) -> None:
+        """Write flat [m, groups * stride] over with itself and the update; no gradient."""
+        for part, scale, piece, b in self._each():
             if kernels is not None and flat.is_cuda:
                 kernels.add_product(flat, piece, b, part, scale)
             else:
                 part.of(flat).add_(((piece * scale) @ b.t()).unflatten(-1, (part.groups, -1)))
-        return fused
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        (grad,) = grads
-        u, *bs = ctx.saved_tensors
-        flat = grad.reshape(-1, grad.shape[-1])
+    def gradients(self, flat: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """(du, dB of each) from the output's gradient [m, groups * stride]."""
         dus, dbs = [], []
-        for part, scale, piece, b in zip(ctx.parts, ctx.scales, _pieces(u, bs), bs, strict=True):
+        for part, scale, piece, b in self._each():
             if kernels is not None and flat.is_cuda:
                 du, db = kernels.product_gradients(flat, piece, b, part, scale)
             else:
@@ -51,24 +50,40 @@ class _AddLowRank(torch.autograd.Function):
                 du, db = values @ b, values.t() @ piece
             dus.append(du)
             dbs.append(db)
-        return grad, None, None, torch.cat(dus, -1).view(u.shape), *dbs
+        return (dus[0] if len(dus) == 1 else torch.cat(dus, -1)).view(self.u.shape), tuple(dbs)
+
+    def _each(self) -> Iterator[tuple[Part, float, Tensor, Tensor]]:
+        """With each adapter's columns of u: [m, r]."""
+        pieces = self.u.view(-1, self.u.shape[-1]).split([b.shape[1] for b in self.bs], -1)
+        return zip(self.parts, self.scales, pieces, self.bs, strict=True)
 
 
-def _pieces(u: Tensor, bs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Each adapter's columns of u: [m, r]."""
-    pieces: tuple[Tensor, ...] = u.view(-1, u.shape[-1]).split([b.shape[1] for b in bs], -1)
-    return pieces
+class _AddLowRank(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, fused: Tensor, parts: tuple[Part, ...], scales: tuple[float, ...], u: Tensor, *bs: Tensor
+    ) -> Tensor:
+        ctx.parts, ctx.scales = parts, scales
+        ctx.save_for_backward(u, *bs)
+        ctx.mark_dirty(fused)
+        Update(parts, scales, u, bs).add_to(fused.view(-1, fused.shape[-1]))
+        return fused
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        (grad,) = grads
+        u, *bs = ctx.saved_tensors
+        du, dbs = Update(ctx.parts, ctx.scales, u, tuple(bs)).gradients(grad.reshape(-1, grad.shape[-1]))
+        return grad, None, None, du, *dbs
 
 
-def add_low_rank(
-    fused: Tensor, parts: Sequence[Part], scales: Sequence[float], u: Tensor, bs: Sequence[Tensor]
-) -> Tensor:
-    """fused [..., groups * stride] with each part's update added: u [..., sum of r], b [part.rows, r].
+def add_low_rank(fused: Tensor, update: Update) -> Tensor:
+    """fused [..., groups * stride] with the update added.
 
     Written over `fused`, which nothing else may read or keep for its backward pass.
     """
     # Autograd forbids in-place changes of what a function, such as a sum over ranks, hands on as it is: that is a view,
     # and others may hold what it is a view of. Nobody does here, which this says, as torch's own matmul does.
     alone = torch.ops.aten._unsafe_view(fused, fused.shape)
-    result: Tensor = _AddLowRank.apply(alone, tuple(parts), tuple(scales), u, *bs)
+    result: Tensor = _AddLowRank.apply(alone, update.parts, update.scales, update.u, *update.bs)
     return result

@@ -31,7 +31,7 @@ class _LowRankInput(torch.autograd.Function):
         kept = (x,) if recipe is None else recipe.ingredients
         ctx.save_for_backward(*factors, *kept)
         ctx.set_materialize_grads(False)
-        return torch.matmul(x if dropout is None else dropout(x), _stacked(factors).t()), x
+        return torch.matmul(x if dropout is None else dropout(x), stacked(factors).t()), x
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
@@ -41,18 +41,19 @@ class _LowRankInput(torch.autograd.Function):
         if du is None:
             return grad_x, None, *(None for _ in factors)
         if ctx.needs_input_grad[0]:
-            grad_x = _add_input_gradient(grad_x, du, _stacked(factors), ctx.dropout)
+            grad_x = add_input_gradient(grad_x, du, stacked(factors), ctx.dropout)
         x = kept[0] if ctx.step is None else ctx.step.value(*kept)
         x = x if ctx.dropout is None else ctx.dropout(x)
         grad_a = du.reshape(-1, du.shape[-1]).t() @ x.reshape(-1, x.shape[-1])  # [sum of r, in]
         return grad_x, None, *grad_a.split([factor.shape[0] for factor in factors])
 
 
-def _stacked(factors: Sequence[Tensor]) -> Tensor:
+def stacked(factors: Sequence[Tensor]) -> Tensor:
+    """All A's: [sum of r, in]."""
     return factors[0] if len(factors) == 1 else torch.cat(tuple(factors))
 
 
-def _add_input_gradient(grad_x: Tensor | None, du: Tensor, a: Tensor, dropout: Dropout | None) -> Tensor:
+def add_input_gradient(grad_x: Tensor | None, du: Tensor, a: Tensor, dropout: Dropout | None) -> Tensor:
     """grad_x + drop(du A), written over grad_x: nothing else reads what the product `x` was handed on to made."""
     if dropout is not None or grad_x is None or not grad_x.is_contiguous():
         added = torch.matmul(du, a)

@@ -18,6 +18,8 @@ from torch import Tensor
 from lora_megatron.layers.qkv import Part
 
 _TOKENS, _COLUMNS = 64, 128
+_PROGRAMS = 512
+"""That read a gradient at once, about: some for each of a GPU's 100 to 150 processors."""
 
 
 @triton.jit
@@ -46,28 +48,28 @@ def _add(
 
 @triton.jit
 def _gradients(
-    grad, u, b, du, db, scale, n, row_size, u_size, width, stride, start, tokens: tl.constexpr,
+    grad, u, b, du, db, scale, n, row_size, u_size, width, stride, start, tokens, span: tl.constexpr,
     r: tl.constexpr, R: tl.constexpr, T: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """A program has C columns and walks over all tokens: their rows of db, and their share of every token's du."""
-    tile = tl.program_id(0)
+    """A program has C columns and walks over `span` tokens: its share of those columns' rows of db, and of those
+    tokens' du."""
+    tile, piece = tl.program_id(0), tl.program_id(1)
     index = tile * C + tl.arange(0, C)
     rank = tl.arange(0, R)
     column = _columns(index, width, stride, start)
     right = tl.load(b + index[:, None] * r + rank[None, :], (index[:, None] < n) & (rank[None, :] < r), 0.0)
     total = tl.zeros([C, R], tl.float32)
-    for first in range(0, tokens, T):
-        token = first + tl.arange(0, T).to(tl.int64)
+    for first in range(0, span, T):
+        token = piece * span + first + tl.arange(0, T).to(tl.int64)
         inside = (token[:, None] < tokens) & (index[None, :] < n)
         values = tl.load(grad + token[:, None] * row_size + column[None, :], inside, 0.0)
         known = (token[:, None] < tokens) & (rank[None, :] < r)
         left = tl.load(u + token[:, None] * u_size + rank[None, :], known, 0.0)
-        share = tl.dot(values, right, input_precision="ieee")
+        share = tl.dot(values, right, input_precision="ieee") * scale
         tl.store(du + (tile * tokens + token[:, None]) * r + rank[None, :], share, known)
         total += tl.dot(tl.trans(values), left, input_precision="ieee")
-    where = index[:, None] * r + rank[None, :]
-    inside = (index[:, None] < n) & (rank[None, :] < r)
-    tl.store(db + where, (total * scale).to(db.dtype.element_ty), inside)
+    where = (piece.to(tl.int64) * n + index[:, None]) * r + rank[None, :]
+    tl.store(db + where, total * scale, (index[:, None] < n) & (rank[None, :] < r))
 
 
 def _padded(rank: int) -> int:
@@ -90,11 +92,13 @@ def add_product(fused: Tensor, u: Tensor, b: Tensor, part: Part, scale: float) -
 def product_gradients(grad: Tensor, u: Tensor, b: Tensor, part: Part, scale: float) -> tuple[Tensor, Tensor]:
     """(du [m, r], db [part.rows, r]) of `add_product`, from its output's gradient; summed in fp32 in a fixed order."""
     tokens, rank = u.shape
-    tiles = triton.cdiv(part.rows, _COLUMNS)
-    shares = torch.empty(tiles, tokens, rank, dtype=torch.float32, device=grad.device)
-    db = torch.empty_like(b)
-    _gradients[(tiles,)](
-        grad, u, b, shares, db, scale, part.rows, grad.shape[1], u.stride(0),
-        part.stop - part.start, part.stride, part.start, tokens, rank, _padded(rank), _TOKENS, _COLUMNS,
+    tiles, steps = triton.cdiv(part.rows, _COLUMNS), triton.cdiv(tokens, _TOKENS)
+    span = triton.cdiv(steps, max(1, min(steps, _PROGRAMS // tiles))) * _TOKENS
+    pieces = triton.cdiv(tokens, span)
+    du = torch.empty(tiles, tokens, rank, dtype=torch.float32, device=grad.device)
+    db = torch.empty(pieces, part.rows, rank, dtype=torch.float32, device=grad.device)
+    _gradients[(tiles, pieces)](
+        grad, u, b, du, db, scale, part.rows, grad.shape[1], u.stride(0),
+        part.stop - part.start, part.stride, part.start, tokens, span, rank, _padded(rank), _TOKENS, _COLUMNS,
     )  # fmt: skip
-    return (shares.sum(0) * scale).to(u.dtype), db
+    return du.sum(0).to(u.dtype), db.sum(0).to(b.dtype)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from lora_megatron.layers.dropout import Dropout
 from lora_megatron.layers.frozen import frozen_linear
 from lora_megatron.layers.lora import AdapterSet, LoraFactors, seed_from
-from lora_megatron.layers.low_rank import add_low_rank
+from lora_megatron.layers.low_rank import Update, add_low_rank
 from lora_megatron.layers.low_rank_input import low_rank_input
 from lora_megatron.layers.qkv import whole
 from lora_megatron.layers.sharding import REPLICATED, Shard, declare
@@ -105,18 +105,27 @@ class LoraRowParallelLinear(RowParallelLinear):
         if not self.adapters:
             plain: tuple[Tensor, Tensor | None] = super().forward(input_)
             return plain
-        (pair,) = (cast(LoraFactors, pair) for pair in self.adapters.values())
-        u, input_ = self._low_rank_input(input_, pair)
+        u, input_ = low_rank_input(input_, [self.pair.lora_A], self.dropout_now())
         output, bias = super().forward(input_)
-        return add_low_rank(output, whole("", output.shape[-1]), [pair.scale], u, [pair.lora_B]), bias
+        return add_low_rank(output, self.low_rank_update(u)), bias
 
-    def _low_rank_input(self, x: Tensor, pair: LoraFactors) -> tuple[Tensor, Tensor]:
-        """u [s or s/t, b, r] summed over the ranks, and x for the large product."""
-        drop = None
-        if self.dropout and self.training:
-            cut = (self.tp_group.rank(), self.tp_group.size())
-            drop = Dropout.of_this_microbatch(self.dropout, self.dropout_seed, features=cut)
-        u, x = low_rank_input(x, [pair.lora_A], drop)  # [s, b, r], a partial sum over the ranks' inputs
+    @property
+    def pair(self) -> LoraFactors:
+        """Of the one adapter, where there is one."""
+        (pair,) = self.adapters.values()
+        return cast(LoraFactors, pair)
+
+    def dropout_now(self) -> Dropout | None:
+        """Of this microbatch, on this rank's inputs."""
+        if not (self.dropout and self.training):
+            return None
+        cut = (self.tp_group.rank(), self.tp_group.size())
+        return Dropout.of_this_microbatch(self.dropout, self.dropout_seed, features=cut)
+
+    def low_rank_update(self, u: Tensor) -> Update:
+        """What the adapter adds to the output summed over ranks, from u [s, b, r], a partial sum over their inputs."""
         if self.sequence_parallel:
-            return reduce_scatter_to_sequence_parallel_region(u, group=self.tp_group), x  # [s/t, b, r]
-        return reduce_from_tensor_model_parallel_region(u, group=self.tp_group), x
+            u = reduce_scatter_to_sequence_parallel_region(u, group=self.tp_group)  # [s/t, b, r]
+        else:
+            u = reduce_from_tensor_model_parallel_region(u, group=self.tp_group)
+        return Update(whole("", self.output_size), (self.pair.scale,), u, (self.pair.lora_B,))

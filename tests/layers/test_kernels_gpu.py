@@ -7,10 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora_megatron.layers.low_rank import add_low_rank
+from lora_megatron.layers.activation import ACTIVATIONS, Activation
+from lora_megatron.layers.low_rank import Update, add_low_rank
 from lora_megatron.layers.qkv import qkv_parts, whole
+from lora_megatron.layers.storage import quantised_activation
 from lora_megatron.layers.storage.choose import StorageFormat
 from lora_megatron.layers.storage.fp8 import quantise_tokens, transposed_fp8
+from lora_megatron.layers.storage.quantised_activation import activated, activation_gradient
 from lora_megatron.layers.storage.stored import Stored
 
 pytestmark = [
@@ -72,7 +75,47 @@ def test_the_low_rank_update_and_its_gradients(which: str, dtype: torch.dtype, b
     results = []
     for device, kind in ((CPU, torch.float64), (GPU, dtype)):
         leaves = [t.to(device, kind, copy=True).requires_grad_() for t in (fused, u, b)]
-        out = add_low_rank(leaves[0] * 1, [part], [1.7], leaves[1], [leaves[2]])
+        out = add_low_rank(leaves[0] * 1, Update((part,), (1.7,), leaves[1], (leaves[2],)))
         results.append([out, *torch.autograd.grad(out, leaves, grad.to(device, kind))])
     for want, got in zip(*results, strict=True):
         assert float((got.detach().cpu().double() - want).norm() / want.norm()) < bound
+
+
+def off(got: Tensor, want: Tensor) -> float:
+    return float((got.detach().cpu().double() - want.double()).norm() / want.double().norm())
+
+
+@pytest.mark.parametrize("agreed", [False, True])
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_the_activation_and_its_gradient_beside_their_fp8_codes(
+    name: str, gated: bool, scaled: bool, agreed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Codes are those of the reference but for roundings that fall the other way, with what is kept and without."""
+    if agreed:  # measured, agreed upon over (here) no other ranks, and cast: two launches
+        monkeypatch.setattr(quantised_activation, "agree_over", lambda group: lambda largest: None)
+    activation, columns, width = Activation(name, gated), 5000, 10000 if gated else 5000
+    generator = torch.Generator().manual_seed(0)
+    x, grad = (torch.randn(40, n, generator=generator).bfloat16() for n in (width, columns))
+    bias = torch.randn(width, generator=generator).bfloat16()
+    factors = [torch.rand(n, generator=generator) + 0.5 if scaled else None for n in (columns, width)]
+    on_gpu = [None if factor is None else factor.to(GPU) for factor in factors]
+    here, there = (x, bias), (x.to(GPU), bias.to(GPU))
+    wanted = (
+        activated(activation, *here, factor=factors[0], group=None, keep=True),
+        activation_gradient(activation, *here, grad, factor=factors[1], group=None, keep=True, keep_y=True),
+    )
+    for kept in (True, False):
+        got = (
+            activated(activation, *there, factor=on_gpu[0], group=None, keep=kept),
+            activation_gradient(activation, *there, grad.to(GPU), factor=on_gpu[1], group=None, keep=kept, keep_y=kept),
+        )
+        for ours, theirs in zip(got, wanted, strict=True):
+            torch.testing.assert_close(ours.quantised.scale.cpu(), theirs.quantised.scale, rtol=1e-4, atol=0)
+            assert off(ours.quantised.codes.float(), theirs.quantised.codes.float()) < 0.01
+            for mine, want in zip(ours[1:], theirs[1:], strict=True):
+                assert (mine is not None) == kept
+                if mine is not None:
+                    assert mine.dtype == torch.bfloat16
+                    assert off(mine, want) < 2e-3

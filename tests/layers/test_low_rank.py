@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora_megatron.layers.low_rank import add_low_rank
+from lora_megatron.layers.low_rank import Update, add_low_rank
 from lora_megatron.layers.qkv import qkv_parts
 
 
@@ -37,7 +37,7 @@ def test_update_and_gradients_are_those_of_plain_algebra(through: str) -> None:
     handed_on = through != "a product"
     fused = HandedOn.apply(base * 1) if handed_on else base * 1
     place = fused.data_ptr()
-    got = add_low_rank(fused, [q, v], [0.5, 3.0], u, bs)
+    got = add_low_rank(fused, Update((q, v), (0.5, 3.0), u, tuple(bs)))
     assert got.data_ptr() == place, "written over what it is added to"
 
     rows = {part.name: part.rows_of(torch.arange(24)).flatten() for part in parts}

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The MLP of two FP8 weights as one function gives what its layers give one after the other, adapters included.
+
+In fp32 the codes are made of the same numbers either way, so nothing but the order of a few sums may differ.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from lora_megatron.layers import mlp
+from lora_megatron.layers.storage.choose import StorageFormat
+from lora_megatron.parallel.groups import Layout
+from tests.pool import Pool
+from tests.twin import Experiment, Mismatch, Record, compare, train_twin
+
+WIDE = {"num_layers": 2, "hidden_size": 128, "num_attention_heads": 4, "ffn_hidden_size": 256}
+GPT = Experiment(model={"preset": "tiny", **WIDE}, storage=StorageFormat("fp8"), steps=1)
+LLAMA = replace(GPT, model={"preset": "tiny-llama", **WIDE}, storage=StorageFormat("nf4", "fp8"))
+FC2 = {"targets": {"fc2": 3}}
+EXPERIMENTS = {
+    "gpt": GPT,
+    "llama": LLAMA,
+    "dropout": replace(GPT, dropout=0.3),
+    "q alone": replace(GPT, method={"targets": {"q": 2}}),
+    "fc1 alone": replace(GPT, method={"targets": {"fc1": 2}}),  # so layer 0's input needs no gradient
+    "fc2 alone": replace(LLAMA, method=FC2),
+    "up alone": replace(LLAMA, method={"targets": {"up": 2}}),
+    "recomputed": replace(LLAMA, recompute="full"),
+}
+CUT = ("gpt", "llama", "dropout")
+LAYOUTS = {
+    "one": (Layout(), tuple(EXPERIMENTS)),
+    "tp2": (Layout(tensor=2), CUT),
+    "tp2-sp": (Layout(tensor=2, sequence=True), CUT),
+}
+CASES = [(layout, name) for layout, (_, names) in LAYOUTS.items() for name in names]
+_records: dict[str, dict[str, tuple[Record, Record]]] = {}
+
+
+def train_both(experiments: list[Experiment]) -> list[tuple[Record | None, Record | None]]:
+    """Each run as one function, and layer by layer."""
+    return [(train_twin(experiment), _layer_by_layer(experiment)) for experiment in experiments]
+
+
+def _layer_by_layer(experiment: Experiment) -> Record | None:
+    with (
+        mock.patch.object(mlp, "_fp8_pair", return_value=None) as asked,
+        mock.patch.object(mlp, "fp8_mlp", side_effect=AssertionError("not this way")),
+    ):
+        record = train_twin(experiment)
+    assert asked.called
+    return record
+
+
+@pytest.mark.parametrize(("layout", "name"), CASES)
+def test_one_function_is_its_layers_one_after_the_other(pool: Pool, layout: str, name: str) -> None:
+    if layout not in _records:
+        cut, names = LAYOUTS[layout]
+        experiments = [replace(EXPERIMENTS[one], layout=cut) for one in names]
+        _records[layout] = dict(zip(names, pool.run(cut.tensor, train_both, experiments=experiments)[0], strict=True))
+    together, apart = _records[layout][name]
+    assert compare(together, apart, tolerance=1e-5) > 0
+
+
+def train_broken(fault: str) -> tuple[Record | None, Record | None]:
+    """`gpt` as one function that has a fault, and layer by layer."""
+    original: Any = mlp.fp8_mlp.__globals__[fault]
+
+    def unscaled(*args: Any, **kwargs: Any) -> Any:
+        if fault == "Update":
+            return original(args[0], tuple(2 * scale for scale in args[1]), *args[2:])
+        return args[0]  # du A is never added
+
+    with mock.patch.dict(mlp.fp8_mlp.__globals__, {fault: unscaled}):
+        broken = train_twin(GPT)
+    return broken, _layer_by_layer(GPT)
+
+
+@pytest.mark.parametrize("fault", ["Update", "add_input_gradient"])
+def test_a_fault_in_the_one_function_shows(pool: Pool, fault: str) -> None:
+    """So the runs above do take it, with adapters on both of its layers."""
+    with pytest.raises(Mismatch):
+        compare(*pool.run(1, train_broken, fault=fault)[0], tolerance=1e-5)
