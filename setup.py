@@ -60,6 +60,7 @@ setup(
         "numpy",
         "pyarrow>=15",
         "safetensors>=0.4",
+        "jinja2>=3.1.6",  # chat templates; older ones have known ways out of the sandbox
         "PyYAML",
         "pydantic>=2.7",
         "rich",

@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from data_prep import e2e, mnli, samsum, synthetic, triples, webnlg, wikisql
-from lora_megatron.errors import UserError
+from data_prep import e2e, inspection, mnli, own_files, samsum, synthetic, triples, webnlg, wikisql
+from lora_megatron.errors import EXIT_BROKEN_PIPE, EXIT_DONE, EXIT_INTERRUPTED, UserError
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,24 @@ PREPARERS: dict[str, Preparer] = {
         "WebNLG 2017: triples to text; the test set also by seen and unseen categories",
         "python -m data_prep webnlg --raw raw/webnlg_challenge_2017 --out data/webnlg",
     ),
+    "jsonl": Preparer(
+        own_files.add_jsonl_arguments,
+        own_files.run_jsonl,
+        "your own JSON Lines: prompt/completion, messages, text, or instruction/input/output",
+        "python -m data_prep jsonl --raw chats.jsonl --out data/chats --chat-template path/to/model",
+    ),
+    "csv": Preparer(
+        own_files.add_csv_arguments,
+        own_files.run_csv,
+        "your own CSV: prompt/completion, text, instruction/input/output, or the columns you name",
+        "python -m data_prep csv --raw faq.csv --out data/faq --prompt-column question --completion-column answer",
+    ),
+    "inspect": Preparer(
+        inspection.add_arguments,
+        inspection.run,
+        "show a prepared file: examples as tokens with what the loss counts, lengths, truncations",
+        "python -m data_prep inspect data/e2e/train.parquet --tokenizer data/gpt2 --sequence-length 256",
+    ),
     "synthetic": Preparer(
         synthetic.add_arguments,
         synthetic.run,
@@ -74,7 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m data_prep",
         description="Turn a raw data set into checksummed Parquet files with a manifest.",
-        epilog=f"examples:\n{examples}\n\nexit status: 0 done, 2 wrong flags, 3 bad or missing data",
+        epilog=f"examples:\n{examples}\n\nexit status: 0 done, 2 wrong flags, 3 bad or missing data, 130 interrupted",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="preparer", required=True, metavar="{" + ",".join(PREPARERS) + "}")
@@ -95,10 +114,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     try:
         PREPARERS[arguments.preparer].run(arguments)
+        sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status
-    return 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except (BrokenPipeError, SystemExit) as error:  # rich makes the one of the other
+        if isinstance(error, SystemExit) and not isinstance(error.__context__, BrokenPipeError):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at exit
+        return EXIT_BROKEN_PIPE
+    return EXIT_DONE
 
 
 if __name__ == "__main__":

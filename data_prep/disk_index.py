@@ -7,7 +7,11 @@ import sqlite3
 from types import TracebackType
 from typing import Self
 
+from lora_megatron.errors import DataError
+
 _CACHE_KIB = 8192
+MOST_PAGES = 2**32 - 2
+"""Of 4 KiB, SQLite's own limit: the disk is full long before."""
 
 
 class DiskIndex:
@@ -18,6 +22,7 @@ class DiskIndex:
         for statement in (
             f"PRAGMA cache_size = -{_CACHE_KIB}",
             "PRAGMA journal_mode = OFF",
+            f"PRAGMA max_page_count = {MOST_PAGES}",
             "CREATE TABLE entries (key TEXT, value TEXT)",
             "CREATE INDEX by_key ON entries (key)",
             "BEGIN",  # never committed: nothing has to outlive the connection
@@ -25,8 +30,13 @@ class DiskIndex:
             self._database.execute(statement)
 
     def add(self, key: str, value: str = "") -> None:
-        """Append `value` to those of `key`."""
-        self._database.execute("INSERT INTO entries VALUES (?, ?)", (key, value))
+        """Append `value` to those of `key`. Raises DataError when the temporary folder is full."""
+        try:
+            self._database.execute("INSERT INTO entries VALUES (?, ?)", (key, value))
+        except sqlite3.Error as error:
+            raise DataError(
+                f"cannot keep an index in the temporary folder ({error}); set SQLITE_TMPDIR to a folder with more room"
+            ) from error
 
     def add_new(self, key: str, value: str = "") -> bool:
         """Add the first value of `key`; False, and nothing is added, if it has one."""

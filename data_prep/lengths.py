@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from lora_megatron.data.examples import prompt_ids, trim_example
+from lora_megatron.data.examples import prompt_ids, target_ids, trim_example
 from lora_megatron.data.tokenizer import Tokenizer
 
 
@@ -22,11 +22,12 @@ class Total:
 class Lengths:
     """Adds up what training would see: the prompt, the target and the end token.
 
-    sequence_length: of training rows; a row that is longer counts as truncated.
+    sequence_length: of training rows; a row that is longer counts as truncated. rendered: by a chat template.
     """
 
     tokenizer: Tokenizer | None = None
     sequence_length: int | None = None
+    rendered: bool = False
     totals: dict[str, Total] = field(default_factory=dict)
 
     def add(self, split: str, context: str, target: str) -> None:
@@ -35,7 +36,8 @@ class Lengths:
         if self.tokenizer is None:
             total.bytes += len(context.encode("utf-8")) + len(target.encode("utf-8"))
             return
-        prompt, answer = prompt_ids(context, self.tokenizer), [*self.tokenizer.encode(target), self.tokenizer.eos_id]
+        prompt = prompt_ids(context, self.tokenizer, rendered=self.rendered)
+        answer = target_ids(target, self.tokenizer, rendered=self.rendered)
         total.tokens += len(prompt) + len(answer)
         if self.sequence_length is not None:
             total.truncated += trim_example(prompt, answer, self.sequence_length).truncated

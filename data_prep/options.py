@@ -14,13 +14,13 @@ from data_prep.rejects import RejectBudget
 from data_prep.rows import Source
 from data_prep.summary import print_summary
 from data_prep.writer import DatasetWriter
-from lora_megatron.data.tokenizer import load_tokenizer
+from lora_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from lora_megatron.errors import ConfigError, DataError
 
 
-def add_options(parser: argparse.ArgumentParser, *, raw: str) -> None:
+def add_options(parser: argparse.ArgumentParser, *, raw: str, raw_required: bool = True) -> None:
     """--raw, which `raw` describes, --out, and what bounds, draws and counts rows."""
-    parser.add_argument("--raw", type=Path, required=True, help=raw)
+    parser.add_argument("--raw", type=Path, required=raw_required, help=raw)
     parser.add_argument("--out", type=Path, required=True, help="folder to create; must not exist or be empty")
     parser.add_argument("--limit", type=int, help="at most this many rows per split, the first (default: all)")
     parser.add_argument("--low-data", type=int, metavar="N", help="only N rows of train, drawn at random by --seed")
@@ -37,10 +37,12 @@ def prepare(
     preparer: str,
     with_meta: bool = False,
     more_options: Mapping[str, Any] | None = None,
+    rendered_for: Tokenizer | None = None,
 ) -> None:
     """Write `sources` as the flags say and print the summary.
 
-    more_options: further ones for the manifest.
+    more_options: further ones for the manifest. rendered_for: the tokenizer whose chat template renders the rows,
+    which then counts their tokens.
 
     Raises ConfigError or DataError.
     """
@@ -51,16 +53,22 @@ def prepare(
     if arguments.seed is not None and arguments.low_data is None:
         raise ConfigError(f"--seed {arguments.seed} has nothing to draw: give --low-data N as well")
     if arguments.low_data is not None and all(source.split != "train" for source in sources):
-        raise DataError(f"--low-data draws from train, and {arguments.raw} has no training file")
-    if arguments.sequence_length is not None and arguments.tokenizer is None:
+        raise DataError(f"--low-data draws from train, and {arguments.raw or 'no --split'} has no training file")
+    if arguments.sequence_length is not None and arguments.tokenizer is None and rendered_for is None:
         raise ConfigError(f"--sequence-length {arguments.sequence_length} counts tokens: give --tokenizer as well")
-    tokenizer = None if arguments.tokenizer is None else load_tokenizer(arguments.tokenizer)
-    lengths, budget = Lengths(tokenizer, arguments.sequence_length), RejectBudget(arguments.max_rejected)
+    tokenizer = rendered_for if arguments.tokenizer is None else load_tokenizer(arguments.tokenizer)
+    if tokenizer and rendered_for and tokenizer.fingerprint != rendered_for.fingerprint:
+        raise ConfigError(f"--tokenizer {arguments.tokenizer} is another one than that of --chat-template")
+    lengths = Lengths(tokenizer, arguments.sequence_length, rendered=rendered_for is not None)
+    budget = RejectBudget(arguments.max_rejected)
     options = {"limit": arguments.limit, "max_rejected": arguments.max_rejected, **(more_options or {})}
     seed = arguments.seed or 0
     if arguments.low_data is not None:
         options |= {"low_data": arguments.low_data, "seed": seed}
-    with DatasetWriter(arguments.out, preparer=preparer, options=options, with_meta=with_meta) as writer:
+    fingerprint = None if rendered_for is None else rendered_for.fingerprint
+    with DatasetWriter(
+        arguments.out, preparer=preparer, options=options, with_meta=with_meta, rendered_for=fingerprint
+    ) as writer:
         write_sources(
             writer,
             sources,

@@ -20,7 +20,7 @@ from data_prep.raw_files import BadRecord
 from data_prep.rejects import RejectBudget
 from data_prep.rows import LeftOut, Row, Source, check_size
 from data_prep.writer import DatasetWriter, SplitWriter
-from lora_megatron.errors import DataError
+from lora_megatron.errors import DataError, UserError
 
 
 def write_sources(
@@ -50,7 +50,9 @@ def write_sources(
             drawn = _draw(_accepted(parts, budget, left_out, limit), low_data, seed)
             budget.pass_over(budget.count - before)  # the second pass finds the same ones
             left_out = Counter()
-        _write(writer, split, _accepted(parts, budget, left_out, limit), drawn, lengths)
+        more_splits = sorted({name for source in parts for name in source.more_splits})
+        rows = _accepted(parts, budget, left_out, limit)
+        _write(writer, split, rows, drawn, lengths, more_splits=more_splits)
     writer.rejected = budget.count
 
 
@@ -76,6 +78,8 @@ def _every(sources: Sequence[Source], budget: RejectBudget, left_out: Counter[st
                             raise ValueError(f"the id {row.id!r} is used before")
                 except LeftOut as reason:
                     left_out[str(reason)] += 1
+                except UserError:  # of the flags or of another file, not of this record
+                    raise
                 except ValueError as error:
                     budget.reject(path, line, str(error))
                 else:
@@ -99,14 +103,21 @@ def _draw(rows: Iterator[Row], count: int, seed: int) -> frozenset[int]:
 
 
 def _write(
-    writer: DatasetWriter, split: str, rows: Iterator[Row], drawn: frozenset[int] | None, lengths: Lengths
+    writer: DatasetWriter,
+    split: str,
+    rows: Iterator[Row],
+    drawn: frozenset[int] | None,
+    lengths: Lengths,
+    *,
+    more_splits: Sequence[str],
 ) -> None:
     with ExitStack() as stack:
-        outputs: dict[str, SplitWriter] = {split: stack.enter_context(writer.split(split))}
+        opened = (split, *more_splits)
+        outputs: dict[str, SplitWriter] = {name: stack.enter_context(writer.split(name)) for name in opened}
         for position, row in enumerate(rows):
             if drawn is not None and position not in drawn:
                 continue
-            for name in (split, *row.also_in):
+            for name in (row.split or split, *row.also_in):
                 if name not in outputs:
                     outputs[name] = stack.enter_context(writer.split(name))
                 outputs[name].write(

@@ -30,6 +30,8 @@ class Row:
     """JSON for scorers; of all rows of a data set or of none."""
     also_in: tuple[str, ...] = ()
     """Further splits that hold this row, such as `test_seen`."""
+    split: str | None = None
+    """Where it goes instead of its source's split; one of the source's `more_splits`."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ class Source:
     """The rows of a record and its number in the file, from 0. Raises ValueError for a bad one, or LeftOut."""
     more_files: tuple[Path, ...] = ()
     """Others that `records` reads."""
+    more_splits: tuple[str, ...] = ()
+    """Splits that some of the rows go to instead; one that gets none is an error, as with `split`."""
 
 
 def as_object(record: Any) -> Mapping[str, Any]:

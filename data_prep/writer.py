@@ -14,7 +14,7 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lora_megatron.data.manifest import MANIFEST_NAME, SCHEMA_VERSION, file_sha256
+from lora_megatron.data.parquet import RENDERED_FOR
 from lora_megatron.errors import DataError
 
 SCHEMA = pa.schema(
@@ -47,13 +48,24 @@ class DatasetWriter:
     out: the destination folder; it must not exist or be empty.
     preparer, options: recorded in the manifest, so that the same raw data can be prepared again.
     with_meta: rows have the column `meta` as well.
+    rendered_for: the fingerprint of the tokenizer whose chat template rendered the texts.
 
     Raises DataError when `out` holds files or cannot be written.
     """
 
-    def __init__(self, out: Path, *, preparer: str, options: Mapping[str, Any], with_meta: bool = False) -> None:
+    def __init__(
+        self,
+        out: Path,
+        *,
+        preparer: str,
+        options: Mapping[str, Any],
+        with_meta: bool = False,
+        rendered_for: str | None = None,
+    ) -> None:
         self.out = out
         self._schema = SCHEMA.append(META) if with_meta else SCHEMA
+        if rendered_for is not None:
+            self._schema = self._schema.with_metadata({RENDERED_FOR: rendered_for.encode()})
         self.rows: dict[str, int] = {}
         self.rejected = 0
         self.left_out: Counter[str] = Counter()
@@ -94,14 +106,17 @@ class DatasetWriter:
         split = SplitWriter(self.folder / f"{name}.parquet", name, self._schema)
         try:
             yield split
-        finally:
             split.close()
+        except BaseException:
+            split.abandon()
+            raise
         if split.rows == 0:
             raise DataError(f"the split {name!r} would have no rows; nothing is written to {self.out}")
         self.rows[name] = split.rows
 
     def _publish(self) -> None:
         files = {f"{name}.parquet": self._describe(name) for name in self.rows}
+        metadata = self._schema.metadata or {}
         manifest = {
             "schema_version": SCHEMA_VERSION,
             **self._manifest,
@@ -109,6 +124,7 @@ class DatasetWriter:
             "files": files,
             "sources": self._sources,
             "rejected": self.rejected,
+            **({"rendered_for": rendered_for.decode()} if (rendered_for := metadata.get(RENDERED_FOR)) else {}),
             **({"left_out": dict(self.left_out)} if self.left_out else {}),
         }
         for path in sorted(self.folder.rglob("*")):
@@ -153,6 +169,11 @@ class SplitWriter:
         """Write what is pending and the footer."""
         self._flush()
         self._writer.close()
+
+    def abandon(self) -> None:
+        """Let go of the file after an error, which is what is to be told: closing may fail for the same reason."""
+        with suppress(pa.ArrowException, OSError):
+            self._writer.close()
 
     def _flush(self) -> None:
         if self._pending:

@@ -13,7 +13,7 @@ from pathlib import Path
 from xml.parsers import expat
 
 from data_prep.raw_files import BLOCK_BYTES, MAX_RECORD_BYTES, open_raw
-from lora_megatron.errors import DataError
+from lora_megatron.errors import DataError, UserError
 
 _DEEPEST = 32
 
@@ -69,6 +69,10 @@ class _Reader:
         except expat.ExpatError as error:
             reason = expat.ErrorString(error.code)
             raise DataError(f"{self._path}:{error.lineno}: not well-formed XML ({reason}); mend the file") from error
+        except UserError:
+            raise
+        except (LookupError, ValueError, TypeError) as error:  # what Python's codecs say to expat about a name
+            raise DataError(f"{self._path}: its encoding cannot be read; convert the file to UTF-8") from error
         # Neither an element nor a single tag may grow without end.
         begin = self._begin if self._open else max(self._parser.CurrentByteIndex, 0)
         if self._fed - begin > MAX_RECORD_BYTES + BLOCK_BYTES:

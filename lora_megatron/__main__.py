@@ -145,6 +145,7 @@ def _run_configured(arguments: argparse.Namespace) -> None:
             steps=arguments.steps,
             warm_up=arguments.warm_up,
             layers=arguments.layers,
+            visits=arguments.visits,
             out=arguments.out,
         )
 

@@ -172,6 +172,7 @@ def _add_bench(commands: Any) -> None:
     bench.add_argument("--methods", default="lora,full", help="comma-separated methods (default: %(default)s)")
     bench.add_argument("--steps", type=int, default=10, help="measured steps (default: %(default)s)")
     bench.add_argument("--warm-up", type=int, default=3, help="steps before them (default: %(default)s)")
+    bench.add_argument("--visits", type=int, choices=(1, 2), default=2, help="times a case is built (default: 2)")
     bench.add_argument("--layers", type=int, help="measure a slice of so many layers; default: as many as fit")
     bench.add_argument("--out", default="runs/bench", help="folder to write (default: %(default)s)")
 

@@ -38,6 +38,7 @@ VARIANTS: dict[str, Experiment] = {
     "neox-full-recompute": replace(NEOX, recompute="full", steps=2),
     "qwen3-full": QWEN3,
     "gpt-full-recompute": replace(GPT, recompute="full", steps=2),
+    "gpt-one-layer-recomputed": replace(GPT, recompute="full", recompute_layers=1, steps=2),
     "gpt-selective-recompute": replace(GPT, recompute="selective", steps=2),
     "llama-full-recompute": replace(LLAMA, recompute="full", steps=2),
     "dropout": DROPOUT,
@@ -57,7 +58,13 @@ VARIANTS: dict[str, Experiment] = {
 ALL = tuple(VARIANTS)
 MAIN = ("gpt", "llama")
 SMOOTHED = ("label-smoothing", "label-smoothing-full")
-RECOMPUTE = ("gpt-full-recompute", "gpt-selective-recompute", "llama-full-recompute", "neox-full-recompute")
+RECOMPUTE = (
+    "gpt-full-recompute",
+    "gpt-one-layer-recomputed",
+    "gpt-selective-recompute",
+    "llama-full-recompute",
+    "neox-full-recompute",
+)
 DROPOUTS = ("dropout", "dropout-full-recompute", "llama-dropout-micro-batch-2")
 # Name of a layout -> world size, layout, the variants that run on it.
 LAYOUTS: dict[str, tuple[int, Layout, tuple[str, ...]]] = {
@@ -96,7 +103,7 @@ def records(pool: Pool, name: str) -> dict[str, Record]:
 
 def twin(pool: Pool, variant: str) -> Record:
     """The unsharded run that a variant must repeat: the one that keeps its activations."""
-    stored = replace(VARIANTS[variant], recompute="none")
+    stored = replace(VARIANTS[variant], recompute="none", recompute_layers=None)
     same = next((name for name, experiment in VARIANTS.items() if replace(experiment, steps=stored.steps) == stored))
     record = records(pool, "one")[same]
     return {**record, **{kind: record[kind][: stored.steps] for kind in ("loss", "norm", "grads", "values")}}

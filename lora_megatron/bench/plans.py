@@ -18,13 +18,19 @@ from lora_megatron.parallel.agree import device_for_collectives, gather_text
 from lora_megatron.parallel.groups import device_memory_bytes
 from lora_megatron.planning.flops import step_flops
 from lora_megatron.planning.memory import MemoryPlan, plan_this_rank
+from lora_megatron.planning.recompute import SHARE, describe, settle_here
 
-_USABLE = 0.92  # of the free memory: the allocator's fragments need some
+
+def config_of(case: Case, config: Config, shape: ModelShape) -> Config:
+    """How a case is run, with `train.recompute = auto` settled for this machine; `shape` is the whole model's.
+    Collective."""
+    config, shape = bench_config(config, case.method), slice_of(shape, case.layers)
+    return settle_here(config, shape, method_of(config, shape), free=free_bytes())
 
 
 def plan_case(case: Case, config: Config, shape: ModelShape) -> MemoryPlan:
-    """The plan of this rank; `shape` is the whole model's."""
-    config, shape = bench_config(config, case.method), slice_of(shape, case.layers)
+    """The plan of this rank; as `config_of`."""
+    config, shape = config_of(case, config, shape), slice_of(shape, case.layers)
     return plan_this_rank(config, shape, method_of(config, shape))
 
 
@@ -46,7 +52,7 @@ def by_kind(plan: MemoryPlan) -> dict[str, int]:
 def fits(case: Case, config: Config, shape: ModelShape) -> bool:
     """Whether a case fits every rank's device by the plan, the same answer on all; collective."""
     available = free_bytes()
-    here = available is None or plan_case(case, config, shape).allocated <= _USABLE * available
+    here = available is None or plan_case(case, config, shape).allocated <= SHARE * available
     everywhere = torch.tensor(int(here), device=device_for_collectives())
     dist.all_reduce(everywhere, dist.ReduceOp.MIN)
     return bool(everywhere)
@@ -62,7 +68,8 @@ def free_bytes() -> int | None:
 
 def known_of(case: Case, config: Config, shape: ModelShape) -> Known:
     """Plan and FLOPs of a case, the same on every rank; collective."""
+    config = config_of(case, config, shape)
     texts = gather_text(json.dumps(by_kind(plan_case(case, config, shape))))
-    config, shape = bench_config(config, case.method), slice_of(shape, case.layers)
+    shape = slice_of(shape, case.layers)
     flops = step_flops(config, shape, method_of(config, shape))
-    return Known([json.loads(text) for text in texts], flops.model, flops.hardware)
+    return Known([json.loads(text) for text in texts], flops.model, flops.hardware, describe(config))

@@ -36,6 +36,8 @@ class Known:
     model_flops: float
     hardware_flops: float
     """Of a step, over all ranks."""
+    recompute: str = "none"
+    """How much is recomputed (`planning.recompute.describe`)."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,7 @@ def extrapolate(
 
 def _planned(known: Known, memory: Sequence[Mapping[str, int]]) -> Row:
     row: Row = {"planned_by_rank": [{"rank": rank, **kinds} for rank, kinds in enumerate(known.planned)]}
+    row["recompute"] = known.recompute
     row["planned_peak_bytes"] = max((kinds["peak"] for kinds in known.planned), default=None)
     row["plan_error"] = {kind: _error(known.planned, memory, kind) for kind in COMPARED_KINDS} if memory else None
     return row

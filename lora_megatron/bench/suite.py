@@ -2,7 +2,8 @@
 """The whole bench: which cases are measured, in which order, and the result they come to.
 
 Every case is visited twice, the second time in reverse order (A B | B A), each time built anew: a device that grows
-warmer, and so slower, from start to end does the same to all. The matrix products are timed before and after.
+warmer, and so slower, from start to end does the same to all. One visit can be asked for. The matrix products are
+timed before and after.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from lora_megatron.bench.gemm import (
     measure_products,
 )
 from lora_megatron.bench.measurement import Case, Effort, Measured, OutOfMemory, outcome_text, visit
-from lora_megatron.bench.plans import fits, known_of
+from lora_megatron.bench.plans import config_of, fits, known_of
 from lora_megatron.bench.results import Known, Row, Scale, extrapolate, headline, ratios, row_of, row_without_memory
 from lora_megatron.bench.slices import most_that_fit, require_equal_layers, two_sizes, unit_of
 from lora_megatron.bench.workload import Load, bench_config, method_of, tokens_per_step
@@ -50,6 +51,8 @@ class Question:
     """Of the slice asked for, one that can be cut (`slices.check_layers`); None: as many as fit."""
     load: Load | None
     """Fills the whole model from a stored base; None draws random weights, as for every slice."""
+    visits: int = 2
+    """To each case; 1 where building a model takes longer than all its steps, and the order then counts."""
 
     @property
     def reference(self) -> str:
@@ -108,6 +111,8 @@ class Suite:
     cases: Sequence[Case]
     ranks: Ranks
     known: dict[Case, Known]
+    configs: dict[Case, Config]
+    """How each case is run."""
     visits: dict[Case, list[Measured]] = field(default_factory=dict)
     failed: dict[Case, OutOfMemory] = field(default_factory=dict)
     products: list[list[Product]] = field(default_factory=list)
@@ -121,13 +126,17 @@ class Suite:
         cases = choose_cases(question)
         every = {*cases, *(Case(method, question.shape.num_layers) for method in question.methods)}
         ordered = sorted(every, key=lambda case: (case.layers, case.method))  # the same order on every rank
-        return cls(question, cases, ranks, {c: known_of(c, question.config, question.shape) for c in ordered})
+        configs = {case: config_of(case, question.config, question.shape) for case in ordered}
+        known = {case: known_of(case, configs[case], question.shape) for case in ordered}
+        return cls(question, cases, ranks, known, configs)
 
     @property
     def order(self) -> list[tuple[Case, Effort]]:
         """Visits to come, with their steps: forwards, and then backwards with the other half of the steps."""
         steps, warm_up = self.question.effort.steps, self.question.effort.warm_up
         first = [(case, Effort(steps - steps // 2, warm_up)) for case in self.cases]
+        if self.question.visits == 1:
+            return [(case, Effort(steps, warm_up)) for case in self.cases]
         return first + [(case, Effort(steps // 2, warm_up)) for case in reversed(self.cases) if steps > 1]
 
     def run(
@@ -158,7 +167,7 @@ class Suite:
         on_result()
 
     def _visit(self, case: Case, effort: Effort, on_step: Callable[[StepReport], None]) -> Measured | OutOfMemory:
-        config, shape = self.question.config, self.question.shape
+        config, shape = self.configs[case], self.question.shape
         planned = max(kinds["peak"] for kinds in self.known[case].planned)
         if self.ranks.world_size > 1 and not fits(case, config, shape):
             # One rank may run out while the others wait for it, which would end the bench for every method.

@@ -27,6 +27,7 @@ def comparison_table(rows: Sequence[Row], ratios: Sequence[Row]) -> Table:
         ("share of the ceiling", lambda r: _percent(r.get("share_of_ceiling"))),
         ("peak memory of the largest rank", lambda r: show_bytes(r["peak_bytes"])),
         ("the same as planned", lambda r: show_bytes(r["planned_peak_bytes"])),
+        ("recomputed", lambda r: r["recompute"]),
         ("trained parameters", lambda r: show_count(r.get("trainable_parameters"))),
     ]
     table = [[label, *(r["out_of_memory"] or show(r) for r in rows)] for label, show in entries]

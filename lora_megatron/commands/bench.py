@@ -40,11 +40,19 @@ from lora_megatron.training.loop import StepReport
 
 
 def run_bench(
-    config: Config, *, methods: Sequence[str], steps: int, warm_up: int, layers: int | None, out: str
+    config: Config,
+    *,
+    methods: Sequence[str],
+    steps: int,
+    warm_up: int,
+    layers: int | None,
+    out: str,
+    visits: int = 2,
 ) -> None:
     """Measure `methods` on the configured model, layout and batches, and write the report into `out`.
 
     methods: names as in `method.name`. steps: measured ones of each method. layers: of a slice; None: as many as fit.
+    visits: to each method, 1 or 2.
 
     Raises:
         ConfigError: an argument or the configuration cannot work, or nothing fits.
@@ -56,7 +64,7 @@ def run_bench(
     groups.join_world(timeout_minutes=config.parallel.timeout_minutes)
     try:
         with loss_as_error():
-            _bench(config, methods, Effort(steps, warm_up), layers, Path(out))
+            _bench(config, methods, Effort(steps, warm_up), layers, visits, Path(out))
     except LostRankError:  # whatever waits for the others would wait for ever
         raise
     except UserError:
@@ -65,11 +73,13 @@ def run_bench(
     groups.stop()
 
 
-def _bench(config: Config, methods: Sequence[str], effort: Effort, layers: int | None, folder: Path) -> None:
+def _bench(
+    config: Config, methods: Sequence[str], effort: Effort, layers: int | None, visits: int, folder: Path
+) -> None:
     require_equal("the configuration", config.model_dump_json())
     shape, load = together(lambda: _model(config))
     config = config.model_copy(update={"model": ModelSection(**shape.to_dict())})
-    question = Question(config, shape, methods, effort, layers, load)
+    question = Question(config, shape, methods, effort, layers, load, visits)
     together(lambda: _check(question))
     together(lambda: _claim(folder) if is_main() else None)
     _measure(question, folder)
@@ -194,6 +204,7 @@ def _result(suite: Suite, environment: dict[str, Any]) -> dict[str, Any]:
         "data": data,
         "steps": question.effort.steps,
         "warm_up": question.effort.warm_up,
+        "visits": question.visits,
         "config": config.model_dump(mode="json", exclude_none=True),
         "environment": environment,
     }

@@ -87,7 +87,7 @@ def _check_counts(gpus: int | None, data_parallel: int) -> None:
 
 
 def _plan(problem: Problem, config: Config, world_size: int) -> Plan:
-    return plan_training(config, problem.shape, problem.method, world_size=world_size)
+    return plan_training(config, problem.shape, problem.method, world_size=world_size, memory=problem.memory)
 
 
 def _ranking(problem: Problem, gpus: int) -> list[Candidate]:

@@ -9,6 +9,7 @@ from lora_megatron.measure.console import print_table
 from lora_megatron.measure.units import show_bytes, show_count, show_ratio, show_seconds
 from lora_megatron.planning.gpus import Gpu
 from lora_megatron.planning.plan import MEMORY_KINDS, MethodPlan, Plan, RankPlan
+from lora_megatron.planning.recompute import describe
 from lora_megatron.planning.search import Candidate
 from lora_megatron.planning.speed import EFFICIENCY, Speed
 from lora_megatron.planning.weights import STORAGE
@@ -59,7 +60,7 @@ def print_ranking(ranking: Sequence[Candidate], plan: Plan, gpu: Gpu, memory: fl
             (
                 f"{cut.tensor} x {cut.pipeline} x {candidate.data_size}",
                 "yes" if cut.sequence else "no",
-                config.train.recompute,
+                describe(candidate.settled),
                 str(config.data.micro_batch_size),
                 _gib(candidate.needed),
                 f"{candidate.speed.tokens_per_second_per_gpu:,.0f}",
@@ -101,7 +102,7 @@ def _layers(rank: RankPlan) -> str:
 def _layout(plan: Plan) -> str:
     config = plan.config
     cut = f"tensor {config.parallel.tensor} x pipeline {config.parallel.pipeline} x data {plan.data_size}"
-    return f"{cut} = {plan.world_size} GPUs, recompute {config.train.recompute}"
+    return f"{cut} = {plan.world_size} GPUs, recompute {describe(config)}"
 
 
 def _titles(plan: Plan) -> tuple[str, ...]:

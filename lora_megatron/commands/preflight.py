@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import shutil
 import socket
 from collections import Counter
@@ -31,7 +32,8 @@ from lora_megatron.methods.method import Method
 from lora_megatron.model.shape import ModelShape
 from lora_megatron.parallel.agree import device_for_collectives, gather_text, require_equal, together
 from lora_megatron.parallel.hang import show_ranks
-from lora_megatron.planning.memory import MemoryPlan, plan_this_rank
+from lora_megatron.planning.memory import MemoryPlan, chunk_layers, plan_this_rank
+from lora_megatron.planning.recompute import settle_here
 
 PLAN_TOLERANCE = 1.1
 """How far the plan's peak may be off: what exceeds the free memory by less is only warned of."""
@@ -135,13 +137,30 @@ def check_devices(devices: list[str]) -> str:
 def _own_memory(plan: MemoryPlan) -> Memory:
     by_kind = sorted(((getattr(plan, kind), kind) for kind in _LARGEST), reverse=True)[:_KINDS_NAMED]
     largest = ", ".join(f"{kind.replace('_', ' ')} {show_bytes(size)}" for size, kind in by_kind if size)
+    device = "cpu"
     if torch.cuda.is_available():
         gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
         device = f"{gpu.name} (compute capability {gpu.major}.{gpu.minor})"
-        free: int | None = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
-    else:
-        device, free = "cpu", available_host_memory()
-    return Memory(socket.gethostname(), device, plan.persistent, plan.allocated, largest, free)
+    return Memory(socket.gethostname(), device, plan.persistent, plan.allocated, largest, free_memory())
+
+
+def settle_recomputation(config: Config, shape: ModelShape, method: Method, say: Callable[[str], None]) -> Config:
+    """`config` with `train.recompute = auto` made what the memory that is free here allows; collective."""
+    free, ranks_here = free_memory(), 1
+    if not torch.cuda.is_available():
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))  # they share a machine's memory
+    settled = settle_here(config, shape, method, free=None if free is None else free // ranks_here)
+    if config.train.recompute == "auto":
+        layers = settled.train.recompute_layers or 0
+        say(f"train.recompute = auto: {layers} of the {chunk_layers(config, shape)} layers of each model chunk")
+    return settled
+
+
+def free_memory() -> int | None:
+    """Bytes that this rank's GPU has left, or the machine's memory for all its ranks; None where it does not tell."""
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
+    return available_host_memory()
 
 
 def available_host_memory() -> int | None:

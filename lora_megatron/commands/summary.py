@@ -65,7 +65,7 @@ def continuations(run: Run) -> list[str]:
         return []
     tokenizer, length = run.tokenizer, run.config.data.sequence_length
     tensor = run.config.parallel.tensor
-    prompts = [prompt_ids(run.held_out_table[row][1], tokenizer) for row in rows]
+    prompts = [prompt_ids(run.held_out_table[row][1], tokenizer, rendered=run.held_out_table.rendered) for row in rows]
     answers = greedy(
         run.trainer.chunks,
         prompts,

@@ -21,7 +21,7 @@ from lora_megatron.commands.base import resolve_base, tokenizer_of
 from lora_megatron.commands.best import BEST_NAME, drop_unneeded, recall_best, save_trained
 from lora_megatron.commands.grace import checkpoint_bytes
 from lora_megatron.commands.history import restore, resume
-from lora_megatron.commands.preflight import check_disk, preflight
+from lora_megatron.commands.preflight import check_disk, preflight, settle_recomputation
 from lora_megatron.commands.recording import on_disk, on_main_disk, train_and_record
 from lora_megatron.commands.run_lock import RunLock
 from lora_megatron.commands.selecting import check_selection, open_selection
@@ -164,6 +164,7 @@ def _train(plan: _Plan, ranks: Ranks, launchers: list[str], started: float) -> N
     stop_if_asked()
     say = _say if ranks.is_main else lambda text: None
     looked = time.monotonic()
+    config = settle_recomputation(config, base.shape, method, say)
     found = preflight(config, base.shape, method, {"data.train": table, "data.validation": held_out_table}, say)
     looked = time.monotonic() - looked
     trainer = _build_trainer(config, tokenizer, base, method, table, held_out_table)

@@ -167,8 +167,11 @@ class TrainSection(Section):
     keep_checkpoints: int = Field(2, ge=1, le=LARGEST_COUNT)
     """The newest ones to keep; with 1 also the one before it, as no step was taken from the newest yet."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    recompute: Literal["none", "selective", "full"] = "none"
-    """Activations rebuilt in the backward pass: none, core attention's, or whole layers'."""
+    recompute: Literal["none", "selective", "full", "auto"] = "none"
+    """Activations rebuilt in the backward pass: none, core attention's, whole layers', or those of as few layers as
+    the memory allows: `auto` becomes `none`, or `full` with `recompute_layers`, when a run starts."""
+    recompute_layers: int | None = Field(None, ge=1, le=MOST_LAYERS)
+    """With `full`: the first so many layers of each model chunk; all where not given."""
     on_bad_step: Literal["stop", "skip", "rollback"] = "stop"
     """When a loss or gradient is not finite, or the loss is a spike: end with status 5, go on without the update, or
     go back to the newest good checkpoint and leave out the samples since."""

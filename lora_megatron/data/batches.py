@@ -40,11 +40,15 @@ class TokenCache:
 
     @classmethod
     def build(cls, table: ExampleTable, tokenizer: Tokenizer, sequence_length: int) -> TokenCache:
-        """Tokenise every row of `table`, trimmed to sequence_length + 1 ids."""
+        """Tokenise every row of `table`, trimmed to sequence_length + 1 ids.
+
+        Raises DataError where a chat template rendered the rows for another tokenizer.
+        """
+        table.check_tokenizer(tokenizer)
         chunks, starts, truncated = [], [], 0
         for _, context, target in table:
             beat()
-            example = tokenise_example(context, target, tokenizer, sequence_length)
+            example = tokenise_example(context, target, tokenizer, sequence_length, rendered=table.rendered)
             chunks.append(np.asarray(example.ids, dtype=np.int32))
             starts.append(example.target_start)
             truncated += example.truncated

@@ -4,6 +4,9 @@
 ids     c0 c1 .. "\\n" | t0 t1 .. eos      context and a line end, then the target
 tokens  ids[:-1], labels ids[1:]           position j predicts ids[j + 1]
 loss    where labels[j] is a target token  (loss="target"), or everywhere but on padding (loss="all")
+
+A text that a chat template has rendered brings its own line ends and special tokens: no "\\n" is put between, and what
+reads like a special token of the tokenizer is one. Everywhere else text stays text.
 """
 
 from __future__ import annotations
@@ -44,9 +47,14 @@ class EncodedExample:
     truncated: bool
 
 
-def prompt_ids(context: str, tokenizer: Tokenizer) -> list[int]:
-    """The ids that precede a target, in training and in generation alike."""
-    return tokenizer.encode(context + "\n")
+def prompt_ids(context: str, tokenizer: Tokenizer, *, rendered: bool = False) -> list[int]:
+    """The ids that precede a target, in training and in generation alike; rendered: by a chat template."""
+    return tokenizer.encode_rendered(context) if rendered else tokenizer.encode(context + "\n")
+
+
+def target_ids(target: str, tokenizer: Tokenizer, *, rendered: bool = False) -> list[int]:
+    """The ids that are learned: the target's and the end token."""
+    return [*(tokenizer.encode_rendered(target) if rendered else tokenizer.encode(target)), tokenizer.eos_id]
 
 
 def trim_example(context: list[int], target: list[int], sequence_length: int) -> TrimmedExample:
@@ -63,10 +71,12 @@ def trim_example(context: list[int], target: list[int], sequence_length: int) ->
     return TrimmedExample(kept_context + kept_target, len(kept_context), truncated)
 
 
-def tokenise_example(context: str, target: str, tokenizer: Tokenizer, sequence_length: int) -> TrimmedExample:
+def tokenise_example(
+    context: str, target: str, tokenizer: Tokenizer, sequence_length: int, *, rendered: bool = False
+) -> TrimmedExample:
     """Ids of prompt, target and eos, trimmed to fit a row of sequence_length."""
-    target_ids = [*tokenizer.encode(target), tokenizer.eos_id]
-    return trim_example(prompt_ids(context, tokenizer), target_ids, sequence_length)
+    prompt, answer = prompt_ids(context, tokenizer, rendered=rendered), target_ids(target, tokenizer, rendered=rendered)
+    return trim_example(prompt, answer, sequence_length)
 
 
 def loss_positions(length: int, target_start: int, loss: Loss) -> slice:

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lora_megatron.data.manifest import MANIFEST_NAME, ManifestFile, file_sha256, read_manifest
+from lora_megatron.data.tokenizer import Tokenizer
 from lora_megatron.errors import DataError
 
 MAX_ROW_BYTES = 2**20
@@ -24,6 +25,8 @@ MAX_EXPANSION = 1000  # text compresses 3 to 30 times; a file that claims far mo
 MIN_TOTAL_BYTES = 64 * 2**20  # below this no file is refused for its expansion
 _ROWS_PER_BATCH = 64  # bounds what one step decodes to 64 rows of the largest size allowed
 _PAGE_OVERHEAD = 2**20  # headers, levels and dictionaries beside the text itself
+RENDERED_FOR = b"lora_megatron.rendered_for"
+"""Key of a file's metadata: the fingerprint of the tokenizer whose chat template rendered its texts."""
 _TEXT_COLUMNS = (("context", "target"), ("prompt", "completion"))
 
 
@@ -31,11 +34,20 @@ class ExampleTable:
     """Rows of one Parquet file, held as Arrow columns.
 
     path: the file; content_hash: its SHA-256 in hex, for ranks to compare; columns: the names that serve as
-    context and target.
+    context and target; rendered_for: the fingerprint of the tokenizer whose chat template rendered them, or None.
     """
 
-    def __init__(self, path: Path, content_hash: str, columns: tuple[str, str], table: pa.Table) -> None:
+    def __init__(
+        self,
+        path: Path,
+        content_hash: str,
+        columns: tuple[str, str],
+        table: pa.Table,
+        *,
+        rendered_for: str | None = None,
+    ) -> None:
         self.path = path
+        self.rendered_for = rendered_for
         self.content_hash = content_hash
         self.columns = columns
         self._table = table
@@ -60,6 +72,24 @@ class ExampleTable:
             ids = columns.get("id") or [str(row + i) for i in range(batch.num_rows)]
             yield from zip(ids, columns[self.columns[0]], columns[self.columns[1]], strict=True)
             row += batch.num_rows
+
+    def first(self, count: int) -> ExampleTable:
+        """A table of the first `count` rows, or of all where there are fewer."""
+        head = self._table.slice(0, count)
+        return ExampleTable(self.path, self.content_hash, self.columns, head, rendered_for=self.rendered_for)
+
+    @property
+    def rendered(self) -> bool:
+        """Whether a chat template rendered the texts: their special tokens and line ends are its own."""
+        return self.rendered_for is not None
+
+    def check_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Raise DataError when a chat template rendered the texts for another tokenizer: its tokens would be text."""
+        if self.rendered_for not in (None, tokenizer.fingerprint):
+            raise DataError(
+                f"{self.path} was rendered by the chat template of another tokenizer than {tokenizer.name!r}: "
+                "prepare it again with --chat-template of this one, or use that one"
+            )
 
     def references(self, index: int) -> list[str]:
         """All accepted texts for row `index`: its `references` column, or its target alone without one."""
@@ -97,9 +127,11 @@ def open_examples(path: str | Path, *, with_references: bool = False) -> Example
         names = [*columns, *(name for name in optional if name in file.schema_arrow.names)]
         _check_claimed_sizes(path, file.metadata, names)
         table = _read_capped(path, file, names)
+        rendered_for = (file.schema_arrow.metadata or {}).get(RENDERED_FOR)
     if table.num_rows == 0:
         raise DataError(f"{path} has no rows; prepare the data again or give another file")
-    return ExampleTable(path, content_hash, columns, table)
+    fingerprint = None if rendered_for is None else rendered_for.decode("utf-8", errors="replace")
+    return ExampleTable(path, content_hash, columns, table, rendered_for=fingerprint)
 
 
 def _check_manifest(path: Path, content_hash: str) -> ManifestFile:

@@ -10,7 +10,8 @@
 | a folder with tokenizer.json                                     | any fast tokenizer of the Hugging Face kind |
 
 Nothing is downloaded, unpickled or executed. Text never becomes a special token: an `<|endoftext|>` inside a data
-file is encoded as those thirteen characters, so data cannot end a sequence by itself.
+file is encoded as those thirteen characters, so data cannot end a sequence by itself. The one exception is what a chat
+template has rendered: `encode_rendered` is for it alone, and `python -m data_prep` refuses messages that spell one.
 """
 
 from __future__ import annotations
@@ -27,6 +28,11 @@ from lora_megatron.errors import DataError
 
 _BPE_FILES = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))
 _EOS_TEXT = "<|endoftext|>"
+_WORD_START = "▁"  # SentencePiece's space
+_PRINTABLE_BYTES = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_OTHER_BYTES = [byte for byte in range(256) if byte not in _PRINTABLE_BYTES]
+_BYTE_OF_SYMBOL = {chr(byte): byte for byte in _PRINTABLE_BYTES} | {chr(256 + i): b for i, b in enumerate(_OTHER_BYTES)}
+"""GPT-2's letters for bytes in a byte-level vocabulary."""
 
 
 class Tokenizer(Protocol):
@@ -41,6 +47,15 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, without any special token."""
+
+    def encode_rendered(self, text: str) -> list[int]:
+        """Ids of what a chat template rendered: the special tokens it spells are theirs, and none is added."""
+
+    def special_in(self, text: str) -> str | None:
+        """The first special token that `encode_rendered` would find in `text`, or None."""
+
+    def token_text(self, token: int) -> str:
+        """What a person is shown of one id: its text, a special token's name, or `<0xE2>` for a part of a character."""
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`; special tokens are skipped, incomplete UTF-8 becomes U+FFFD."""
@@ -59,6 +74,17 @@ class ByteTokenizer:
         """One id per UTF-8 byte of `text`."""
         return list(text.encode("utf-8"))
 
+    def encode_rendered(self, text: str) -> list[int]:
+        """The same: there is no special token that a text could spell."""
+        return self.encode(text)
+
+    def special_in(self, text: str) -> str | None:
+        """None."""
+
+    def token_text(self, token: int) -> str:
+        """An ASCII character, `<0xE2>`, `<eos>` or `<pad>`."""
+        return {self.eos_id: "<eos>", self.pad_id: "<pad>"}.get(token) or _show_bytes(bytes([token]))
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the byte ids; other ids are skipped."""
         return bytes(i for i in ids if 0 <= i < 256).decode("utf-8", errors="replace")
@@ -76,6 +102,7 @@ class FastTokenizer:
         backend.encode_special_tokens = True  # special tokens written in a text stay text
         self._backend = backend
         self._skipped = {eos_id, pad_id}
+        self._special = {i: token.content for i, token in backend.get_added_tokens_decoder().items() if token.special}
         self.name = name
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
         self.eos_id = eos_id
@@ -86,10 +113,41 @@ class FastTokenizer:
         """Ids of `text`, without any special token."""
         return self._backend.encode(text, add_special_tokens=False).ids
 
+    def encode_rendered(self, text: str) -> list[int]:
+        """Ids of what a chat template rendered: the special tokens it spells are theirs, and none is added."""
+        self._backend.encode_special_tokens = False
+        try:
+            return self.encode(text)
+        finally:
+            self._backend.encode_special_tokens = True
+
+    def special_in(self, text: str) -> str | None:
+        """The first special token that `encode_rendered` would find in `text`, or None."""
+        return next((self._special[i] for i in self.encode_rendered(text) if i in self._special), None)
+
+    def token_text(self, token: int) -> str:
+        """The token's text, with the space that begins a word; bytes that are no whole character in hex."""
+        piece = self._backend.id_to_token(token) or f"<{token}>"
+        if token in self._special or token in self._skipped:
+            return piece
+        text = self._backend.decode([token])
+        if _WORD_START in piece:
+            return piece.replace(_WORD_START, " ")
+        if "\ufffd" in text and all(symbol in _BYTE_OF_SYMBOL for symbol in piece):
+            return _show_bytes(bytes(_BYTE_OF_SYMBOL[symbol] for symbol in piece))
+        return text or piece
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`; special tokens are skipped."""
         kept = [int(i) for i in ids if int(i) not in self._skipped]
         return self._backend.decode(kept, skip_special_tokens=True)
+
+
+def _show_bytes(content: bytes) -> str:
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError:
+        return "".join(f"<0x{byte:02X}>" for byte in content)
 
 
 def load_tokenizer(spec: str) -> Tokenizer:

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 _LARGEST = tl.constexpr(448.0)  # of e4m3
+_SMALLEST = tl.constexpr(1e-30)  # as in `storage.fp8`
 _PIECE = 4096
 Agree = Callable[[Tensor], object]
 
@@ -93,20 +94,22 @@ def _forward(
             largest = tl.maximum(largest, tl.where(column < columns, tl.abs(value), 0.0))
         scale = tl.max(largest, 0)
         if CAST:
-            scale = tl.where(scale > 0, scale / _LARGEST, 1.0)
+            scale = tl.where(scale > _SMALLEST, tl.div_rn(scale, _LARGEST), 1.0)
         tl.store(scales + row, scale)
     elif CAST:
         scale = tl.load(scales + row)
-        scale = tl.where(scale > 0, scale / _LARGEST, 1.0)
+        scale = tl.where(scale > _SMALLEST, tl.div_rn(scale, _LARGEST), 1.0)
         tl.store(scales + row, scale)
     if CAST or not MEASURE:
+        if CAST:
+            inverse = tl.div_rn(1.0, scale)  # exact: Triton's own division is approximate
         for start in range(0, columns, C):
             column = start + tl.arange(0, C)
             value = _outputs(x, bias, row, column, column < columns, columns, KIND, GATED, BIAS)
             if CAST:
                 if FACTOR:
                     value *= tl.load(factor + column, column < columns, 0.0)
-                value = tl.clamp(value / scale, -_LARGEST, _LARGEST)
+                value = tl.clamp(value * inverse, -_LARGEST, _LARGEST)
             tl.store(out + row * columns + column, value.to(out.dtype.element_ty), column < columns)
 
 
@@ -134,13 +137,15 @@ def _backward(
                 largest = tl.maximum(largest, tl.where(inside, tl.abs(second), 0.0))
         scale = tl.max(largest, 0)
         if CAST:
-            scale = tl.where(scale > 0, scale / _LARGEST, 1.0)
+            scale = tl.where(scale > _SMALLEST, tl.div_rn(scale, _LARGEST), 1.0)
         tl.store(scales + row, scale)
     elif CAST:
         scale = tl.load(scales + row)
-        scale = tl.where(scale > 0, scale / _LARGEST, 1.0)
+        scale = tl.where(scale > _SMALLEST, tl.div_rn(scale, _LARGEST), 1.0)
         tl.store(scales + row, scale)
     if CAST or not MEASURE:
+        if CAST:
+            inverse = tl.div_rn(1.0, scale)  # exact: Triton's own division is approximate
         for start in range(0, columns, C):
             column = start + tl.arange(0, C)
             inside = column < columns
@@ -150,8 +155,8 @@ def _backward(
                     first *= tl.load(factor + column, inside, 0.0)
                     if GATED:
                         second *= tl.load(factor + columns + column, inside, 0.0)
-                first = tl.clamp(first / scale, -_LARGEST, _LARGEST)
-                second = tl.clamp(second / scale, -_LARGEST, _LARGEST)
+                first = tl.clamp(first * inverse, -_LARGEST, _LARGEST)
+                second = tl.clamp(second * inverse, -_LARGEST, _LARGEST)
             tl.store(out + row * width + column, first.to(out.dtype.element_ty), inside)
             if GATED:
                 tl.store(out + row * width + columns + column, second.to(out.dtype.element_ty), inside)

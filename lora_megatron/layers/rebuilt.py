@@ -8,6 +8,8 @@ adapter which reads it, and needs it for dA, keeps nothing either.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -47,6 +49,18 @@ def recipe_of(y: Tensor) -> Recipe | None:
     return getattr(y, "recipe", None)
 
 
+@contextlib.contextmanager
+def passing_graph() -> Iterator[None]:
+    """Within, autograd records a graph that lives for one operation only: a meter of what is kept for the backward
+    pass does not count it."""
+
+    def as_it_is(saved: Tensor) -> Tensor:
+        return saved
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(as_it_is, as_it_is):
+        yield
+
+
 class _Rebuilt(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, step: Step, x: Tensor, *parameters: Tensor | None) -> Tensor:
@@ -63,16 +77,11 @@ class _Rebuilt(torch.autograd.Function):
             if grad_x is not None or not needed[0]:
                 return None, grad_x, *(None for _ in parameters)
         inputs = [None if t is None else t.detach().requires_grad_(needs) for t, needs in _pairs(x, parameters, needed)]
-        # This graph lives for one operation: a meter of what is kept for the backward pass must not count it.
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
+        with passing_graph():
             y = ctx.step.value(*inputs)
         wanted = [t for t in inputs if t is not None and t.requires_grad]
         found = iter(torch.autograd.grad(y, wanted, grads[0]))
         return None, *(next(found) if t is not None and t.requires_grad else None for t in inputs)
-
-
-def _as_it_is(saved: Tensor) -> Tensor:
-    return saved
 
 
 def _pairs(x: Tensor, parameters: list[Any], needed: tuple[bool, ...]) -> list[tuple[Any, bool]]:

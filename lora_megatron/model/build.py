@@ -28,11 +28,6 @@ from lora_megatron.model.spec import block_spec
 from lora_megatron.parallel.groups import Layout
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_RECOMPUTE: dict[str, dict[str, object]] = {
-    "none": {},
-    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
-    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
-}
 _VOCABULARY_MULTIPLE = 128  # padded rows keep the GEMM's shape friendly and the embedding divisible
 
 
@@ -46,6 +41,8 @@ class BuildOptions:
     adapter_seed: int = 0
     storage: StorageFormat | None = None
     """Format of the linear weights that are frozen; None keeps them in `precision`."""
+    recompute_layers: int | None = None
+    """With recompute `full`: of each chunk the first so many; None is all."""
     meta: bool = False
     """Build without storage, to count parameters of a model of any size."""
     label_smoothing: float = 0.0
@@ -98,8 +95,21 @@ def megatron_config(shape: ModelShape, layout: Layout, options: BuildOptions) ->
         bias_activation_fusion=False,
         bias_dropout_fusion=torch.cuda.is_available() and not options.meta,  # compiled; on a CPU that costs a compiler
         apply_rope_fusion=False,
-        **_RECOMPUTE[options.recompute],
+        **_recomputation(options),
     )
+
+
+def _recomputation(options: BuildOptions) -> dict[str, object]:
+    """megatron-core's words for which activations are rebuilt."""
+    if options.recompute == "none":
+        return {}
+    if options.recompute == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+    assert options.recompute == "full", "auto is settled before anything is built"
+    if options.recompute_layers is None:
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    layers = options.recompute_layers
+    return {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": layers}
 
 
 def _softmax_scale(shape: ModelShape) -> float | None:

@@ -24,6 +24,7 @@ def options_of(config: Config, *, meta: bool = False) -> BuildOptions:
     return BuildOptions(
         precision=config.train.precision,
         recompute=config.train.recompute,
+        recompute_layers=config.train.recompute_layers,
         dropout=config.method.dropout,
         adapter_seed=config.train.seed,
         label_smoothing=config.train.label_smoothing,
@@ -46,6 +47,7 @@ def check_plan(config: Config, shape: ModelShape, method: Method, world_size: in
     _check_batches(config, layout, world_size)
     _check_lengths(config, layout, shape)
     _check_storage(config, layout, shape)
+    _check_recomputation(config, layout, shape)
     _check_targets(config, shape)
     _check_ranks(shape, method)
     has_bias = shape.linear_bias or shape.qkv_bias or shape.proj_bias or shape.normalization == "LayerNorm"
@@ -93,6 +95,23 @@ def _check_layout(layout: Layout, shape: ModelShape) -> None:
 def _divisors(shape: ModelShape) -> list[int]:
     sizes = (shape.num_attention_heads, shape.num_query_groups, shape.ffn_hidden_size)
     return [n for n in range(1, shape.num_query_groups + 1) if all(size % n == 0 for size in sizes)]
+
+
+def _check_recomputation(config: Config, layout: Layout, shape: ModelShape) -> None:
+    asked, how = config.train.recompute_layers, config.train.recompute
+    if asked is None:
+        return
+    if how != "full":
+        raise ConfigError(
+            f"train.recompute_layers = {asked} goes with train.recompute = full, not {how}: leave it out, or set "
+            "train.recompute=full"
+        )
+    layers = shape.num_layers // (layout.pipeline * layout.virtual_pipeline)
+    if asked > layers:
+        raise ConfigError(
+            f"train.recompute_layers = {asked}: a model chunk of this layout has {layers} layers; give at most "
+            f"{layers}, or leave it out to recompute all"
+        )
 
 
 def _check_batches(config: Config, layout: Layout, world_size: int) -> None:

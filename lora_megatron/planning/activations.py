@@ -63,6 +63,8 @@ class Microbatch:
     itemsize: int
     """Bytes per element in train.precision."""
     recompute: str = "none"
+    recompute_layers: int | None = None
+    """With `full`: of each chunk the first so many layers; None is all."""
     dropout: float = 0.0
     packing: bool = False
 
@@ -88,6 +90,13 @@ class Microbatch:
     def vocabulary(self) -> int:
         """Columns of the logits on this rank."""
         return padded_vocabulary(self.shape.vocab_size, self.tensor) // self.tensor
+
+
+def recomputed_layers(recompute: str, asked: int | None, layers: int) -> int:
+    """How many of a chunk's `layers`, from the first, are recomputed; `asked` is `train.recompute_layers`."""
+    if recompute != "full":
+        return 0
+    return layers if asked is None else min(asked, layers)
 
 
 def layer_bytes(flow: LayerFlow, batch: Microbatch, *, layer: int) -> float:
@@ -206,10 +215,9 @@ class ChunkBytes:
 def chunk_bytes(flows: Sequence[LayerFlow], layers: range, batch: Microbatch) -> ChunkBytes:
     """The layers `layers` of one chunk; embedding and head come on top."""
     stored = [layer_bytes(flow, batch, layer=layer) for flow, layer in zip(flows, layers, strict=True)]
-    if batch.recompute != "full":
-        return ChunkBytes(sum(stored), 0.0, 0.0)
+    count = recomputed_layers(batch.recompute, batch.recompute_layers, len(stored))
     inputs = batch.hidden_bytes
-    rotary = 4 * batch.shape.rotary_dim * batch.sequence_length if batch.shape.position == "rope" else 0
+    rotary = 4 * batch.shape.rotary_dim * batch.sequence_length if count and batch.shape.position == "rope" else 0
     # While layer i is rebuilt, the inputs of layers 0 .. i are held still, and its own is what its norm keeps.
-    most = max((rotary + i * inputs + kept for i, kept in enumerate(stored)), default=0.0)
-    return ChunkBytes(len(stored) * inputs + rotary, 0.0, most)
+    most = max((rotary + i * inputs + kept for i, kept in enumerate(stored[:count])), default=0.0)
+    return ChunkBytes(count * inputs + rotary + sum(stored[count:]), 0.0, most)

@@ -29,6 +29,7 @@ from lora_megatron.model.build import padded_vocabulary
 from lora_megatron.model.checks import layout_of
 from lora_megatron.model.names import EMBEDDING, OUTPUT
 from lora_megatron.model.shape import ModelShape
+from lora_megatron.planning.activations import recomputed_layers
 from lora_megatron.planning.gradients import LayerFlow, LinearFlow, first_input_needs, layer_flow, layer_flows
 
 _BACKWARD_NEEDS, _BACKWARD_EXECUTES = 2.0, 2.5  # of attention, in units of its forward pass
@@ -70,9 +71,10 @@ def stage_flops(config: Config, shape: ModelShape, method: Method, stage: int) -
     for chunk in range(layout.virtual_pipeline):
         position = chunk * layout.pipeline + stage
         layers = range(position * count, (position + 1) * count)
+        rebuilt = recomputed_layers(config.train.recompute, config.train.recompute_layers, count)
         executed = first_input_needs(method, recompute=config.train.recompute) if position == 0 else True
         hardware += sum(
-            _executed(flow, config, shape, layer)
+            _executed(flow, config, shape, layer, rebuilt=layer - layers.start < rebuilt)
             for flow, layer in zip(layer_flows(shape, method, layers, input_needs=executed), layers, strict=True)
         )
         needed = layers.start > lowest or first_input_needs(method, recompute="none")
@@ -102,14 +104,14 @@ def _needed(flow: LayerFlow, config: Config, shape: ModelShape, layer: int) -> f
     return sum(_forward(linear, shape) + _backward(linear, shape) for linear in flow.linears) + passes * attention
 
 
-def _executed(flow: LayerFlow, config: Config, shape: ModelShape, layer: int) -> float:
+def _executed(flow: LayerFlow, config: Config, shape: ModelShape, layer: int, *, rebuilt: bool) -> float:
     attention = 4 * _keys_looked_at(config, shape, layer) * shape.projection("q")[0]
     forward = sum(_forward(linear, shape) for linear in flow.linears)
     total = forward + attention + sum(_backward(linear, shape) for linear in flow.linears)
     if flow.attention_needs:
         total += _BACKWARD_EXECUTES * attention
         total += attention if config.train.recompute == "selective" else 0
-    return total + (forward + attention if config.train.recompute == "full" else 0)
+    return total + (forward + attention if rebuilt else 0)
 
 
 def _forward(linear: LinearFlow, shape: ModelShape) -> float:

@@ -91,16 +91,21 @@ def plan_this_rank(config: Config, shape: ModelShape, method: Method) -> MemoryP
     megatron-core's groups must stand (`groups.build_mesh`). The model is built on the meta device: no memory, no
     collective. `config` must have passed `model.checks`.
     """
-    place = Place(
+    return plan_rank(config, shape, method, build_rank(config, shape, method), this_place())
+
+
+def this_place() -> Place:
+    """The place of the rank this process is."""
+    return Place(
         mpu.get_pipeline_model_parallel_rank(), mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
     )
-    return plan_rank(config, shape, method, build_rank(config, shape, method), place)
 
 
 def build_rank(config: Config, shape: ModelShape, method: Method) -> list[Weight]:
     """The parameters of this process's rank, from its real model on the meta device."""
     layout = layout_of(config)
-    options = replace(options_of(config, meta=True), storage=None)  # the sizes of stored weights are in `weights`
+    # The sizes of stored weights are in `weights`, and recomputation changes none.
+    options = replace(options_of(config, meta=True), storage=None, recompute="none", recompute_layers=None)
     return weights_of(build(shape, method, layout, options), tensor_size=layout.tensor)
 
 
@@ -142,9 +147,15 @@ def microbatch_of(config: Config, shape: ModelShape) -> Microbatch:
         config.data.sequence_length,
         2 if config.train.precision == "bf16" else 4,
         config.train.recompute,
+        config.train.recompute_layers,
         config.method.dropout,
         config.data.packing,
     )
+
+
+def chunk_layers(config: Config, shape: ModelShape) -> int:
+    """Layers of each model chunk."""
+    return shape.num_layers // (config.parallel.pipeline * config.parallel.virtual_pipeline)
 
 
 def chunks_of(shape: ModelShape, method: Method, batch: Microbatch, stage: int) -> list[ChunkBytes]:

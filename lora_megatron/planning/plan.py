@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
@@ -22,6 +23,7 @@ from lora_megatron.parallel.groups import Layout
 from lora_megatron.planning.flops import Flops, token_flops
 from lora_megatron.planning.gpus import Gpu
 from lora_megatron.planning.memory import MemoryPlan, Place, build_rank, plan_rank
+from lora_megatron.planning.recompute import SHARE, settle
 from lora_megatron.planning.speed import Speed, estimate_speed
 from lora_megatron.planning.weights import Weight, as_fully_trained
 from lora_megatron.strict_safetensors.header import make_header
@@ -87,6 +89,8 @@ class Plan:
     """A training on `world_size` GPUs, and full fine-tuning of the same model on the same layout."""
 
     config: Config
+    """With recomputation settled; `full_config` likewise, of full fine-tuning."""
+    full_config: Config
     shape: ModelShape
     world_size: int
     chosen: MethodPlan
@@ -109,8 +113,8 @@ class Plan:
 
     def full_speed(self, gpu: Gpu) -> Speed:
         """The estimate for full fine-tuning."""
-        memory, config = [rank.memory for rank in self.full.ranks], full_config(self.config)
-        return estimate_speed(config, self.shape, Full(), memory, gpu=gpu, world_size=self.world_size)
+        memory = [rank.memory for rank in self.full.ranks]
+        return estimate_speed(self.full_config, self.shape, Full(), memory, gpu=gpu, world_size=self.world_size)
 
 
 def full_config(config: Config) -> Config:
@@ -120,24 +124,42 @@ def full_config(config: Config) -> Config:
     return config.model_copy(update={"base": base, "method": method})
 
 
-def plan_training(config: Config, shape: ModelShape, method: Method, *, world_size: int) -> Plan:
+def plan_training(
+    config: Config, shape: ModelShape, method: Method, *, world_size: int, memory: float = math.inf
+) -> Plan:
     """Plan `config` on `world_size` GPUs. The process must not be in a world: it stands in for each rank in turn.
+
+    memory: bytes of one GPU, up to which `train.recompute = auto` fills it, of either method.
 
     Raises:
         ConfigError: see `model.checks.check_plan`.
     """
     check_plan(config, shape, method, world_size)
+    asked = config
     stages = stage_weights(config, shape, method)
     data_size = world_size // layout_of(config).model_size
     whole = [as_fully_trained(weights) for weights in stages]
-    return Plan(
-        config,
-        shape,
-        world_size,
-        plan_method(config, shape, method, stages, data_size=data_size),
-        plan_method(full_config(config), shape, Full(), whole, data_size=data_size),
-        method,
-    )
+    chosen, config = _settled(config, shape, method, stages, data_size=data_size, memory=memory)
+    full, full_settled = _settled(full_config(asked), shape, Full(), whole, data_size=data_size, memory=memory)
+    return Plan(config, full_settled, shape, world_size, chosen, full, method)
+
+
+def _settled(
+    config: Config,
+    shape: ModelShape,
+    method: Method,
+    stages: Sequence[Sequence[Weight]],
+    *,
+    data_size: int,
+    memory: float,
+) -> tuple[MethodPlan, Config]:
+    """The plan with recomputation settled, and the configuration that it is of."""
+
+    def plan(settled: Config) -> MethodPlan:
+        return plan_method(settled, shape, method, stages, data_size=data_size)
+
+    settled = settle(config, shape, lambda tried: plan(tried).fits(SHARE * memory))
+    return plan(settled), settled
 
 
 def stage_weights(config: Config, shape: ModelShape, method: Method) -> list[list[Weight]]:

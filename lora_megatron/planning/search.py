@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layouts that fit: all of so many GPUs, the nearest to a configuration, and the fewest GPUs.
 
-Tried are tensor x pipeline sizes with what is left for data parallelism, sequence parallelism on and off, the three
-choices of recomputation, and micro-batch sizes in powers of two; the interleaved schedule is not. The tensor size stays
-within a node. What `model.checks` refuses is left out, and every size is that of a model really built.
+Tried are tensor x pipeline sizes with what is left for data parallelism, sequence parallelism on and off, no, selective
+or as little full recomputation as fits, and micro-batch sizes in powers of two; the interleaved schedule is not. The
+tensor size stays within a node. What `model.checks` refuses is left out. Every size is that of a model really built.
 """
 
 from __future__ import annotations
@@ -11,10 +11,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 from lora_megatron.config import Config
-from lora_megatron.config.sections import TrainSection
 from lora_megatron.errors import ConfigError
 from lora_megatron.methods.method import Method
 from lora_megatron.model.checks import check_plan, layout_of
@@ -22,11 +21,12 @@ from lora_megatron.model.shape import ModelShape
 from lora_megatron.planning.gpus import NODE, Gpu
 from lora_megatron.planning.memory import MemoryPlan, Place, plan_rank
 from lora_megatron.planning.plan import rank_weights
+from lora_megatron.planning.recompute import SHARE, settle
 from lora_megatron.planning.speed import Speed, estimate_speed
 from lora_megatron.planning.weights import Weight
 
 _MOST_GPUS = 4096
-_RECOMPUTE: tuple[str, ...] = get_args(TrainSection.model_fields["recompute"].annotation)
+_RECOMPUTE = ("none", "selective", "auto")
 CHOICES = (
     ("parallel", "tensor"),
     ("parallel", "pipeline"),
@@ -72,6 +72,8 @@ class Candidate:
     """A layout that fits."""
 
     config: Config
+    settled: Config
+    """The same with `train.recompute = auto` made what fits."""
     world_size: int
     needed: int
     """Bytes of the rank that needs most."""
@@ -101,7 +103,7 @@ def nearest_fit(problem: Problem, *, world_size: int) -> Candidate | None:
     """The layout that fits and changes the fewest settings, of these the fastest: on `world_size` GPUs, and if there
     is none, on the fewest that do. None if no size up to 4096 fits."""
     own = problem.config.train.recompute
-    order = (own, *(choice for choice in _RECOMPUTE if choice != own))
+    order = tuple(dict.fromkeys((own, *_RECOMPUTE)))
     found = list(_fitting(problem, world_size, recompute=order))
     if found:
         return min(found, key=lambda c: (len(c.changes(problem.config)), -c.speed.tokens_per_second))
@@ -178,7 +180,7 @@ def _with(config: Config, grid: _Grid, *, sequence: bool, recompute: str, sample
     return config.model_copy(
         update={
             "parallel": config.parallel.model_copy(update=cut),
-            "train": config.train.model_copy(update={"recompute": recompute}),
+            "train": config.train.model_copy(update={"recompute": recompute, "recompute_layers": None}),
             "data": config.data.model_copy(update={"micro_batch_size": samples}),
         }
     )
@@ -198,12 +200,19 @@ def _if_it_fits(problem: Problem, config: Config, grid: _Grid, built: dict[int, 
     `built` keeps what the stages hold, which recomputation and microbatches do not change.
     """
     shape, method = problem.shape, problem.method
-    plans: list[MemoryPlan] = []
-    for stage in range(grid.pipeline):
-        if stage not in built:
-            built[stage] = rank_weights(config, shape, method, stage)
-        plans.append(plan_rank(config, shape, method, built[stage], Place(stage, 0, grid.data)))
-        if plans[-1].total > problem.memory:
-            return None
-    speed = estimate_speed(config, shape, method, plans, gpu=problem.gpu, world_size=grid.world_size)
-    return Candidate(config, grid.world_size, max(plan.total for plan in plans), speed)
+
+    def plans(of: Config, memory: float) -> list[MemoryPlan] | None:
+        fitting = []
+        for stage in range(grid.pipeline):
+            if stage not in built:
+                built[stage] = rank_weights(config, shape, method, stage)
+            fitting.append(plan_rank(of, shape, method, built[stage], Place(stage, 0, grid.data)))
+            if fitting[-1].total > memory:
+                return None
+        return fitting
+
+    settled = settle(config, shape, lambda tried: plans(tried, SHARE * problem.memory) is not None)
+    if (fitting := plans(settled, problem.memory)) is None:
+        return None
+    speed = estimate_speed(settled, shape, method, fitting, gpu=problem.gpu, world_size=grid.world_size)
+    return Candidate(config, settled, grid.world_size, max(plan.total for plan in fitting), speed)

@@ -19,9 +19,10 @@ from lora_megatron.config import Config
 from lora_megatron.methods.method import Method
 from lora_megatron.model.checks import layout_of
 from lora_megatron.model.shape import ModelShape
+from lora_megatron.planning.activations import recomputed_layers
 from lora_megatron.planning.flops import stage_flops
 from lora_megatron.planning.gpus import NODE, Gpu
-from lora_megatron.planning.memory import MemoryPlan, microbatch_of
+from lora_megatron.planning.memory import MemoryPlan, chunk_layers, microbatch_of
 
 EFFICIENCY = 0.5
 """Share of the dense peak that products reach. Checked against what was measured elsewhere: the LoRA paper's 43.1
@@ -77,7 +78,8 @@ def _microbatch_seconds(
     layout, batch = layout_of(config), microbatch_of(config, shape)
     peak = gpu.tflops_16bit if config.train.precision == "bf16" else gpu.tflops_fp32
     products = flops_per_token * batch.tokens / layout.tensor / (peak * 1e12 * EFFICIENCY)
-    rebuilt = config.train.recompute == "full"
+    layers = chunk_layers(config, shape)
+    rebuilt = recomputed_layers(batch.recompute, batch.recompute_layers, layers) / layers
     passes = 2 + rebuilt  # forward, dgrad, and forward again
     reading = (passes * plan.weights + plan.gradients) / (gpu.bandwidth_gbs * 1e9)
     whole_hidden = batch.hidden_bytes * batch.sharded

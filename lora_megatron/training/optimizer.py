@@ -23,7 +23,7 @@ from megatron.core import parallel_state as mpu
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.clip_grads import get_grad_norm_fp32
 from torch import Tensor, nn
 
 from lora_megatron.config import OptimizerSection
@@ -127,17 +127,30 @@ class MegatronAdamW:
     @torch.no_grad()
     def step(self) -> float:
         self.inner.prepare_grads()
-        norm = float(self.inner.get_grad_norm())
+        norm = self._grad_norm()
         # megatron-core as a library applies NaN gradients and reports success, so the check is here.
         if not math.isfinite(norm):
             return norm
         if self.clip_grad > 0:
             for optimizer in self._optimizers():
-                parameters = optimizer.get_parameters()
-                if parameters:
-                    clip_grad_by_total_norm_fp32(parameters, max_norm=self.clip_grad, total_norm=norm)
+                _clip(optimizer.get_parameters(), most=self.clip_grad, norm=norm)
         self.inner.step_with_ready_grads()
         return norm
+
+    def _grad_norm(self) -> float:
+        """As megatron-core's own (replicas count once, summed over the model's ranks), of norms that one launch takes
+        for all tensors: without apex it takes them one by one and waits for each."""
+        chained = getattr(self.inner, "chained_optimizers", [self.inner])
+        groups: dict[Any, list[Tensor]] = {}
+        for optimizer in chained:
+            groups.setdefault(optimizer.get_grad_stats_parallel_group(), []).extend(
+                optimizer.get_main_grads_for_grad_norm()
+            )
+        norms = []
+        for group, grads in groups.items():
+            each: Any = torch.stack(torch._foreach_norm(grads)).double() if grads else []
+            norms.append(float(get_grad_norm_fp32(each, grad_stats_parallel_group=group)))
+        return math.hypot(*norms)
 
     def _optimizers(self) -> list[Any]:
         chained = getattr(self.inner, "chained_optimizers", [self.inner])
@@ -232,6 +245,14 @@ class MegatronAdamW:
                 moment = self._moment(owned.main, kind)
                 total += 0 if moment is None else moment.numel() * moment.element_size()
         return total
+
+
+def _clip(parameters: Sequence[Tensor], *, most: float, norm: float) -> None:
+    """Scale the gradients in place so that a global norm above `most` becomes it, as megatron-core does."""
+    factor = most / (norm + 1e-6)
+    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if factor < 1 and grads:
+        torch._foreach_mul_(grads, factor)
 
 
 def trained(named: Sequence[Named]) -> dict[nn.Parameter, str]:

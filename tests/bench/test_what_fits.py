@@ -26,6 +26,7 @@ from lora_megatron.model.build import BuildOptions, build
 from lora_megatron.model.checks import layout_of
 from lora_megatron.model.presets import resolve_shape
 from lora_megatron.parallel.groups import build_mesh
+from lora_megatron.planning.recompute import SHARE
 from tests.bench.benches import LAYERS, VOCABULARY, base_parameters, bench, make_tree, report_of, row_of
 from tests.commands.runs import Outcome, names_in
 from tests.pool import Pool
@@ -86,7 +87,7 @@ def test_as_many_layers_as_fit_are_measured(pool: Pool, tmp_path: Path) -> None:
     needed = pool.run(1, planned_bytes, tree=tree, cases=[("lora", LAYERS), ("full", LAYERS), ("full", 2)])[0]
     room = (needed[0] + needed[1]) // 2
     assert max(needed[0], needed[2]) < room < needed[1]
-    memory = int(room / 0.92)
+    memory = int(room / SHARE)
     outcome = pool.run(1, bench_with_room, memory=memory, tree=make_tree(), out=str(tmp_path), methods=("lora", "full"))
     assert outcome == [Outcome()]
     report = report_of(tmp_path)
@@ -109,7 +110,7 @@ def test_a_method_of_which_not_one_layer_fits_is_tried_and_the_others_get_two_sl
     needed = pool.run(1, planned_bytes, tree=tree, cases=[("lora", 2), ("full", 1), ("lora", LAYERS)])[0]
     room = (needed[0] + needed[2]) // 2
     assert needed[0] < room < min(needed[1:])
-    memory = int(room / 0.92)
+    memory = int(room / SHARE)
     outcome = pool.run(1, bench_with_room, memory=memory, tree=tree, out=str(tmp_path), methods=("lora", "full"))
     assert outcome == [Outcome()]
     report = report_of(tmp_path)

@@ -66,4 +66,6 @@ GOOD: dict[str, dict[str, bytes]] = {
     "samsum": {"train.json": json.dumps([TALK]).encode()},
     "dart": {"dart-v1.1.1-full-train.json": json.dumps([TRIPLES], indent=2).encode()},
     "webnlg": {"train/1triples/a.xml": XML.format(category="Airport").encode()},
+    "jsonl": {"train.jsonl": lines({"prompt": "a", "completion": "b"}), "dev.jsonl": lines({"text": "c", "id": 1})},
+    "csv": {"train.csv": b"instruction,input,output\na,b,c\n"},
 }

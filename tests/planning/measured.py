@@ -74,7 +74,13 @@ def _one(case: Case) -> tuple[Tree, Tree]:
     shape = resolve_shape(config.model, tokenizer_vocab_size=VOCABULARY)
     method = choose_method(config.method, num_layers=shape.num_layers)
     train = config.train
-    options = BuildOptions(train.precision, train.recompute, config.method.dropout, adapter_seed=1)
+    options = BuildOptions(
+        train.precision,
+        train.recompute,
+        config.method.dropout,
+        adapter_seed=1,
+        recompute_layers=train.recompute_layers,
+    )
     chunks = build(shape, method, layout_of(config), options)
     initialise_base(chunks, seed=3, num_layers=shape.num_layers)
     ddp = wrap_ddp(chunks, sharding=config.optimizer.sharding, precision=train.precision)

@@ -65,6 +65,8 @@ GROUPS = {
         case(EVERY_TARGET, BF16, recompute("selective")),
         case(EVERY_TARGET, BF16, recompute("full")),
         case(FULL, recompute("full")),
+        case({"train": {"recompute": "full", "recompute_layers": 1}}),
+        case(EVERY_TARGET, BF16, {"train": {"recompute": "full", "recompute_layers": 3}}),
         case(LLAMA, EVERY_TARGET, BF16, recompute("full")),
     ],
     "architectures": [
@@ -96,7 +98,11 @@ GROUPS = {
         tensor({"method": {"dropout": 0.1}}, EVERY_TARGET),
     ],
     "pipeline": [pipeline(), pipeline(recompute("full")), pipeline(FULL, sharding("megatron"))],
-    "interleaved": [pipeline(BF16, virtual_pipeline=2), pipeline(recompute("full"), virtual_pipeline=2)],
+    "interleaved": [
+        pipeline(BF16, virtual_pipeline=2),
+        pipeline(recompute("full"), virtual_pipeline=2),
+        pipeline({"train": {"recompute": "full", "recompute_layers": 1}}, virtual_pipeline=2),
+    ],
     "four stages": [pipeline(stages=4)],
     "tensor and pipeline": [case(LLAMA, BF16, world=4, tensor=2, pipeline=2, sequence=True)],
 }

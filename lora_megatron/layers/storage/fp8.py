@@ -35,16 +35,18 @@ from lora_megatron.layers.storage.stored import Stored
 
 FP8 = torch.float8_e4m3fn
 LARGEST = 448.0  # of e4m3
+SMALLEST = 1e-30
+"""Of a vector's magnitudes: below, all of it is rounded to zero, since the inverse of its scale would be infinite."""
 
 
 def scale_of(largest: Tensor) -> Tensor:
-    """Scale that maps `largest` (>= 0) onto the largest FP8 number; 1 for a vector of zeros."""
-    return torch.where(largest > 0, largest.float() / LARGEST, 1.0)
+    """Scale that maps `largest` (>= 0) onto the largest FP8 number; 1 for a vector of (almost) zeros."""
+    return torch.where(largest > SMALLEST, largest.float() / LARGEST, 1.0)
 
 
 def to_fp8(values: Tensor, scale: Tensor) -> Tensor:
-    """Round values / scale to FP8; magnitudes past the largest number, which rounding of the scale allows, clip."""
-    return (values.float() / scale).clamp(-LARGEST, LARGEST).to(FP8)
+    """Round values (1 / scale) to FP8; magnitudes past the largest number, which rounding of the scale allows, clip."""
+    return (values.float() * scale.reciprocal()).clamp(-LARGEST, LARGEST).to(FP8)
 
 
 class Quantised(NamedTuple):

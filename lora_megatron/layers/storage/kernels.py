@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 LARGEST = tl.constexpr(448.0)
+SMALLEST = tl.constexpr(1e-30)
 
 
 @triton.jit
@@ -40,10 +41,10 @@ def _unpack(
     ratio = tl.load(block_codes + row.to(tl.int64) * blocks + block, present, 0).to(tl.float32)
     ratio = ratio * tl.load(step + group, present, 0.0) + tl.load(lowest + group, present, 0.0)
     if SCALED:
-        if AXIS == 0:  # noqa: SIM108
-            ratio = ratio / tl.load(scale + row, present, 1.0)
+        if AXIS == 0:
+            ratio = tl.div_rn(ratio, tl.load(scale + row, present, 1.0))
         else:
-            ratio = ratio / tl.load(scale + block)
+            ratio = tl.div_rn(ratio, tl.load(scale + block))
         ratio = tl.minimum(ratio, LARGEST)
     byte = block * 32 + tl.arange(0, 32)
     codes = tl.load(packed + row[:, None].to(tl.int64) * (columns // 2) + byte[None, :], present[:, None], 0)
@@ -120,19 +121,20 @@ def _quantise_rows(
             largest = tl.maximum(largest, tl.abs(values))
         scale = tl.max(largest, 0)
         if CAST:
-            scale = tl.where(scale > 0, scale / LARGEST, 1.0)
+            scale = tl.where(scale > SMALLEST, tl.div_rn(scale, LARGEST), 1.0)
         tl.store(scales + row, scale)
     else:
         scale = tl.load(scales + row)
-        scale = tl.where(scale > 0, scale / LARGEST, 1.0)
+        scale = tl.where(scale > SMALLEST, tl.div_rn(scale, LARGEST), 1.0)
         tl.store(scales + row, scale)
     if CAST:
+        inverse = tl.div_rn(1.0, scale)  # to the bit what the reference has: Triton's own division is approximate
         for start in range(0, columns, C):
             column = start + tl.arange(0, C)
             values = tl.load(x + row * columns + column, column < columns, 0.0).to(tl.float32)
             if FACTOR:
                 values *= tl.load(factor + column, column < columns, 0.0)
-            values = tl.clamp(values / scale, -LARGEST, LARGEST)
+            values = tl.clamp(values * inverse, -LARGEST, LARGEST)
             tl.store(codes + row * columns + column, values.to(tl.float8e4nv), column < columns)
 
 

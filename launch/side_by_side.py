@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the side-by-side measurements of this folder share: rounds, a folder for the report, numbers of many visits.
+
+Cases are visited in rounds, A B C A B C, each built anew and freed before the next: only one is in memory at a time,
+and a device that grows warmer, and so slower, from start to end does the same to all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from lora_megatron.bench.slices import Line
+from lora_megatron.bench.timing import spread
+from lora_megatron.errors import ConfigError, LostRankError, UserError
+from lora_megatron.measure.atomic import write_json, write_text
+from lora_megatron.measure.markdown import escape, printable
+from lora_megatron.measure.units import MISSING, show_seconds
+
+JSON_NAME, MARKDOWN_NAME = "report.json", "report.md"
+
+
+def names_of(text: str, valid: Sequence[str], *, flag: str) -> list[str]:
+    """`a,b` -> [a, b], each valid and there once; raises ConfigError."""
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in valid:
+            raise ConfigError(f"{flag} names {printable(name)!r}: choose among {', '.join(valid)}")
+        if names.count(name) > 1:
+            raise ConfigError(f"{flag} names {name} twice: list each once")
+    return names
+
+
+def sizes_of(text: str, *, flag: str) -> list[int]:
+    """`2,4` -> [2, 4]: one number of layers, or two for a line through them; raises ConfigError."""
+    parts = [part.strip() for part in text.split(",")]
+    sizes = sorted({int(part) for part in parts if part.isdecimal() and len(part) < 7})
+    if len(sizes) != len(parts) or len(sizes) > 2 or not sizes or sizes[0] < 1:
+        raise ConfigError(f"{flag} {printable(text)!r}: give one number of layers, or two different ones such as 2,4")
+    return sizes
+
+
+def require_positive(options: Any, *names: str) -> None:
+    """Raise ConfigError for the first option (`names` are its attributes) that is below 1."""
+    for name in names:
+        if (value := getattr(options, name)) < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+
+
+def claim(folder: Path, *, kind: str) -> None:
+    """Make the folder of a report; raise ConfigError where it holds anything but an earlier report of this kind."""
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"--out {folder} is a file; choose a folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        strange = sorted(path.name for path in folder.iterdir() if path.name not in (JSON_NAME, MARKDOWN_NAME))
+        if not strange and (folder / JSON_NAME).exists():
+            report = json.loads((folder / JSON_NAME).read_text(encoding="utf-8"))
+            strange = [] if isinstance(report, dict) and report.get("kind") == kind else [JSON_NAME]
+    except ValueError:
+        strange = [JSON_NAME]
+    except OSError as error:
+        raise ConfigError(f"--out {folder} cannot be used ({error.strerror}): choose another folder") from None
+    if strange:
+        raise ConfigError(f"--out {folder} holds {strange[0]}, which this script has not written: choose another")
+
+
+def in_rounds(cases: Sequence[Any], rounds: int, *, enabled: bool) -> Iterator[tuple[int, Any]]:
+    """(round, case) for every visit, with a progress bar on stderr, or a line a visit where that is no terminal."""
+    console = Console(stderr=True, soft_wrap=True, highlight=False, quiet=not enabled)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=rounds * len(cases))
+        for index in range(rounds):
+            for case in cases:
+                text = f"round {index + 1} of {rounds}: {case}"
+                bar.update(task, description=text)
+                if not console.is_terminal:
+                    console.print(text)
+                yield index, case
+                bar.advance(task)
+
+
+def pooled(visits: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """{median, p10, p90} over the steps of all visits, and each visit's median."""
+    return {
+        **spread([seconds for visit in visits for seconds in visit]),
+        "median_of_each_visit": [statistics.median(visit) for visit in visits],
+    }
+
+
+def layers_text(layers: int) -> str:
+    """`1 layer`, `4 layers`."""
+    return f"{layers} layer{'s' if layers > 1 else ''}"
+
+
+def at_layers(sizes: Sequence[int], values: Sequence[float], layers: int) -> float | None:
+    """What two slices say of a model of `layers`, on the line through them; None from one slice."""
+    if len(sizes) != 2:
+        return None
+    return Line.through((sizes[0], values[0]), (sizes[1], values[1])).at(layers)
+
+
+def per_layer(sizes: Sequence[int], values: Sequence[float]) -> float | None:
+    """The slope of the same line: what one more layer costs."""
+    return None if len(sizes) != 2 else Line.through((sizes[0], values[0]), (sizes[1], values[1])).slope
+
+
+def spread_text(seconds: Mapping[str, float]) -> str:
+    """`12.3 ms to 12.9 ms`, p10 to p90."""
+    return f"{show_seconds(seconds['p10'])} to {show_seconds(seconds['p90'])}" if seconds else MISSING
+
+
+def command_line(script: str) -> str:
+    """The command as it was given."""
+    return shlex.join(["python", f"launch/{script}", *sys.argv[1:]])
+
+
+def hardware_text(environment: Mapping[str, Any]) -> str:
+    """`NVIDIA ..., torch 2.11.0, ...` from `measure.environment`."""
+    devices = environment["devices"]
+    gpus = [gpu["name"] for gpu in devices.get("gpus", ())]
+    software = [f"{name} {version}" for name, version in environment["packages"].items() if version]
+    return ", ".join([*(gpus or [devices.get("name") or "CPU"]), f"Python {environment['python']}", *software])
+
+
+def write_report(folder: Path, report: Mapping[str, Any], lines: Sequence[str]) -> None:
+    """report.json and report.md, each whole or not at all."""
+    try:
+        write_json(folder / JSON_NAME, dict(report))
+        write_text(folder / MARKDOWN_NAME, "\n".join(lines) + "\n")
+    except OSError as error:
+        raise ConfigError(f"--out {folder} cannot be written ({error.strerror}): make room or choose another") from None
+
+
+def notes_lines(notes: Sequence[str]) -> list[str]:
+    """A Markdown list of plain text."""
+    return [*(f"- {escape(note)}" for note in notes), ""]
+
+
+def status_of(run: Callable[[], None]) -> int:
+    """Exit status of a script: a user's error is one line on stderr, as in `lora-megatron`."""
+    console = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
+    try:
+        run()
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0" or error.told_by != "main":
+            console.print(f"error: {error}")
+        if isinstance(error, LostRankError):
+            sys.stderr.flush()
+            os._exit(error.exit_status)  # nothing that waits for the others may run
+        return error.exit_status
+    return 0
