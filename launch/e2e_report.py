@@ -58,8 +58,8 @@ NOTES = (
     "So few runs make their standard deviation rough, and all start from the same base: what another base would "
     "change is not in it.",
     "The base alone is scored on fewer instances, and NIST and CIDEr depend on the whole set: compare them with care.",
-    "Times are of processes that shared the GPU, and say nothing about either method's speed alone. Peak memory is "
-    "each process's own, of its training.",
+    "Times are of processes that shared the GPU, and say nothing about a method's speed alone. Peak memory is each "
+    "process's own, of its training. Of a training that was stopped and went on, both are the last part's.",
     "A name counts as copied where the answer has the restaurant's name literally, capitals aside.",
 )
 
