@@ -138,7 +138,7 @@ def _summary(runs: Mapping[str, Any], method: str) -> dict[str, Any]:
 
 def _examples(settings: Settings, runs: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Some test instances with a reference, and what the base and the first run of each method answered."""
-    first = {name.partition("-")[0]: name for name in reversed(runs) if runs[name]["test"]}
+    first = {name.partition("-")[0]: name for name in reversed(list(runs)) if runs[name]["test"]}
     answers = {first[kind]: _predictions(first[kind], settings) for kind in (BASE, *METHODS) if kind in first}
     if not answers:
         return []
