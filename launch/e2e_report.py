@@ -58,8 +58,8 @@ NOTES = (
     "So few runs make their standard deviation rough, and all start from the same base: what another base would "
     "change is not in it.",
     "The base alone is scored on fewer instances, and NIST and CIDEr depend on the whole set: compare them with care.",
-    "Times are of processes that shared the GPU, and say nothing about either method's speed alone. Peak memory is "
-    "each process's own, of its training.",
+    "Times are of processes that shared the GPU, and say nothing about a method's speed alone. Peak memory is each "
+    "process's own, of its training. Of a training that was stopped and went on, both are the last part's.",
     "A name counts as copied where the answer has the restaurant's name literally, capitals aside.",
 )
 
@@ -138,7 +138,7 @@ def _summary(runs: Mapping[str, Any], method: str) -> dict[str, Any]:
 
 def _examples(settings: Settings, runs: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Some test instances with a reference, and what the base and the first run of each method answered."""
-    first = {name.partition("-")[0]: name for name in reversed(runs) if runs[name]["test"]}
+    first = {name.partition("-")[0]: name for name in reversed(list(runs)) if runs[name]["test"]}
     answers = {first[kind]: _predictions(first[kind], settings) for kind in (BASE, *METHODS) if kind in first}
     if not answers:
         return []

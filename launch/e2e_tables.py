@@ -35,9 +35,9 @@ def score_table(runs: Mapping[str, Any], summary: Mapping[str, Any]) -> list[str
     counts = [summary[method]["runs"] for method in METHODS]
     heads = ["", f"LoRA ({counts[0]} seeds)", f"full fine-tuning ({counts[1]} seeds)"]
     heads.append(f"base alone ({show_count(runs[BASE]['test'].get('instances'))} instances)")
-    shown = " or ".join(map(str, sorted(instances))) or MISSING
+    shown = " or ".join(f"{count:,}" for count in sorted(instances))
     text = f"Mean and standard deviation over seeds, on {shown} instances of E2E's test set. {_decoding(runs)}"
-    return [text, "", *table(heads, rows), *_unavailable(runs)]
+    return [text if instances else "No adaptation is evaluated yet.", "", *table(heads, rows), *_unavailable(runs)]
 
 
 def _decoding(runs: Mapping[str, Any]) -> str:

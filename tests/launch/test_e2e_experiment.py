@@ -91,6 +91,9 @@ def test_the_corpus_has_nothing_of_the_test_set_and_what_is_held_out_is_apart(tm
     for name, other in (("train", "validation"), ("validation", "train")):
         assert {sentence for _, sentence in parts[name]} <= set(corpus[name])
         assert not {sentence for _, sentence in parts[other]} & set(corpus[name])
+        contexts = [text.partition("\n")[0] for text in corpus[name] if "\n" in text]
+        assert contexts
+        assert {held_out(context) for context in contexts} == {name == "validation"}
     everything = [*corpus["train"], *corpus["validation"]]
     assert not {plain(t.rpartition("\n")[2]) for t in everything} & {plain(t) for _, t in parts["test"]}
     assert len(everything) == len(set(everything)) == 2 * len(NAMES) * len(AREAS) + len(NAMES) + 1
