@@ -159,7 +159,9 @@ def vanish(folder: str) -> None:
 
     def save_tensors(path: Path, *arguments: Any) -> Any:
         receipt = write(path, *arguments)
-        shutil.rmtree(path.parent if folder == "temporary" else path.parent.parent)
+        doomed = path.parent if folder == "temporary" else path.parent.parent
+        while doomed.exists():  # another rank may write into it meanwhile, which ends one attempt
+            shutil.rmtree(doomed, ignore_errors=True)
         return receipt
 
     state.save_tensors = save_tensors
