@@ -84,10 +84,11 @@ def _about_products(result: Result) -> Iterator[str]:
 
 
 def _general(result: Result) -> Iterator[str]:
+    visits = "each of two visits, the second in reverse order" if result["visits"] > 1 else "its one visit"
     yield (
         "A step is the one that train runs: data, forward, backward, reductions, the check for values that are not "
-        "finite, clipping, update. Of each step the slowest rank's time counts. Every case is built anew for each of "
-        "its two visits, the second in reverse order, and freed after."
+        "finite, clipping, update. Of each step the slowest rank's time counts. Every case is built anew for "
+        f"{visits}, and freed after."
     )
     weights = "those of the stored base" if result["weights"] != "random" else "random"
     yield (

@@ -90,6 +90,11 @@ def require_equal_layers(config: Config, shape: ModelShape, method: Method, smal
             "method.layers gives layers different ranks, and a slice cannot stand for the whole model: leave it out, "
             "or measure all layers (--layers, or more memory)"
         )
+    if config.train.recompute == "auto" or config.train.recompute_layers is not None:
+        raise ConfigError(
+            "train.recompute = auto, and train.recompute_layers, recompute another share of a slice than of the whole: "
+            "set train.recompute to none, selective or full, or measure all layers (--layers, or more memory)"
+        )
     windowed = 0 < shape.sliding_window < config.data.sequence_length
     if windowed and 0 < shape.full_attention_layers < shape.num_layers:
         raise ConfigError(

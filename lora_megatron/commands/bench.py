@@ -29,7 +29,7 @@ from lora_megatron.measure.console import TrainingProgress
 from lora_megatron.measure.environment import describe_environment
 from lora_megatron.measure.units import show_bytes
 from lora_megatron.methods.choose import METHODS
-from lora_megatron.model.checks import check, layout_of
+from lora_megatron.model.checks import check, check_plan, layout_of
 from lora_megatron.model.presets import resolve_shape
 from lora_megatron.model.shape import ModelShape
 from lora_megatron.parallel import groups
@@ -122,6 +122,9 @@ def _check(question: Question) -> None:
     smallest = shape if shape.num_layers % unit else slice_of(shape, unit)
     for name in question.methods:
         config = bench_config(question.config, name)
+        if config.train.recompute_layers is not None:  # of the whole model's layers
+            check_plan(config, shape, method_of(config, shape), dist.get_world_size())
+            config = config.model_copy(update={"train": config.train.model_copy(update={"recompute_layers": None})})
         check(config, smallest, method_of(config, shape), dist.get_world_size())
 
 

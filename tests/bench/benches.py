@@ -48,6 +48,7 @@ def bench(
     steps: int = 2,
     warm_up: int = 0,
     layers: int | None = None,
+    visits: int = 2,
     picture: bool = False,
     under: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
 ) -> Outcome:
@@ -57,7 +58,9 @@ def bench(
     drawing = contextlib.nullcontext() if picture else patch.object(report, "draw_bench")
     try:
         with quick, drawing, under():
-            run_bench(parse_config(tree), methods=methods, steps=steps, warm_up=warm_up, layers=layers, out=out)
+            run_bench(
+                parse_config(tree), methods=methods, steps=steps, warm_up=warm_up, layers=layers, out=out, visits=visits
+            )
     except UserError as error:
         return Outcome(error.exit_status, str(error))
     return Outcome()

@@ -12,6 +12,7 @@ import yaml
 from lora_megatron.__main__ import main
 from tests.bench.benches import bench, make_tree
 from tests.commands.runs import Outcome, names_in
+from tests.pool import Pool
 
 
 @pytest.mark.parametrize(
@@ -95,3 +96,10 @@ def test_the_command_line_needs_no_tokenizer_and_no_data(tmp_path: Path, capsys:
     assert (out / "bench.png").exists()
     assert main([*command[:-1], str(config)]) == 2
     assert capsys.readouterr().err.startswith("error: --out")
+
+
+@pytest.mark.parametrize("train", [{"recompute": "auto"}, {"recompute": "full", "recompute_layers": 2}])
+def test_a_slice_does_not_stand_for_a_share_of_layers(pool: Pool, tmp_path: Path, train: dict[str, Any]) -> None:
+    (outcome,) = pool.run(1, bench, tree=make_tree(train=train), out=str(tmp_path / "out"), layers=2)
+    assert outcome.status == 2
+    assert "recompute another share of a slice than of the whole" in outcome.message

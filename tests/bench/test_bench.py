@@ -134,6 +134,17 @@ def test_an_earlier_bench_is_replaced(pool: Pool, whole: Path, tmp_path: Path) -
     assert report["ratios"] == []
 
 
+def test_one_visit_and_what_is_recomputed(pool: Pool, tmp_path: Path) -> None:
+    tree = make_tree(train={"recompute": "full", "recompute_layers": 3})
+    assert pool.run(1, bench, tree=tree, out=str(tmp_path), methods=["lora"], steps=3, visits=1) == [Outcome()]
+    report, text = report_of(tmp_path), (tmp_path / "report.md").read_text(encoding="utf-8")
+    row = row_of(report, "lora", LAYERS)
+    assert (row["steps"], len(row["median_of_each_visit"]), row["recompute"]) == (3, 1, "full, 3 a chunk")
+    assert abs(row["plan_error"]["activations"]) < 0.002
+    assert "its one visit" in text
+    assert "full, 3 a chunk" in text
+
+
 def weights_of_rank(tree: dict[str, Any], method: str, layers: int) -> int:
     """Bytes of a model that this test builds itself."""
     config = parse_config(tree)
