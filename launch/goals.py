@@ -7,7 +7,8 @@
 
 A row is a `lora-megatron bench` of a configuration in launch/configs, or a script of this folder; it runs as a process
 of its own, and its report lies in a folder of its name. goals.md and goals.json are written anew after each row, so a
-call that is cut short leaves what was measured. A row whose command fails is reported as failed, with its last line.
+call that is cut short leaves what was measured. A row whose command fails, or whose report lacks the number, says so.
+The exit status is 0 whatever was met: goals.json tells.
 """
 
 from __future__ import annotations
@@ -168,7 +169,13 @@ def measure(name: str, folder: Path, *, shrink: Sequence[str]) -> Report:
         return result
     report = json.loads((folder / name / "report.json").read_text(encoding="utf-8"))
     report["folder"] = str(folder / name)
-    for what, value, sign, goal in row.values(report):
+    try:
+        found = row.values(report)
+    except (IndexError, KeyError, TypeError):
+        found, result["why"] = [], "its report lacks the number (out of memory, or too noisy a time): see its report.md"
+    if not found and not result["why"]:
+        result["why"] = "compared with row `full` of the same folder, which is not there"
+    for what, value, sign, goal in found:
         kept = COMPARE[sign](value, goal)
         result["values"].append({"what": what, "value": value, "sign": sign, "goal": goal, "met": kept})
     return result
@@ -209,7 +216,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status
+    if options.out.exists() and not options.out.is_dir():
+        print(f"error: --out {options.out} is a file; choose a folder", file=sys.stderr)
+        return ConfigError.exit_status
     options.out.mkdir(parents=True, exist_ok=True)
+    for name in names:  # an earlier call's must not stand for a row that fails now
+        (options.out / name / "report.json").unlink(missing_ok=True)
     environment, results, here = describe_environment(), [], max(1, torch.cuda.device_count())
     for name in names:
         if ROWS[name].gpus > here:

@@ -28,7 +28,7 @@ LEVELS = (
     ("model",),
     ("checkpoint", "data", "measure", "metrics"),
     ("huggingface",),
-    ("training", "evaluation", "analysis", "planning"),
+    ("training", "evaluation", "planning"),
     ("bench",),
     ("commands", "quickstart"),
     ("arguments",),

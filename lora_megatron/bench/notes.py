@@ -84,7 +84,8 @@ def _about_products(result: Result) -> Iterator[str]:
 
 
 def _general(result: Result) -> Iterator[str]:
-    visits = "each of two visits, the second in reverse order" if result["visits"] > 1 else "its one visit"
+    twice = min(result["visits"], result["steps"]) > 1
+    visits = "each of two visits, the second in reverse order" if twice else "its one visit"
     yield (
         "A step is the one that train runs: data, forward, backward, reductions, the check for values that are not "
         "finite, clipping, update. Of each step the slowest rank's time counts. Every case is built anew for "

@@ -46,7 +46,7 @@ class Question:
     """The whole model's."""
     methods: Sequence[str]
     effort: Effort
-    """Measured steps over both visits, and steps before each visit's."""
+    """Measured steps over all visits, and steps before each visit's."""
     layers: int | None
     """Of the slice asked for, one that can be cut (`slices.check_layers`); None: as many as fit."""
     load: Load | None

@@ -43,7 +43,7 @@ def add_generate(commands: Any) -> argparse.ArgumentParser:
         "--prompts", metavar="FILE", help="a prompt in each line; of a .jsonl the object's `context` or `prompt`"
     )
     generate.add_argument("--out", metavar="FILE", help="write JSON Lines instead of printing")
-    _add_decoding(generate)
+    _add_decoding(generate, "greedy without --beams and --sample")
     return generate
 
 
@@ -53,7 +53,7 @@ def add_evaluate(commands: Any) -> argparse.ArgumentParser:
         "evaluate",
         help="predict a task's rows and score them, with confidence intervals",
         description="Predict the rows of a prepared file by the model of a training's configuration and an adapter, on "
-        "the ranks torchrun started, and score them as the task's own scripts do. Writes predictions.jsonl (a line a "
+        "the ranks torchrun started, and score them by the task's metrics. Writes predictions.jsonl (a line a "
         "row, as they come), scores.json and a table. The same command goes on where an interrupted one ended.",
         epilog="examples:\n"
         "  lora-megatron evaluate config.yaml --adapter runs/r8/adapter --task e2e --data data/e2e --split test \\\n"
@@ -79,7 +79,7 @@ def add_evaluate(commands: Any) -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--bootstrap", type=int, default=1000, metavar="N", help="resamples behind an interval (default: %(default)s)"
     )
-    _add_decoding(evaluate)
+    _add_decoding(evaluate, "what is not given is the task's, see below")
     return evaluate
 
 
@@ -91,9 +91,9 @@ def decoding_from(arguments: argparse.Namespace, task: str | None = None) -> Dec
     return decoding_of(task, given)
 
 
-def _add_decoding(parser: argparse.ArgumentParser) -> None:
+def _add_decoding(parser: argparse.ArgumentParser, default: str) -> None:
     switch = argparse.BooleanOptionalAction
-    group = parser.add_argument_group("decoding", "transformers' terms; greedy without --beams and --sample")
+    group = parser.add_argument_group("decoding", f"transformers' terms; {default}")
     group.add_argument("--max-new-tokens", type=int, metavar="N", help="longest continuation (default: 128)")
     group.add_argument("--beams", type=int, metavar="N", help="beam search with so many; 1 is greedy")
     group.add_argument("--length-penalty", type=float, metavar="X", help="a beam counts log probability / tokens ** X")

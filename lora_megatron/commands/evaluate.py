@@ -24,7 +24,7 @@ from lora_megatron.evaluation.settings import Decoding
 from lora_megatron.evaluation.task_metric import answering_of
 from lora_megatron.measure.atomic import write_json
 from lora_megatron.measure.rows_progress import RowsProgress
-from lora_megatron.metrics.tasks import TASKS, score
+from lora_megatron.metrics.tasks import TASKS, check_labels, check_resampling, score
 from lora_megatron.parallel.agree import gather_text, is_main, require_equal, together
 from lora_megatron.parallel.heartbeat import beat
 from lora_megatron.parallel.stopping import stop_if_asked
@@ -52,10 +52,10 @@ class EvaluationOptions:
         for flag, value, least in (
             ("limit", self.limit, 1),
             ("batch-size", self.batch_size, 1),
-            ("bootstrap", self.bootstrap, 0),
         ):
             if value is not None and value < least:
                 raise ConfigError(f"--{flag} {value} cannot be: give {least} or more")
+        check_resampling(bootstrap=self.bootstrap)
 
 
 class EvaluationStopped(Preempted):
@@ -111,7 +111,9 @@ def _plan(config: Config, options: EvaluationOptions) -> _Plan:
             f"{table.path} was rendered by a chat template, and the labels of {options.task} stand alone: prepare it "
             "without --chat-template, or evaluate it as --task text"
         )
-    return _Plan(table, instances_of(table, group=group, limit=options.limit))
+    instances = instances_of(table, group=group, limit=options.limit)
+    check_labels(options.task, (instance.references for instance in instances))
+    return _Plan(table, instances)
 
 
 def _table(config: Config, options: EvaluationOptions) -> ExampleTable:

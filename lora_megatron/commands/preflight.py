@@ -151,8 +151,8 @@ def settle_recomputation(config: Config, shape: ModelShape, method: Method, say:
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))  # they share a machine's memory
     settled = settle_here(config, shape, method, free=None if free is None else free // ranks_here)
     if config.train.recompute == "auto":
-        layers = settled.train.recompute_layers or 0
-        say(f"train.recompute = auto: {layers} of the {chunk_layers(config, shape)} layers of each model chunk")
+        share = f"{settled.train.recompute_layers or 0} of the {chunk_layers(config, shape)} layers"
+        say(f"train.recompute = auto recomputes {share} of each model chunk")
     return settled
 
 

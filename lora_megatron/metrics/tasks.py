@@ -20,7 +20,7 @@ with stemming.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -58,6 +58,8 @@ _ALL = (
     Task("webnlg", "generate", ("bleu", "meteor", "ter")),
     Task("text", "generate", ("bleu", "rouge1", "rouge2", "rouge_l", "exact_match")),
 )
+MOST_RESAMPLES = 100_000
+"""Of a bootstrap: an interval's ends move by less than its own noise beyond a few thousand."""
 TASKS: Mapping[str, Task] = {task.name: task for task in _ALL}
 
 
@@ -102,8 +104,7 @@ def score(
     """
     if task not in TASKS:
         raise ConfigError(f"task {task!r} is unknown; use one of {', '.join(TASKS)}")
-    if bootstrap < 0 or seed < 0:
-        raise ConfigError(f"bootstrap {bootstrap} and seed {seed} must be 0 or more")
+    check_resampling(bootstrap=bootstrap, seed=seed)
     if len(predictions) != len(references):
         raise DataError(f"{len(predictions)} predictions for {len(references)} instances with references")
     if metas is not None and len(metas) != len(references):
@@ -112,6 +113,7 @@ def score(
         raise DataError("there is no prediction to score")
     if bare := [number for number, texts in enumerate(references, start=1) if not texts]:
         raise DataError(f"instance {bare[0]} has no reference; give every instance at least one")
+    check_labels(task, references)
     found = _measure(task, predictions, references, metas)
     assert tuple(found) == TASKS[task].metrics
     sums = {name: metric for name, metric in found.items() if isinstance(metric, Sums)}
@@ -121,6 +123,25 @@ def score(
         unavailable={name: metric.reason for name, metric in found.items() if isinstance(metric, Unavailable)},
         instances=len(predictions),
     )
+
+
+def check_resampling(*, bootstrap: int, seed: int = 0) -> None:
+    """Raise ConfigError for numbers that `score` does not take."""
+    if not 0 <= bootstrap <= MOST_RESAMPLES:
+        raise ConfigError(f"--bootstrap {bootstrap} cannot be: give 0 to {MOST_RESAMPLES:,}")
+    if seed < 0:
+        raise ConfigError(f"--seed {seed} cannot be: give 0 or more")
+
+
+def check_labels(task: str, references: Iterable[Sequence[str]]) -> None:
+    """Raise DataError where a task that has labels is given something else: the accuracy would be 0 and say nothing."""
+    labels = TASKS[task].labels
+    for number, texts in enumerate(references if labels else (), start=1):
+        if wrong := [text for text in texts if text.strip() not in labels]:
+            raise DataError(
+                f"instance {number}: {wrong[0][:60]!r} is no label of {task} ({', '.join(labels)}); are these the data "
+                "of another task?"
+            )
 
 
 def _measure(

@@ -41,7 +41,7 @@ def sql_accuracies(
     """
     if metas is None or any(meta is None for meta in metas):
         forms = [_form_of_text(*pair) for pair in zip(predictions, references, strict=True)]
-        reason = "running a query needs its table: give the column `meta` of the prepared data (--metas FILE)"
+        reason = "running a query needs its table: give the column `meta` of the prepared data"
         return {"logical_form": average(forms), "execution": Unavailable(reason)}
     golds = [_gold(meta or "", number) for number, meta in enumerate(metas, start=1)]
     read = [list(readings(text, gold.header)) for text, gold in zip(predictions, golds, strict=True)]

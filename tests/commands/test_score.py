@@ -114,4 +114,4 @@ def test_wrong_settings_end_with_status_2(tmp_path: Path, capsys: pytest.Capture
         "--task 'e2f' is unknown; use one of wikisql, mnli, samsum, e2e, dart, webnlg, text" in capsys.readouterr().err
     )
     assert run(tmp_path, "a\n", "a\n", "--seed", "-1") == 2
-    assert "must be 0 or more" in capsys.readouterr().err
+    assert "--seed -1 cannot be: give 0 or more" in capsys.readouterr().err

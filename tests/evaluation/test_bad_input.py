@@ -163,3 +163,12 @@ def test_a_model_whose_logits_are_not_finite(
         assert main(command) == 5
         assert "error: the model's logits are not finite" in capsys.readouterr().err
         assert (tmp_path / task / "predictions.jsonl").read_bytes() == b""
+
+
+def test_the_data_of_another_task(refused: Refused) -> None:
+    """Before anything is decoded: an accuracy of 0 would say nothing."""
+    refused.evaluate(3, "is no label of mnli (", "--task", "mnli")
+
+
+def test_more_resamples_than_anyone_needs(refused: Refused) -> None:
+    refused.evaluate(2, "--bootstrap 99999999999 cannot be: give 0 to 100,000", "--bootstrap", "99999999999")

@@ -28,8 +28,10 @@ PERFECT = {
 
 @pytest.mark.parametrize("task", TASKS)
 def test_references_score_themselves_perfectly(task: str) -> None:
-    texts = ["SELECT a FROM table WHERE b = 3"] * 3 if task == "wikisql" else [*TASKS[task].labels, *TEXTS]
-    found = score(task, texts, [["something else", text] for text in texts], bootstrap=20)
+    labels = TASKS[task].labels
+    texts = ["SELECT a FROM table WHERE b = 3"] * 3 if task == "wikisql" else list(labels or TEXTS)
+    other = labels[0] if labels else "something else"
+    found = score(task, texts, [[other, text] for text in texts], bootstrap=20)
     assert set(found.values) | set(found.unavailable) == set(TASKS[task].metrics)
     assert not set(found.values) & set(found.unavailable)
     for name, value in found.values.items():
@@ -42,14 +44,18 @@ def test_references_score_themselves_perfectly(task: str) -> None:
 
 @pytest.mark.parametrize("task", ["e2e", "webnlg", "samsum", "text", "mnli"])
 def test_worse_texts_score_worse_and_equal_seeds_equally(task: str) -> None:
-    references = [[text] for text in TEXTS]
-    best, found = (score(task, texts, references, bootstrap=200, seed=3) for texts in (TEXTS, WORSE))
+    right, worse = list(TEXTS), list(WORSE)
+    if labels := TASKS[task].labels:
+        right = [labels[row % 3] for row in range(len(right))]
+        worse = [*right[:-1], "none of them"]
+    references = [[text] for text in right]
+    best, found = (score(task, texts, references, bootstrap=200, seed=3) for texts in (right, worse))
     for name, value in found.values.items():
         assert (value > best.values[name]) if name == "ter" else (value < best.values[name]), name
         low, high = found.intervals[name]
         assert low < value < high, name
-    assert found == score(task, WORSE, references, bootstrap=200, seed=3)
-    assert score(task, WORSE, references, bootstrap=0).intervals == {}
+    assert found == score(task, worse, references, bootstrap=200, seed=3)
+    assert score(task, worse, references, bootstrap=0).intervals == {}
 
 
 def test_more_references_help_and_their_order_does_not() -> None:
@@ -98,6 +104,7 @@ def test_a_resampled_corpus_is_the_metric_of_the_drawn_instances() -> None:
         (("e2e", ["a", "b"], [["a"]]), DataError, "2 predictions for 1 instances"),
         (("e2e", [], []), DataError, "no prediction"),
         (("e2e", ["a", "b"], [["a"], []]), DataError, "instance 2 has no reference"),
+        (("mnli", ["neutral"] * 2, [["neutral"], ["a text"]]), DataError, "instance 2: 'a text' is no label of mnli"),
     ],
 )
 def test_what_cannot_be_scored_is_refused(arguments: tuple, error: type[Exception], message: str) -> None:
@@ -106,8 +113,12 @@ def test_what_cannot_be_scored_is_refused(arguments: tuple, error: type[Exceptio
 
 
 def test_numbers_out_of_range_are_refused() -> None:
-    for numbers in ({"bootstrap": -1}, {"seed": -1}):
-        with pytest.raises(ConfigError, match="must be 0 or more"):
+    for numbers, says in (
+        ({"bootstrap": -1}, "--bootstrap -1 cannot be: give 0 to 100,000"),
+        ({"bootstrap": 10**11}, "--bootstrap 100000000000 cannot be"),
+        ({"seed": -1}, "--seed -1 cannot be: give 0 or more"),
+    ):
+        with pytest.raises(ConfigError, match=says):
             score("text", ["a"], [["a"]], **numbers)
     with pytest.raises(DataError, match="3 metas for 1"):
         score("wikisql", ["a"], [["a"]], metas=["", "", ""])

@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 
 from lora_megatron.config import parse_config
+from lora_megatron.errors import ConfigError
 from lora_megatron.training.length import ends_epoch, show_length, total_steps
 
 
@@ -28,6 +29,11 @@ def steps(epochs: float, rows: int, batch: int) -> int:
 )
 def test_epochs_are_rounded_up_to_whole_steps(epochs: float, rows: int, batch: int, expected: int) -> None:
     assert steps(epochs, rows, batch) == expected
+
+
+def test_more_steps_than_steps_could_be_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"train.epochs = 1e\+09 are 250,000,000,000 steps over 1,000 rows"):
+        steps(1e9, 1000, 4)
 
 
 def test_given_steps_are_taken_as_they_are() -> None:

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""launch/goals.py: numbers of made-up reports beside their goals, rows that fail, and bad input."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+
+from launch import goals
+from launch.goals import GIB, ROWS, Report
+
+LORA = {
+    "method": "lora",
+    "out_of_memory": None,
+    "tokens_per_second_per_rank": 1100.0,
+    "peak_bytes": 80 * GIB,
+    "share_of_ceiling": 0.9,
+}
+FULL = {**LORA, "method": "full", "tokens_per_second_per_rank": 500.0}
+BENCH: Report = {"rows": [LORA, FULL], "ratios": [{"speed": 1.5}]}
+
+
+def case(name: str, speed: float, held: int) -> Report:
+    return {"case": name, "layers": 4, "out_of_memory": False, "tokens_per_second": speed, "activation_bytes": held}
+
+
+PEFT: Report = {"rows": [case("bf16", 130.0, 50), case("fp8", 170.0, 80), case("peft", 100.0, 100)]}
+TAX: Report = {"taxes": [{"storage": "bf16", "part": "whole", "layer": {"median": 0.02}}]}
+
+
+@pytest.fixture
+def measured(tmp_path: Path) -> Any:
+    """Runs goals.py with a row's command replaced by one that leaves `report`, or fails."""
+
+    def run(names: str, report: Report | None, *, status: int = 0) -> dict[str, Report]:
+        def pretend(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+            folder = Path(command[command.index("--out") + 1])
+            folder.mkdir(parents=True, exist_ok=True)
+            if report is not None:
+                (folder / "report.json").write_text(json.dumps(report), encoding="utf-8")
+            return subprocess.CompletedProcess(command, status, stdout="step 1\nerror: no memory\nsome Warning\n")
+
+        with patch.object(goals.subprocess, "run", pretend), patch.object(goals, "describe_environment", lambda: ENV):
+            assert goals.main(["--out", str(tmp_path / "out"), "--rows", names]) == 0
+        results = json.loads((tmp_path / "out" / "goals.json").read_text(encoding="utf-8"))["results"]
+        assert "# Goals" in (tmp_path / "out" / "goals.md").read_text(encoding="utf-8")
+        return {result["row"]: result for result in results}
+
+    return run
+
+
+ENV = {"devices": {"type": "cpu"}}
+
+
+def met(result: Report) -> dict[str, bool]:
+    return {value["what"]: value["met"] for value in result["values"]}
+
+
+def test_numbers_beside_their_goals(measured: Any) -> None:
+    found = measured("175b-nf4,175b-lean,slice,full,full-recomputed", BENCH)
+    assert met(found["175b-nf4"]) == {"tokens/s per GPU": True, "peak, GiB per GPU": True}
+    assert met(found["175b-lean"]) == {"peak, GiB over all GPUs": True}
+    assert met(found["slice"]) == {"share of the products' rate": False}
+    assert met(found["full"]) == {"LoRA over full fine-tuning": True}
+    assert found["full-recomputed"]["values"][0]["value"] == pytest.approx(1100 / 500)
+    peft = met(measured("peft", PEFT)["peft"])
+    assert list(peft.values()) == [True, True, False, False]
+    assert met(measured("tax", TAX)["tax"]) == {"bf16, whole, a layer": True}
+
+
+@pytest.mark.parametrize(
+    ("row", "report"),
+    [
+        ("175b-nf4", {"rows": [{**LORA, "out_of_memory": "out of memory"}], "ratios": []}),
+        ("full", {"rows": [LORA], "ratios": []}),
+        ("tax", {"taxes": [{"storage": "bf16", "part": "whole", "layer": None}]}),
+        ("peft", {"rows": [{**case("peft", 1.0, 1), "out_of_memory": True}]}),
+    ],
+)
+def test_a_report_without_the_number_does_not_end_the_call(measured: Any, row: str, report: Report) -> None:
+    found = measured(f"{row},slice", {**BENCH, **report})
+    assert found[row]["values"] == []
+    assert "lacks the number" in found[row]["why"]
+    assert "slice" in found
+
+
+def test_a_command_that_fails_says_its_error_and_an_old_report_does_not_stand_for_it(measured: Any) -> None:
+    assert measured("slice", BENCH)["slice"]["values"]
+    failed = measured("slice", None, status=1)["slice"]
+    assert failed["values"] == []
+    assert failed["why"] == "failed with status 1: error: no memory"
+
+
+def test_rows_that_cannot_be_compared_say_why(measured: Any) -> None:
+    found = measured("full-recomputed,175b-2gpu", BENCH)
+    assert "compared with row `full`" in found["full-recomputed"]["why"]
+    assert found["175b-2gpu"]["why"] == "needs 2 GPUs, here is 1"
+
+
+def test_the_list_and_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert goals.main(["--list"]) == 0
+    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == list(ROWS)
+    assert goals.main(["--rows", "slices"]) == 2
+    assert "--rows names 'slices': choose among" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    assert goals.main(["--out", str(tmp_path / "file")]) == 2
+    assert "is a file; choose a folder" in capsys.readouterr().err
