@@ -42,6 +42,8 @@ class GenerationOptions:
         """Raises ConfigError for what cannot be."""
         if bool(self.prompts) == (self.file is not None):
             raise ConfigError("give --prompt TEXT (once or more), or --prompts FILE, and not both")
+        if any(not text.strip() for text in self.prompts):
+            raise ConfigError("--prompt is empty: give it a text to continue")
         if self.batch_size is not None and self.batch_size < 1:
             raise ConfigError(f"--batch-size {self.batch_size} cannot be: give 1 or more")
         if self.out is not None and (self.out.is_dir() or not self.out.absolute().parent.is_dir()):
@@ -84,7 +86,7 @@ def read_prompts(path: Path) -> list[str]:
     try:
         if path.stat().st_size > _MOST_BYTES:
             raise DataError(f"{path} has {path.stat().st_size} bytes, at most {_MOST_BYTES} are read: split it")
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # a byte order mark is no part of the first prompt
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read prompts from {path}: {getattr(error, 'strerror', None) or 'not UTF-8'}") from None
     lines = text.removesuffix("\n").split("\n") if text else []

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from lora_megatron.errors import ConfigError, DataError
 from lora_megatron.measure.console import print_table
-from lora_megatron.metrics.tasks import TASKS, Scores, score
+from lora_megatron.metrics.tasks import TASKS, Scores, check_labels, score
 
 MAX_FILE_BYTES = 2**30
 
@@ -47,6 +47,7 @@ def run_score(
     records = None if metas is None else [line for line in _lines(metas) if line.strip()]
     if records is not None and len(records) != len(texts):
         raise DataError(f"{metas} has {len(records)} lines for {len(texts)} predictions: they must be as many")
+    check_labels(task, groups)
     scores = score(task, texts, groups, metas=records, bootstrap=bootstrap, seed=seed)
     if as_json:
         print(json.dumps({**scores.to_dict(), "task": task}, indent=2))

@@ -115,3 +115,9 @@ def test_wrong_settings_end_with_status_2(tmp_path: Path, capsys: pytest.Capture
     )
     assert run(tmp_path, "a\n", "a\n", "--seed", "-1") == 2
     assert "--seed -1 cannot be: give 0 or more" in capsys.readouterr().err
+
+
+def test_the_references_of_another_task(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An accuracy of 0 would say nothing."""
+    assert run(tmp_path, "neutral\nneutral\n", "neutral\n\na text\n", task="mnli") == 3
+    assert "instance 2: 'a text' is no label of mnli (" in capsys.readouterr().err

@@ -26,6 +26,8 @@ class Reader:
     merged: Path
     config: Path
     data: Path
+    labelled: Path
+    """The same contexts, each with a label of MNLI."""
 
 
 @pytest.fixture(scope="session")
@@ -35,7 +37,8 @@ def reader(pool: Pool, tmp_path_factory: pytest.TempPathFactory) -> Callable[[st
 
     def make(name: str) -> Reader:
         folder = root / name
-        found = Reader(*(folder / part for part in ("base", "adapter", "merged", "c.yaml", "data/test.parquet")))
+        parts = ("base", "adapter", "merged", "c.yaml", "data/test.parquet", "labelled/test.parquet")
+        found = Reader(*(folder / part for part in parts))
         if not folder.exists():
             folder.mkdir()
             save_model(name, found.base)
@@ -43,6 +46,7 @@ def reader(pool: Pool, tmp_path_factory: pytest.TempPathFactory) -> Callable[[st
             merge(found.base, found.adapter, found.merged)
             save_config(found.config, found.base)
             save_rows(found.data.parent, [(context, [context[::-1], "another"]) for context in CONTEXTS])
+            save_rows(found.labelled.parent, [(context, ["neutral"]) for context in CONTEXTS])
         return found
 
     return make

@@ -63,7 +63,7 @@ def refused(reader: Callable[[str], Reader], tmp_path: Path, capsys: pytest.Capt
         (["--max-new-tokens", "0"], "--max-new-tokens 0 cannot be"),
         (["--batch-size", "0"], "--batch-size 0 cannot be: give 1 or more"),
         (["--limit", "0"], "--limit 0 cannot be: give 1 or more"),
-        (["--bootstrap", "-1"], "--bootstrap -1 cannot be: give 0 or more"),
+        (["--bootstrap", "-1"], "--bootstrap -1 cannot be: give 0 to 100,000"),
         (["--task", "e2f"], "--task e2f is not known: choose one of wikisql, mnli"),
         (["parallel.tensor=2"], "world size 1 is not divisible by parallel.tensor"),
         (["--split", "test"], "--split test with --data"),
@@ -100,7 +100,7 @@ def test_data_that_is_missing_or_too_long(refused: Refused) -> None:
 
 
 def test_a_prompt_that_is_too_long_may_lose_its_beginning(refused: Refused) -> None:
-    rows = save_rows(refused.folder / "rows", [(TOO_LONG, ["b"])])
+    rows = save_rows(refused.folder / "rows", [(TOO_LONG, ["neutral"])])
     command = ["evaluate", str(refused.files.config), "--data", str(rows), "--cut-prompts", "--bootstrap", "0"]
     for task in ("text", "mnli"):
         assert main([*command, "--task", task, "--out", str(refused.folder / task)]) == 0
@@ -158,7 +158,8 @@ def test_a_model_whose_logits_are_not_finite(
     monkeypatch.setattr(CachedDecoder, "_whole", lambda self, logits: whole(self, logits * float("inf")))
     files = reader("gpt2")
     for task in ("text", "e2e", "mnli"):
-        common = ["--data", str(files.data), "--out", str(tmp_path / task)]
+        data = files.labelled if task == "mnli" else files.data
+        common = ["--data", str(data), "--out", str(tmp_path / task)]
         command = ["evaluate", str(files.config), "--task", task, *common]
         assert main(command) == 5
         assert "error: the model's logits are not finite" in capsys.readouterr().err
@@ -172,3 +173,7 @@ def test_the_data_of_another_task(refused: Refused) -> None:
 
 def test_more_resamples_than_anyone_needs(refused: Refused) -> None:
     refused.evaluate(2, "--bootstrap 99999999999 cannot be: give 0 to 100,000", "--bootstrap", "99999999999")
+
+
+def test_an_empty_prompt(refused: Refused) -> None:
+    refused.generate(2, "--prompt is empty: give it a text", "--prompt", " ")

@@ -121,7 +121,8 @@ def test_labels_have_the_likelihoods_of_brute_force(
     wanted = brute_force(files, name, labels)
     for layout, (world, overrides) in LAYOUTS.items():
         out = tmp_path / layout
-        command = evaluated(files, out, "--task", "mnli", "--batch-size", "3", *overrides)
+        of_labels = ["--task", "mnli", "--data", str(files.labelled)]
+        command = evaluated(files, out, *of_labels, "--batch-size", "3", *overrides)
         statuses = pool.run(world, run_each, commands=[command], store=str(tmp_path / f"{layout}.store"))
         assert statuses == [[0]] * world
         for line, row in zip(lines_of(out / "predictions.jsonl"), wanted, strict=True):

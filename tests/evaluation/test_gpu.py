@@ -46,7 +46,7 @@ def run_on_gpu(commands: Sequence[Sequence[str]], store: str) -> list[int]:
 @pytest.mark.parametrize("name", [pytest.param(name, marks=one_gpu) for name in ("gpt2", "llama")])
 def test_predictions_on_a_gpu(nccl: Pool, reader: Callable[[str], Reader], tmp_path: Path, name: str) -> None:
     files, labels = reader(name), TASKS["mnli"].labels
-    kinds = {"greedy": GREEDY, "beams": BEAMS, "mnli": ["--task", "mnli"]}
+    kinds = {"greedy": GREEDY, "beams": BEAMS, "mnli": ["--task", "mnli", "--data", str(files.labelled)]}
     commands = [evaluated(files, tmp_path / kind, *words, "--batch-size", "3") for kind, words in kinds.items()]
     assert nccl.run(1, run_on_gpu, commands=commands, store=str(tmp_path / "store")) == [[0, 0, 0]]
     check_texts(files, tmp_path / "greedy", theirs(files, name, files.merged))
