@@ -26,35 +26,47 @@ LAYOUTS = {"one": (1, Layout()), "tp2-dp2": (4, Layout(tensor=2)), "pp2": (2, La
 METRICS = {"text": "rouge_l", "mnli": "accuracy"}
 
 
-def measured(files: Reader, data: Path, layout: Layout) -> list[float]:
+def measured(files: Reader, data: dict[str, Path], layout: Layout) -> list[float]:
     """On every rank."""
     model = open_model(files.base, layout=layout)
     load_adapter(model, files.adapter)
     for chunk in model.chunks:
         chunk.train()
-    rows = instances_of(open_examples(data, with_references=True), group=True)
+    rows = {
+        task: instances_of(open_examples(path, with_references=True), group=task == "text")
+        for task, path in data.items()
+    }
     settings, tokenizer = Decoding(max_new_tokens=12), load_tokenizer(str(files.base))
     found = [
-        task_metric(model.chunks, rows, task=task, metric=metric, settings=settings, tokenizer=tokenizer, batch_size=3)
+        task_metric(
+            model.chunks, rows[task], task=task, metric=metric, settings=settings, tokenizer=tokenizer, batch_size=3
+        )
         for task, metric in METRICS.items()
     ]
     assert all(chunk.training for chunk in model.chunks)
     with pytest.raises(ConfigError, match="no metric 'bleurt' of task text here: there are bleu"):
-        task_metric(model.chunks, rows[:1], task="text", metric="bleurt", settings=settings, tokenizer=tokenizer)
+        task_metric(
+            model.chunks, rows["text"][:1], task="text", metric="bleurt", settings=settings, tokenizer=tokenizer
+        )
     return found
 
 
 def test_the_metric_is_that_of_the_command(pool: Pool, reader: Callable[[str], Reader], tmp_path: Path) -> None:
     files = reader("llama")
-    commands = [evaluated(files, tmp_path / task, "--task", task) for task in METRICS]
+    first = {"text": files.data, "mnli": files.labelled}
+    commands = [evaluated(files, tmp_path / task, "--task", task, "--data", str(first[task])) for task in METRICS]
     assert pool.run(1, run_each, commands=commands, store=str(tmp_path / "store")) == [[0, 0]]
-    lines = (tmp_path / "text" / "predictions.jsonl").read_text().splitlines()
-    said = [json.loads(line)["prediction"] for line in lines]
     contexts = [instance.context for instance in instances_of(open_examples(files.data), group=False)]
-    # References that some predictions share, so that no metric is 0 or 100 for everything.
-    rows = [(c, [s if i % 2 else "neutral"]) for i, (c, s) in enumerate(zip(contexts, said, strict=True)) if s]
-    data = save_rows(tmp_path / "rows", rows)
-    again = [[*evaluated(files, tmp_path / f"{task}-again", "--task", task), "--data", str(data)] for task in METRICS]
+    data = {}
+    for task, other in (("text", "neutral"), ("mnli", "contradiction")):
+        lines = (tmp_path / task / "predictions.jsonl").read_text().splitlines()
+        said = [json.loads(line)["prediction"] for line in lines]
+        # References that some predictions share, so that no metric is 0 or 100 for everything.
+        rows = [(c, [s if i % 2 else other]) for i, (c, s) in enumerate(zip(contexts, said, strict=True)) if s]
+        data[task] = save_rows(tmp_path / f"{task}-rows", rows)
+    again = [
+        evaluated(files, tmp_path / f"{task}-again", "--task", task, "--data", str(data[task])) for task in METRICS
+    ]
     assert pool.run(1, run_each, commands=again, store=str(tmp_path / "store-2")) == [[0, 0]]
     wanted = [
         json.loads((tmp_path / f"{task}-again" / "scores.json").read_text())["scores"][metric]

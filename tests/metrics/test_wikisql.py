@@ -184,7 +184,7 @@ def test_tables_compare_as_the_data_sets_engine_does() -> None:
 def test_without_tables_or_metas_execution_is_missing_by_name() -> None:
     text_only = score("wikisql", [SQL.lower(), "x"], [[SQL], [SQL]], bootstrap=10)
     assert text_only.values == {"logical_form": 50}
-    assert "--metas" in text_only.unavailable["execution"]
+    assert "column `meta`" in text_only.unavailable["execution"]
     no_rows = score("wikisql", [SQL], [[SQL]], metas=[meta(rows=None)], bootstrap=0)
     assert no_rows.values == {"logical_form": 100}
     assert "no rows of its table" in no_rows.unavailable["execution"]
