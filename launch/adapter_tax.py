@@ -37,7 +37,7 @@ from lora_megatron.bench import measurement
 from lora_megatron.bench.measurement import Effort, Measured, OutOfMemory, outcome_text
 from lora_megatron.bench.plans import known_of
 from lora_megatron.config import Config, parse_config
-from lora_megatron.errors import ConfigError, LostRankError
+from lora_megatron.errors import ConfigError, LostRankError, UserError
 from lora_megatron.measure.environment import describe_environment
 from lora_megatron.measure.markdown import table
 from lora_megatron.measure.units import MISSING, show_bytes, show_seconds
@@ -248,7 +248,7 @@ def run(options: argparse.Namespace) -> None:
             _run(options, cases, sizes, storages)
     except LostRankError:  # whatever waits for the others would wait for ever
         raise
-    except Exception:
+    except UserError:  # all ranks are here, so none waits for another
         groups.stop()
         raise
     groups.stop()

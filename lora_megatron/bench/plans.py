@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import os
 
 import torch
 import torch.distributed as dist
@@ -15,7 +14,7 @@ from lora_megatron.bench.workload import bench_config, method_of, slice_of
 from lora_megatron.config import Config
 from lora_megatron.model.shape import ModelShape
 from lora_megatron.parallel.agree import device_for_collectives, gather_text
-from lora_megatron.parallel.groups import device_memory_bytes
+from lora_megatron.parallel.free_memory import free_for_this_rank
 from lora_megatron.planning.flops import step_flops
 from lora_megatron.planning.memory import MemoryPlan, plan_this_rank
 from lora_megatron.planning.recompute import SHARE, describe, settle_here
@@ -25,7 +24,7 @@ def config_of(case: Case, config: Config, shape: ModelShape) -> Config:
     """How a case is run, with `train.recompute = auto` settled for this machine; `shape` is the whole model's.
     Collective."""
     config, shape = bench_config(config, case.method), slice_of(shape, case.layers)
-    return settle_here(config, shape, method_of(config, shape), free=free_bytes())
+    return settle_here(config, shape, method_of(config, shape), free=free_for_this_rank())
 
 
 def plan_case(case: Case, config: Config, shape: ModelShape) -> MemoryPlan:
@@ -51,19 +50,11 @@ def by_kind(plan: MemoryPlan) -> dict[str, int]:
 
 def fits(case: Case, config: Config, shape: ModelShape) -> bool:
     """Whether a case fits every rank's device by the plan, the same answer on all; collective."""
-    available = free_bytes()
+    available = free_for_this_rank()
     here = available is None or plan_case(case, config, shape).allocated <= SHARE * available
     everywhere = torch.tensor(int(here), device=device_for_collectives())
     dist.all_reduce(everywhere, dist.ReduceOp.MIN)
     return bool(everywhere)
-
-
-def free_bytes() -> int | None:
-    """Memory for this rank: what its GPU has free, or its share of the machine's memory; None if nobody tells."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.mem_get_info()[0])
-    memory = device_memory_bytes()
-    return None if memory is None else memory // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size())))
 
 
 def known_of(case: Case, config: Config, shape: ModelShape) -> Known:

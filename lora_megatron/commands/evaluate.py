@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -220,7 +221,7 @@ def _predict(
     with watchdog, progress, decoding(chunks, vocab_size=model.tokenizer.vocab_size) as decoder:
         parts = answers(decoder, prompts, answering, batch_size=size, first=done, on_batch=progress.advance)
         for part in parts:
-            together(lambda part=part: log.append(part) if log else None)  # type: ignore[misc]
+            together(partial(log.append, part) if log else lambda: None)
 
 
 def _score(

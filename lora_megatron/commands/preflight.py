@@ -6,10 +6,8 @@ It runs when the groups stand and nothing big is allocated. Each failure is one 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
 import shutil
 import socket
 from collections import Counter
@@ -31,6 +29,7 @@ from lora_megatron.measure.units import show_bytes, show_count
 from lora_megatron.methods.method import Method
 from lora_megatron.model.shape import ModelShape
 from lora_megatron.parallel.agree import device_for_collectives, gather_text, require_equal, together
+from lora_megatron.parallel.free_memory import free_for_this_rank, free_memory
 from lora_megatron.parallel.hang import show_ranks
 from lora_megatron.planning.memory import MemoryPlan, chunk_layers, plan_this_rank
 from lora_megatron.planning.recompute import settle_here
@@ -146,35 +145,11 @@ def _own_memory(plan: MemoryPlan) -> Memory:
 
 def settle_recomputation(config: Config, shape: ModelShape, method: Method, say: Callable[[str], None]) -> Config:
     """`config` with `train.recompute = auto` made what the memory that is free here allows; collective."""
-    free, ranks_here = free_memory(), 1
-    if not torch.cuda.is_available():
-        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))  # they share a machine's memory
-    settled = settle_here(config, shape, method, free=None if free is None else free // ranks_here)
+    settled = settle_here(config, shape, method, free=free_for_this_rank())
     if config.train.recompute == "auto":
         share = f"{settled.train.recompute_layers or 0} of the {chunk_layers(config, shape)} layers"
         say(f"train.recompute = auto recomputes {share} of each model chunk")
     return settled
-
-
-def free_memory() -> int | None:
-    """Bytes that this rank's GPU has left, or the machine's memory for all its ranks; None where it does not tell."""
-    if torch.cuda.is_available():
-        return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
-    return available_host_memory()
-
-
-def available_host_memory() -> int | None:
-    """Bytes that new processes of this machine, or of this container, can have; None where it does not tell."""
-    limits: list[int] = []
-    with contextlib.suppress(OSError, ValueError):
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        limits += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-    with contextlib.suppress(OSError, ValueError):  # no cgroup of version 2, or no limit ("max")
-        cgroup = Path("/sys/fs/cgroup")
-        limit, used = (int((cgroup / name).read_text()) for name in ("memory.max", "memory.current"))
-        stat = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
-        limits.append(limit - used + int(stat["file"]))  # cached files make room
-    return min(limits, default=None)
 
 
 def check_memory(ranks: list[Memory], say: Callable[[str], None]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 from megatron.core import parallel_state as mpu
 
@@ -60,7 +61,7 @@ def answers(
                 except NumericalError as error:
                     failure = error
             on_batch(sum(map(len, batches[turn : turn + data_size])))
-        together(lambda failure=failure: _raise(failure))  # type: ignore[misc]  # mypy cannot infer the default's type
+        together(partial(_raise, failure))
         done = mine if data_size == 1 else _of_all_ranks(mine)
         yield [done[row] for row in range(max(start, first), stop)]
 

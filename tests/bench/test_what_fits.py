@@ -65,7 +65,7 @@ def test_slices_extrapolate_a_planted_law(pool: Pool, tmp_path: Path) -> None:
 
 @contextlib.contextmanager
 def room_for(memory: int) -> Iterator[None]:
-    with patch.object(plans, "free_bytes", lambda: memory), planted_law():
+    with patch.object(plans, "free_for_this_rank", lambda: memory), planted_law():
         yield
 
 

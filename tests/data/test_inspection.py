@@ -41,7 +41,7 @@ def prepared(tmp_path: Path) -> Path:
 
 def output(path: Path, tokenizer: Tokenizer | None = None, **options: object) -> str:
     stream = io.StringIO()
-    inspect(path, tokenizer=tokenizer or ByteTokenizer(), stream=stream, **options)  # type: ignore[arg-type]
+    inspect(path, tokenizer=tokenizer or ByteTokenizer(), stream=stream, **options)
     return stream.getvalue()
 
 
@@ -67,8 +67,8 @@ def test_what_is_printed(prepared: Path) -> None:
 def test_rows_are_those_of_training(prepared: Path, loss: str, sequence_length: int) -> None:
     table, tokenizer = open_examples(prepared), ByteTokenizer()
     options = {"sequence_length": sequence_length, "micro_batch_size": len(PAIRS), "loss": loss, "shuffle": False}
-    batch = BatchSource(table, tokenizer, **options).microbatch(0)  # type: ignore[arg-type]
-    single = BatchSource(table.first(4), tokenizer, **{**options, "micro_batch_size": 1})  # type: ignore[arg-type]
+    batch = BatchSource(table, tokenizer, **options).microbatch(0)
+    single = BatchSource(table.first(4), tokenizer, **{**options, "micro_batch_size": 1})
     for row in range(4):
         ids, learned = training_row(single, row)
         used = len(ids) - 1

@@ -72,7 +72,7 @@ def disturb(number: int, victim: int, rows: int) -> None:
             os.kill(os.getpid(), number)
 
     if int(os.environ["RANK"]) == victim:
-        PredictionLog.append = appending  # type: ignore[method-assign]
+        PredictionLog.append = appending
 
 
 @pytest.mark.parametrize(

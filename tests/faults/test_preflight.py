@@ -17,7 +17,7 @@ from lora_megatron.commands import train as command
 from lora_megatron.config import parse_config
 from lora_megatron.data.parquet import ExampleTable
 from lora_megatron.errors import CheckpointError, ConfigError, DataError
-from lora_megatron.parallel import groups
+from lora_megatron.parallel import free_memory, groups
 from lora_megatron.parallel.groups import Layout
 from tests.commands.runs import Outcome, Tree, attempt, make_tree, nothing_begun, status_of
 from tests.pool import Pool
@@ -35,7 +35,7 @@ def _other_device(patched: pytest.MonkeyPatch) -> None:
 
 
 def _little_memory(patched: pytest.MonkeyPatch) -> None:
-    patched.setattr(preflight, "available_host_memory", lambda: 2**20)
+    patched.setattr(free_memory, "available_host_memory", lambda: 2**20)
 
 
 def _with(memory: preflight.Memory, **values: Any) -> preflight.Memory:

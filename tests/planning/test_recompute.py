@@ -10,13 +10,13 @@ from unittest.mock import patch
 import pytest
 import yaml
 
-from lora_megatron.commands import preflight
 from lora_megatron.config import Config, parse_config
 from lora_megatron.errors import ConfigError
 from lora_megatron.methods.choose import choose_method
 from lora_megatron.model.checks import check_plan, layout_of
 from lora_megatron.model.presets import resolve_shape
 from lora_megatron.model.shape import ModelShape
+from lora_megatron.parallel import free_memory
 from lora_megatron.planning.gpus import find_gpu
 from lora_megatron.planning.plan import Plan, plan_training
 from lora_megatron.planning.recompute import SHARE, describe, settle
@@ -126,7 +126,7 @@ def test_numbers_of_layers_that_cannot_be(
 
 def train_with_room(tree: dict[str, Any], free: int) -> Outcome:
     """A training whose machine has `free` bytes for all ranks."""
-    with patch.object(preflight, "available_host_memory", lambda: free):
+    with patch.object(free_memory, "available_host_memory", lambda: free):
         return attempt(tree)
 
 
