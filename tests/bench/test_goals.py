@@ -20,7 +20,9 @@ LORA = {
     "tokens_per_second_per_rank": 1100.0,
     "peak_bytes": 80 * GIB,
     "share_of_ceiling": 0.9,
+    "extrapolated_from": None,
 }
+WHOLE = {**LORA, "share_of_ceiling": 0.93, "extrapolated_from": [2, 4]}
 FULL = {**LORA, "method": "full", "tokens_per_second_per_rank": 500.0}
 BENCH: Report = {"rows": [LORA, FULL], "ratios": [{"speed": 1.5}]}
 
@@ -65,7 +67,9 @@ def test_numbers_beside_their_goals(measured: Any) -> None:
     found = measured("175b-nf4,175b-lean,slice,full,full-recomputed", BENCH)
     assert met(found["175b-nf4"]) == {"tokens/s per GPU": True, "peak, GiB per GPU": True}
     assert met(found["175b-lean"]) == {"peak, GiB over all GPUs": True}
-    assert met(found["slice"]) == {"share of the products' rate": False}
+    assert list(met(found["slice"]).values()) == [False, False]
+    shares = measured("slice", {"rows": [LORA, WHOLE]})["slice"]
+    assert met(shares) == {"share of the products' rate, slice": False, "the same, all layers by the slices": True}
     assert met(found["full"]) == {"LoRA over full fine-tuning": True}
     assert found["full-recomputed"]["values"][0]["value"] == pytest.approx(1100 / 500)
     peft = met(measured("peft", PEFT)["peft"])
