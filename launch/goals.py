@@ -86,7 +86,7 @@ def lean(goal: float, gpus: int) -> Callable[[Report], list[Value]]:
 
 
 def share(report: Report) -> list[Value]:
-    """Of the largest slice that was measured, head and loss included, and of the whole model that the slices speak of."""
+    """Of the largest slice that was measured, with head and loss, and of the whole model that the slices speak of."""
     measured = [row for row in report["rows"] if not row["extrapolated_from"] and not row["out_of_memory"]]
     return [
         ("share of the products' rate, slice", measured[-1]["share_of_ceiling"], ">=", 0.92),
