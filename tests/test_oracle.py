@@ -15,6 +15,7 @@ import pytest
 from lora_megatron.config import parse_config
 from lora_megatron.errors import ConfigError
 from lora_megatron.methods.choose import choose_method
+from lora_megatron.model.build import NOTHING_RECOMPUTED
 from lora_megatron.model.checks import check
 from lora_megatron.model.presets import resolve_shape
 from lora_megatron.parallel.groups import Layout
@@ -39,6 +40,7 @@ VARIANTS: dict[str, Experiment] = {
     "qwen3-full": QWEN3,
     "gpt-full-recompute": replace(GPT, recompute="full", steps=2),
     "gpt-one-layer-recomputed": replace(GPT, recompute="full", recompute_layers=1, steps=2),
+    "gpt-two-layers-recomputed-together": replace(GPT, recompute="full", recompute_unit=2, steps=2),
     "gpt-selective-recompute": replace(GPT, recompute="selective", steps=2),
     "llama-full-recompute": replace(LLAMA, recompute="full", steps=2),
     "dropout": DROPOUT,
@@ -65,6 +67,7 @@ RECOMPUTE = (
     "llama-full-recompute",
     "neox-full-recompute",
 )
+TOGETHER = "gpt-two-layers-recomputed-together"
 DROPOUTS = ("dropout", "dropout-full-recompute", "llama-dropout-micro-batch-2")
 # Name of a layout -> world size, layout, the variants that run on it.
 LAYOUTS: dict[str, tuple[int, Layout, tuple[str, ...]]] = {
@@ -76,7 +79,10 @@ LAYOUTS: dict[str, tuple[int, Layout, tuple[str, ...]]] = {
     "pp2": (
         2,
         Layout(pipeline=2),
-        (*MAIN, *RECOMPUTE, *DROPOUTS, *SMOOTHED, "packing", "micro-batch-2", "ranks-per-layer", "neox", "qwen3-full"),
+        (
+            *(*MAIN, *RECOMPUTE, TOGETHER, *DROPOUTS, *SMOOTHED),
+            *("packing", "micro-batch-2", "ranks-per-layer", "neox", "qwen3-full"),
+        ),
     ),
     "pp4": (4, Layout(pipeline=4), (*MAIN, "ranks-per-layer")),
     "vpp2": (2, Layout(pipeline=2, virtual_pipeline=2), (*MAIN, *RECOMPUTE, *DROPOUTS)),
@@ -103,7 +109,7 @@ def records(pool: Pool, name: str) -> dict[str, Record]:
 
 def twin(pool: Pool, variant: str) -> Record:
     """The unsharded run that a variant must repeat: the one that keeps its activations."""
-    stored = replace(VARIANTS[variant], recompute="none", recompute_layers=None)
+    stored = replace(VARIANTS[variant], **NOTHING_RECOMPUTED)
     same = next((name for name, experiment in VARIANTS.items() if replace(experiment, steps=stored.steps) == stored))
     record = records(pool, "one")[same]
     return {**record, **{kind: record[kind][: stored.steps] for kind in ("loss", "norm", "grads", "values")}}
@@ -114,7 +120,7 @@ def test_layout_equals_unsharded(pool: Pool, layout: str, variant: str) -> None:
     assert compare(records(pool, layout)[variant], twin(pool, variant)) >= 20
 
 
-@pytest.mark.parametrize("variant", [*RECOMPUTE, "dropout-full-recompute"])
+@pytest.mark.parametrize("variant", [*RECOMPUTE, TOGETHER, "dropout-full-recompute"])
 def test_recompute_equals_stored_activations(pool: Pool, variant: str) -> None:
     """The same forward, bit for bit; the backward adds up a layer's gradients in another order."""
     recomputed, stored = records(pool, "one")[variant], twin(pool, variant)

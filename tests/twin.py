@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The experiment every parallel layout must repeat: a tiny GPT, three AdamW steps, everything gathered and compared.
 
-`train_twin` runs inside a world of any size and returns, on rank 0, whole tensors under global names: the initial
-values, the loss without dropout, then per step the loss, every trained gradient, the gradient norm and the parameters.
-The unsharded twin is the same function in a world of one.
+`train_twin` runs inside a world of any size and returns, on rank 0, whole tensors under global names: initial values, the
+loss without dropout, then per step loss, trained gradients, their norm and parameters; in a world of one, the twin.
 """
 
 from __future__ import annotations
@@ -53,6 +52,7 @@ class Experiment:
     precision: str = "fp32"
     recompute: str = "none"
     recompute_layers: int | None = None
+    recompute_unit: int = 1
     storage: StorageFormat | None = None
     dropout: float = 0.0
     label_smoothing: float = 0.0
@@ -110,6 +110,7 @@ def build_chunks(experiment: Experiment) -> tuple[list[Any], Record | None]:
         adapter_seed=7,
         storage=experiment.storage,
         recompute_layers=experiment.recompute_layers,
+        recompute_unit=experiment.recompute_unit,
         label_smoothing=experiment.label_smoothing,
     )
     chunks = build(shape, method, experiment.layout, options)
@@ -256,12 +257,12 @@ def _note(record: Record, kind: str, gathered: tuple[Record | None, list[str]]) 
 def compare(got: Record, want: Record, *, tolerance: float = 1e-4) -> int:
     """Raise Mismatch unless equal up to the rounding of sums taken in another order; return how many tensors were.
 
-    A tensor's error is measured against its own largest value: a sum over ranks rounds relative to its terms. It may
-    grow by the step: AdamW's first updates are lr times the sign of a gradient, so one near zero that rounds to the
-    other side moves its weight by a whole update (on one processor 1.1e-4 was seen at the third step).
+    A tensor's error is measured against its own largest value, as a sum over ranks rounds. It may grow by the step:
+    AdamW's first updates are lr times the sign of a gradient, so one near zero that rounds to the other side moves its
+    weight by a whole update (on one processor 1.1e-4 was seen at the third step).
     """
-    if got["complaints"]:
-        raise Mismatch("; ".join(got["complaints"][:4]))
+    if complaints := "; ".join(got["complaints"][:4]):
+        raise Mismatch(complaints)
     _close("eval", got["eval"], want["eval"], 1e-5)
     for kind, bound in (("loss", 1e-5), ("norm", 1e-4)):
         for step, (g, w) in enumerate(zip(got[kind], want[kind], strict=True)):

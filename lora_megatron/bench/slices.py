@@ -48,13 +48,13 @@ def check_layers(asked: int, *, all_layers: int, unit: int) -> None:
     if asked % unit:
         raise ConfigError(
             f"--layers {asked}: every stage and chunk of the pipeline gets the same number of layers, so choose a "
-            f"multiple of parallel.pipeline x virtual_pipeline = {unit}"
+            f"multiple of parallel.pipeline x virtual_pipeline (x train.recompute_unit) = {unit}"
         )
 
 
 def unit_of(config: Config) -> int:
-    """How many layers a slice grows by: one on every stage and chunk of the pipeline."""
-    return config.parallel.pipeline * config.parallel.virtual_pipeline
+    """How many layers a slice grows by: one, or as many as are rebuilt together, on every stage and chunk."""
+    return config.parallel.pipeline * config.parallel.virtual_pipeline * config.train.recompute_unit
 
 
 def two_sizes(layers: int, room: int, *, unit: int) -> list[int]:

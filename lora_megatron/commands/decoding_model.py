@@ -23,7 +23,7 @@ from lora_megatron.errors import CheckpointError, LostRankError, Preempted, User
 from lora_megatron.methods.choose import choose_method
 from lora_megatron.methods.lora import Lora
 from lora_megatron.methods.method import Method
-from lora_megatron.model.build import build
+from lora_megatron.model.build import NOTHING_RECOMPUTED, build
 from lora_megatron.model.checks import check_decoding, layout_of, options_of
 from lora_megatron.parallel import groups, stopping
 from lora_megatron.parallel.agree import is_main, require_equal, together
@@ -78,7 +78,7 @@ class DecodingModel:
         layout = layout_of(self.config)
         ranks = groups.build_mesh(layout, seed=self.config.train.seed, timeout_minutes=section.timeout_minutes)
         beat("load")
-        options = replace(options_of(self.config), dropout=0.0, recompute="none", recompute_layers=None)
+        options = replace(options_of(self.config), dropout=0.0, **NOTHING_RECOMPUTED)
         chunks = build(self.base.shape, self.method, layout, options)
         together(lambda: self.base.load(chunks))
         if self.adapter is not None:

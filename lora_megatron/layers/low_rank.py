@@ -33,24 +33,30 @@ class Update:
 
     def add_to(self, flat: Tensor) -> None:
         """Write flat [m, groups * stride] over with itself and the update; no gradient."""
+        if self._by_kernel(flat):
+            kernels.add_products(flat, self._flat_u(), self.bs, self.parts, self.scales)
+            return
         for part, scale, piece, b in self._each():
-            if kernels is not None and flat.is_cuda:
-                kernels.add_product(flat, piece, b, part, scale)
-            else:
-                part.of(flat).add_(((piece * scale) @ b.t()).unflatten(-1, (part.groups, -1)))
+            part.of(flat).add_(((piece * scale) @ b.t()).unflatten(-1, (part.groups, -1)))
 
     def gradients(self, flat: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """(du, dB of each) from the output's gradient [m, groups * stride]."""
+        if self._by_kernel(flat):
+            du, found = kernels.product_gradients(flat, self._flat_u(), self.bs, self.parts, self.scales)
+            return du.view(self.u.shape), found
         dus, dbs = [], []
         for part, scale, piece, b in self._each():
-            if kernels is not None and flat.is_cuda:
-                du, db = kernels.product_gradients(flat, piece, b, part, scale)
-            else:
-                values = part.of(flat).flatten(-2) * scale
-                du, db = values @ b, values.t() @ piece
-            dus.append(du)
-            dbs.append(db)
+            values = part.of(flat).flatten(-2) * scale
+            dus.append(values @ b)
+            dbs.append(values.t() @ piece)
         return (dus[0] if len(dus) == 1 else torch.cat(dus, -1)).view(self.u.shape), tuple(dbs)
+
+    @staticmethod
+    def _by_kernel(flat: Tensor) -> bool:
+        return kernels is not None and flat.is_cuda and flat.dtype != torch.float64
+
+    def _flat_u(self) -> Tensor:
+        return self.u.reshape(-1, self.u.shape[-1]).contiguous()
 
     def _each(self) -> Iterator[tuple[Part, float, Tensor, Tensor]]:
         """With each adapter's columns of u: [m, r]."""

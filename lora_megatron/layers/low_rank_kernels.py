@@ -1,14 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton kernels for the low-rank product beside a large one; `low_rank` has the same in plain torch.
+"""Triton kernels for the low-rank products beside a large one; `low_rank` has the same in plain torch.
 
 A rank-r update of an [m, n] matrix computes next to nothing and moves the matrix through the chip; done with general
 matrix products it moves it several times. Here it is read once and written once, and its gradient is read once for
-both factors.
+both factors. All projections of a fused output (at most three) share each launch: small kernels cost more to start
+than to run.
 
-Columns of a projection lie in a fused output as `groups` runs of `width`, `stride` apart (`qkv.Part`).
+Columns of a projection lie in a fused output as `groups` runs of `width`, `stride` apart (`qkv.Part`). A program finds
+the projection of its tile of columns in a small table that lies on the GPU, one row a projection.
 """
 
 from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -20,27 +27,60 @@ from lora_megatron.layers.qkv import Part
 _TOKENS, _COLUMNS = 64, 128
 _PROGRAMS = 512
 """That read a gradient at once, about: some for each of a GPU's 100 to 150 processors."""
+MOST_PARTS = 3
+_FIELDS = tl.constexpr(6)
+"""Of a part's row: first tile, columns, width of a run, its start, rank, first column of u."""
+_SUM_FIELDS = tl.constexpr(6)
+"""Of a sum's row: first addend, addends, length, row length r, pitch between rows of the result, its first place."""
+_ADDENDS, _PLACES = 16, 512
 
 
 @triton.jit
-def _columns(index, width, stride, start):
+def _which(table, tile):
+    """The part (0, 1 or 2) that a tile of columns belongs to."""
+    after_first = (tile >= tl.load(table + _FIELDS)).to(tl.int32)
+    return after_first + (tile >= tl.load(table + 2 * _FIELDS)).to(tl.int32)
+
+
+@triton.jit
+def _of(which, first, second, third):
+    """That part's one of three pointers or numbers."""
+    chosen = first
+    if which == 1:
+        chosen = second
+    if which == 2:
+        chosen = third
+    return chosen
+
+
+@triton.jit
+def _columns(row, index, stride, ALIGNED: tl.constexpr):
     """Where the projection's column `index` lies in the fused output."""
+    width, start = tl.multiple_of(tl.load(row + 2), ALIGNED), tl.multiple_of(tl.load(row + 3), ALIGNED)
     return (index // width) * stride + start + index % width
 
 
 @triton.jit
 def _add(
-    fused, u, b, scale, tokens, n, row_size, u_size, width, stride, start,
-    r: tl.constexpr, R: tl.constexpr, T: tl.constexpr, C: tl.constexpr,
+    fused, u, table, b0, b1, b2, scale0, scale1, scale2, tokens, row_size, u_size, stride,
+    R: tl.constexpr, T: tl.constexpr, C: tl.constexpr, ALIGNED: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """fused[token, column] += scale * u[token] . b[column]"""
+    tile = tl.program_id(0)
+    which = _which(table, tile)
+    row = table + which * _FIELDS
+    b, scale = _of(which, b0, b1, b2), _of(which, scale0, scale1, scale2)
+    n = tl.multiple_of(tl.load(row + 1), ALIGNED)
+    r, first = tl.multiple_of(tl.load(row + 4), EVEN), tl.multiple_of(tl.load(row + 5), EVEN)
     token = tl.program_id(1).to(tl.int64) * T + tl.arange(0, T)
-    index = tl.program_id(0) * C + tl.arange(0, C)
+    index = (tile - tl.load(row)) * C + tl.arange(0, C)
     rank = tl.arange(0, R)
-    left = tl.load(u + token[:, None] * u_size + rank[None, :], (token[:, None] < tokens) & (rank[None, :] < r), 0.0)
+    known = (token[:, None] < tokens) & (rank[None, :] < r)
+    left = tl.load(u + token[:, None] * u_size + first + rank[None, :], known, 0.0)
     right = tl.load(b + index[None, :] * r + rank[:, None], (index[None, :] < n) & (rank[:, None] < r), 0.0)
     delta = tl.dot(left, right, input_precision="ieee") * scale
-    where = token[:, None] * row_size + _columns(index, width, stride, start)[None, :]
+    column = _columns(row, index, stride, ALIGNED)
+    where = token[:, None] * row_size + column[None, :]
     inside = (token[:, None] < tokens) & (index[None, :] < n)
     value = tl.load(fused + where, inside, 0.0).to(tl.float32) + delta
     tl.store(fused + where, value.to(fused.dtype.element_ty), inside)
@@ -48,57 +88,139 @@ def _add(
 
 @triton.jit
 def _gradients(
-    grad, u, b, du, db, scale, n, row_size, u_size, width, stride, start, tokens, span: tl.constexpr,
-    r: tl.constexpr, R: tl.constexpr, T: tl.constexpr, C: tl.constexpr,
+    grad, u, table, sums, addends, b0, b1, b2, scale0, scale1, scale2, tokens, row_size, u_size, stride,
+    span: tl.constexpr, R: tl.constexpr, T: tl.constexpr, C: tl.constexpr, ALIGNED: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """A program has C columns and walks over `span` tokens: its share of those columns' rows of db, and of those
-    tokens' du."""
+    tokens' du, each an addend of `_sum`."""
     tile, piece = tl.program_id(0), tl.program_id(1)
-    index = tile * C + tl.arange(0, C)
+    which = _which(table, tile)
+    row = table + which * _FIELDS
+    b, scale = _of(which, b0, b1, b2), _of(which, scale0, scale1, scale2)
+    n = tl.multiple_of(tl.load(row + 1), ALIGNED)
+    r, first = tl.multiple_of(tl.load(row + 4), EVEN), tl.multiple_of(tl.load(row + 5), EVEN)
+    own = tile - tl.load(row)
+    du = addends + tl.load(sums + 2 * which * _SUM_FIELDS) + own.to(tl.int64) * tokens * r
+    db = addends + tl.load(sums + (2 * which + 1) * _SUM_FIELDS) + piece.to(tl.int64) * n * r
+    index = own * C + tl.arange(0, C)
     rank = tl.arange(0, R)
-    column = _columns(index, width, stride, start)
+    column = _columns(row, index, stride, ALIGNED)
     right = tl.load(b + index[:, None] * r + rank[None, :], (index[:, None] < n) & (rank[None, :] < r), 0.0)
     total = tl.zeros([C, R], tl.float32)
-    for first in range(0, span, T):
-        token = piece * span + first + tl.arange(0, T).to(tl.int64)
+    for step in range(0, span, T):
+        token = piece * span + step + tl.arange(0, T).to(tl.int64)
         inside = (token[:, None] < tokens) & (index[None, :] < n)
         values = tl.load(grad + token[:, None] * row_size + column[None, :], inside, 0.0)
         known = (token[:, None] < tokens) & (rank[None, :] < r)
-        left = tl.load(u + token[:, None] * u_size + rank[None, :], known, 0.0)
+        left = tl.load(u + token[:, None] * u_size + first + rank[None, :], known, 0.0)
         share = tl.dot(values, right, input_precision="ieee") * scale
-        tl.store(du + (tile * tokens + token[:, None]) * r + rank[None, :], share, known)
+        tl.store(du + token[:, None] * r + rank[None, :], share, known)
         total += tl.dot(tl.trans(values), left, input_precision="ieee")
-    where = (piece.to(tl.int64) * n + index[:, None]) * r + rank[None, :]
-    tl.store(db + where, total * scale, (index[:, None] < n) & (rank[None, :] < r))
+    tl.store(db + index[:, None] * r + rank[None, :], total * scale, (index[:, None] < n) & (rank[None, :] < r))
 
 
-def _padded(rank: int) -> int:
-    return max(16, triton.next_power_of_2(rank))
+@triton.jit
+def _sum(addends, table, out, A: tl.constexpr, P: tl.constexpr):
+    """P places of one sum, over its addends in a fixed order, A at a time."""
+    row = table + tl.program_id(1) * _SUM_FIELDS
+    count, length = tl.load(row + 1), tl.load(row + 2)
+    place = tl.program_id(0).to(tl.int64) * P + tl.arange(0, P)
+    if tl.program_id(0).to(tl.int64) * P < length:
+        base = addends + tl.load(row) + place[None, :]
+        total = tl.zeros([P], tl.float32)
+        for start in range(0, count, A):
+            index = start + tl.arange(0, A).to(tl.int64)
+            inside = (index[:, None] < count) & (place[None, :] < length)
+            total += tl.sum(tl.load(base + index[:, None] * length, inside, 0.0), 0)
+        r, pitch = tl.load(row + 3), tl.load(row + 4)
+        where = (place // r) * pitch + tl.load(row + 5) + place % r
+        tl.store(out + where, total.to(out.dtype.element_ty), place < length)
 
 
-def add_product(fused: Tensor, u: Tensor, b: Tensor, part: Part, scale: float) -> None:
-    """Add scale u b^T to the columns of `part` of `fused`, in place.
+class _Cut(NamedTuple):
+    """How the parts of a fused output are cut into programs, for so many tokens."""
 
-    fused [m, groups * stride]; u [m, r] with any row stride; b [part.rows, r].
-    """
-    tokens, rank = u.shape
-    grid = (triton.cdiv(part.rows, _COLUMNS), triton.cdiv(tokens, _TOKENS))
-    _add[grid](
-        fused, u, b, scale, tokens, part.rows, fused.shape[1], u.stride(0),
-        part.stop - part.start, part.stride, part.start, rank, _padded(rank), _TOKENS, _COLUMNS,
-    )  # fmt: skip
+    parts: Tensor
+    """int32 [3, fields] on the GPU; a part that is not there begins behind all tiles."""
+    sums: Tensor
+    """int64 [2 parts, fields] on the GPU: du and db of each part."""
+    tiles: int
+    pieces: int
+    span: int
+    addends: int
+    """fp32 numbers that all programs of `_gradients` write."""
+    du_size: int
+    longest: int
+    """Places of the longest sum."""
+    aligned: int
+    """What divides every place of a part in the fused output, and `even` every rank and place in u: powers of two by
+    which the compiler knows how many neighbours one access may read."""
+    even: int
 
 
-def product_gradients(grad: Tensor, u: Tensor, b: Tensor, part: Part, scale: float) -> tuple[Tensor, Tensor]:
-    """(du [m, r], db [part.rows, r]) of `add_product`, from its output's gradient; summed in fp32 in a fixed order."""
-    tokens, rank = u.shape
-    tiles, steps = triton.cdiv(part.rows, _COLUMNS), triton.cdiv(tokens, _TOKENS)
+@functools.lru_cache(maxsize=256)
+def _cut(parts: tuple[Part, ...], ranks: tuple[int, ...], tokens: int, device: torch.device) -> _Cut:
+    assert 0 < len(parts) <= MOST_PARTS
+    counts = [triton.cdiv(part.rows, _COLUMNS) for part in parts]
+    tiles, steps = sum(counts), triton.cdiv(tokens, _TOKENS)
     span = triton.cdiv(steps, max(1, min(steps, _PROGRAMS // tiles))) * _TOKENS
     pieces = triton.cdiv(tokens, span)
-    du = torch.empty(tiles, tokens, rank, dtype=torch.float32, device=grad.device)
-    db = torch.empty(pieces, part.rows, rank, dtype=torch.float32, device=grad.device)
-    _gradients[(tiles, pieces)](
-        grad, u, b, du, db, scale, part.rows, grad.shape[1], u.stride(0),
-        part.stop - part.start, part.stride, part.start, tokens, span, rank, _padded(rank), _TOKENS, _COLUMNS,
+    rows, sums = [], []
+    tile = first = place = 0
+    behind = tokens * sum(ranks)  # of du, where the dB's begin
+    for part, rank, count in zip(parts, ranks, counts, strict=True):
+        rows.append([tile, part.rows, part.stop - part.start, part.start, rank, first])
+        sums.append([place, count, tokens * rank, rank, sum(ranks), first])
+        place += count * tokens * rank
+        sums.append([place, pieces, part.rows * rank, part.rows * rank, 0, behind])
+        place += pieces * part.rows * rank
+        tile, first, behind = tile + count, first + rank, behind + part.rows * rank
+    rows += [[tiles, 0, 1, 0, 1, 0]] * (MOST_PARTS - len(parts))
+    longest = max(row[2] for row in sums)
+    part_table = torch.tensor(rows, dtype=torch.int32, device=device)
+    sum_table = torch.tensor(sums, dtype=torch.int64, device=device)
+    aligned = math.gcd(128, *(n for row in rows[: len(parts)] for n in row[1:4]))
+    even = math.gcd(16, *(n for row in rows[: len(parts)] for n in row[4:6]))
+    return _Cut(part_table, sum_table, tiles, pieces, span, place, tokens * sum(ranks), longest, aligned, even)
+
+
+def _padded(ranks: Sequence[int]) -> int:
+    return max(16, triton.next_power_of_2(max(ranks)))
+
+
+def _three(values: Sequence[object]) -> list[object]:
+    """One for each part a kernel can have; those beyond are not looked at."""
+    return [*values, *[values[0]] * (MOST_PARTS - len(values))]
+
+
+def add_products(
+    fused: Tensor, u: Tensor, bs: Sequence[Tensor], parts: tuple[Part, ...], scales: Sequence[float]
+) -> None:
+    """Add scale u b^T to the columns of each part of `fused`, in place.
+
+    fused [m, groups * stride]; u [m, sum of r] contiguous; each b [part.rows, r].
+    """
+    ranks = tuple(b.shape[1] for b in bs)
+    cut = _cut(parts, ranks, u.shape[0], fused.device)
+    _add[(cut.tiles, triton.cdiv(u.shape[0], _TOKENS))](
+        fused, u, cut.parts, *_three(bs), *_three(scales), u.shape[0], fused.shape[1], u.shape[1], parts[0].stride,
+        _padded(ranks), _TOKENS, _COLUMNS, cut.aligned, cut.even,
     )  # fmt: skip
-    return du.sum(0).to(u.dtype), db.sum(0).to(b.dtype)
+
+
+def product_gradients(
+    grad: Tensor, u: Tensor, bs: Sequence[Tensor], parts: tuple[Part, ...], scales: Sequence[float]
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """(du [m, sum of r], db [part.rows, r] of each) of `add_products`, from its output's gradient; summed in fp32 in a
+    fixed order."""
+    ranks = tuple(b.shape[1] for b in bs)
+    cut = _cut(parts, ranks, u.shape[0], grad.device)
+    addends = torch.empty(cut.addends, dtype=torch.float32, device=grad.device)
+    _gradients[(cut.tiles, cut.pieces)](
+        grad, u, cut.parts, cut.sums, addends, *_three(bs), *_three(scales), u.shape[0], grad.shape[1], u.shape[1],
+        parts[0].stride, cut.span, _padded(ranks), _TOKENS, _COLUMNS, cut.aligned, cut.even,
+    )  # fmt: skip
+    out = torch.empty(cut.du_size + sum(b.numel() for b in bs), dtype=u.dtype, device=grad.device)
+    _sum[(triton.cdiv(cut.longest, _PLACES), 2 * len(parts))](addends, cut.sums, out, _ADDENDS, _PLACES)
+    du, *dbs = out.split([cut.du_size, *(b.numel() for b in bs)])
+    return du.view(u.shape), tuple(db.view(b.shape) for db, b in zip(dbs, bs, strict=True))

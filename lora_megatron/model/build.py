@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core import parallel_state as mpu
@@ -43,9 +44,15 @@ class BuildOptions:
     """Format of the linear weights that are frozen; None keeps them in `precision`."""
     recompute_layers: int | None = None
     """With recompute `full`: of each chunk the first so many; None is all."""
+    recompute_unit: int = 1
+    """With recompute `full` of all layers: how many are rebuilt together."""
     meta: bool = False
     """Build without storage, to count parameters of a model of any size."""
     label_smoothing: float = 0.0
+
+
+NOTHING_RECOMPUTED: dict[str, Any] = {"recompute": "none", "recompute_layers": None, "recompute_unit": 1}
+"""Of `BuildOptions`, for what has no backward pass, or is not run."""
 
 
 class _ShapesOnly(Gpt):
@@ -106,8 +113,9 @@ def _recomputation(options: BuildOptions) -> dict[str, object]:
     if options.recompute == "selective":
         return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
     assert options.recompute == "full", "auto is settled before anything is built"
+    unit = options.recompute_unit
     if options.recompute_layers is None:
-        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": unit}
     layers = options.recompute_layers
     return {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": layers}
 

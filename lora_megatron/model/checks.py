@@ -25,6 +25,7 @@ def options_of(config: Config, *, meta: bool = False) -> BuildOptions:
         precision=config.train.precision,
         recompute=config.train.recompute,
         recompute_layers=config.train.recompute_layers,
+        recompute_unit=config.train.recompute_unit,
         dropout=config.method.dropout,
         adapter_seed=config.train.seed,
         label_smoothing=config.train.label_smoothing,
@@ -98,7 +99,18 @@ def _divisors(shape: ModelShape) -> list[int]:
 
 
 def _check_recomputation(config: Config, layout: Layout, shape: ModelShape) -> None:
-    asked, how = config.train.recompute_layers, config.train.recompute
+    asked, how, unit = config.train.recompute_layers, config.train.recompute, config.train.recompute_unit
+    layers = shape.num_layers // (layout.pipeline * layout.virtual_pipeline)
+    if unit > 1 and (how != "full" or asked is not None):
+        raise ConfigError(
+            f"train.recompute_unit = {unit} goes with train.recompute = full of all layers: leave it out, or set "
+            "train.recompute=full without train.recompute_layers"
+        )
+    if layers % unit:
+        raise ConfigError(
+            f"train.recompute_unit = {unit} does not divide the {layers} layers of a model chunk of this layout: give "
+            f"one of {', '.join(str(n) for n in range(1, layers + 1) if layers % n == 0)}"
+        )
     if asked is None:
         return
     if how != "full":
@@ -106,7 +118,6 @@ def _check_recomputation(config: Config, layout: Layout, shape: ModelShape) -> N
             f"train.recompute_layers = {asked} goes with train.recompute = full, not {how}: leave it out, or set "
             "train.recompute=full"
         )
-    layers = shape.num_layers // (layout.pipeline * layout.virtual_pipeline)
     if asked > layers:
         raise ConfigError(
             f"train.recompute_layers = {asked}: a model chunk of this layout has {layers} layers; give at most "

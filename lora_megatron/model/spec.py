@@ -26,6 +26,7 @@ from lora_megatron.layers.mlp import MlpSpec
 from lora_megatron.layers.norm import RMSNorm, norm_class
 from lora_megatron.layers.parallel_residual import ParallelResidualLayer
 from lora_megatron.layers.qkv import Part, gated_parts, qkv_parts, whole
+from lora_megatron.layers.rotary import RotaryAttention
 from lora_megatron.layers.row import LoraRowParallelLinear
 from lora_megatron.layers.storage.choose import StorageFormat
 from lora_megatron.methods.method import Method
@@ -104,7 +105,9 @@ def layer_spec(
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm,
             self_attention=ModuleSpec(
-                module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention
+                module=RotaryAttention if shape.position == "rope" else SelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=attention,
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,

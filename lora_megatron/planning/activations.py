@@ -12,8 +12,7 @@ element, q = heads x head_dim, k = groups x head_dim, a layer keeps, in bytes pe
 |                                            |                     | adapter reads what it makes                       |
 | q, k, v as projected                       | e (q + 2 k) / t     | q, k or v needs a gradient; so for the next four  |
 | q anew, where heads share k and v          | e q / t             | learned positions, or norms over heads            |
-| q and k anew                               | e (q + k) / t       | rotary positions or norms over heads              |
-| cos and sin, for q and for k               | 4 e rotary_dim / b  | rotary positions                                  |
+| q and k anew                               | e (q + k) / t       | norms over heads                                  |
 | attention's output and log-sum-exp         | (e q + 4 heads) / t | unless recompute is selective                     |
 | fc1's output, gated [gate; up]             | e f / t, 2 e f / t  | it needs a gradient, or fc2's adapter reads it    |
 | input of a linear layer                    | e in (*)            | its weight trains                                 |
@@ -25,7 +24,10 @@ element, q = heads x head_dim, k = groups x head_dim, a layer keeps, in bytes pe
 (**) a row layer's is divided by t under sequence parallelism. What adapters read behind a norm or an activation is
 computed again (`layers.rebuilt`), and dropout masks are drawn again: neither keeps anything of its own.
 
-Full recomputation keeps only a layer's input, e h (*), and during backward the tensors above of one layer at a time.
+Rotary positions keep their angles, 4 s rotary_dim bytes once a chunk (`layers.rotary`).
+
+Full recomputation keeps only a layer's input, e h (*), and during backward the tensors above of one layer at a time; or
+the input of every `recompute_unit` layers, and the tensors of so many.
 Behind the last layer come the final norm and the loss (`layers.vocabulary_loss`). Where the output weight is frozen it
 keeps its gradient to the hidden states, e h (*), and the loss mask, 4. Where that weight trains: the layer's input,
 e h (*), the logits, e vocabulary / t, and 20 for labels, maxima, sums and the loss mask.
@@ -67,6 +69,8 @@ class Microbatch:
     """With `full`: of each chunk the first so many layers; None is all."""
     dropout: float = 0.0
     packing: bool = False
+    recompute_unit: int = 1
+    """With `full` of all layers: how many are rebuilt together."""
 
     @property
     def tokens(self) -> int:
@@ -143,17 +147,14 @@ def _attention(flow: LayerFlow, batch: Microbatch, layer: int) -> float:
     if not flow.attention_needs:
         return _row_input(flow.proj, batch, queries, is_kept=False)
     heads = shape.num_attention_heads / batch.tensor
-    rotary = shape.position == "rope"
     grouped = shape.num_query_groups < shape.num_attention_heads
     kept = e * (queries + 2 * keys) * batch.tokens
     if shape.qk_norm and grouped:
         kept += e * queries * batch.tokens
-    if rotary or shape.qk_norm:
+    if shape.qk_norm:
         kept += e * (queries + keys) * batch.tokens
-    elif grouped:
+    elif grouped and shape.position != "rope":
         kept += e * queries * batch.tokens
-    if rotary:
-        kept += 4 * e * shape.rotary_dim * batch.sequence_length
     if batch.packing or 0 < shape.window(layer) < batch.sequence_length:
         rows = batch.samples if batch.packing else 1
         kept += e * rows * batch.sequence_length**2
@@ -210,6 +211,8 @@ class ChunkBytes:
     """The gradient to the hidden states or the logits, labels and masks; 0 but on the last chunk."""
     recomputed: float
     """The most that recomputation adds while its backward pass runs, over what the chunk holds then."""
+    once: float = 0.0
+    """Shared by all microbatches under way: angles of rotary positions."""
 
 
 def chunk_bytes(flows: Sequence[LayerFlow], layers: range, batch: Microbatch) -> ChunkBytes:
@@ -217,7 +220,10 @@ def chunk_bytes(flows: Sequence[LayerFlow], layers: range, batch: Microbatch) ->
     stored = [layer_bytes(flow, batch, layer=layer) for flow, layer in zip(flows, layers, strict=True)]
     count = recomputed_layers(batch.recompute, batch.recompute_layers, len(stored))
     inputs = batch.hidden_bytes
-    rotary = 4 * batch.shape.rotary_dim * batch.sequence_length if count and batch.shape.position == "rope" else 0
-    # While layer i is rebuilt, the inputs of layers 0 .. i are held still, and its own is what its norm keeps.
-    most = max((rotary + i * inputs + kept for i, kept in enumerate(stored[:count])), default=0.0)
-    return ChunkBytes(count * inputs + rotary + sum(stored[count:]), 0.0, most)
+    turns = count > 0 or any(flow.attention_needs for flow in flows)
+    rotary = 4 * batch.shape.rotary_dim * batch.sequence_length if turns and batch.shape.position == "rope" else 0
+    unit = batch.recompute_unit
+    units = [sum(stored[start : start + unit]) for start in range(0, count, unit)]
+    # While unit i is rebuilt, the inputs of units 0 .. i are held still, and its own is what its first norm keeps.
+    most = max((i * inputs + kept for i, kept in enumerate(units)), default=0.0)
+    return ChunkBytes(len(units) * inputs + sum(stored[count:]), 0.0, most, rotary)

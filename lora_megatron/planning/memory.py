@@ -17,7 +17,7 @@ from megatron.core import parallel_state as mpu
 from lora_megatron.config import Config
 from lora_megatron.layers.vocabulary_loss import tokens_per_chunk
 from lora_megatron.methods.method import Method
-from lora_megatron.model.build import build
+from lora_megatron.model.build import NOTHING_RECOMPUTED, build
 from lora_megatron.model.checks import layout_of, options_of
 from lora_megatron.model.shape import ModelShape
 from lora_megatron.planning.activations import ChunkBytes, Microbatch, chunk_bytes, embedding_bytes, head_bytes
@@ -105,7 +105,7 @@ def build_rank(config: Config, shape: ModelShape, method: Method) -> list[Weight
     """The parameters of this process's rank, from its real model on the meta device."""
     layout = layout_of(config)
     # The sizes of stored weights are in `weights`, and recomputation changes none.
-    options = replace(options_of(config, meta=True), storage=None, recompute="none", recompute_layers=None)
+    options = replace(options_of(config, meta=True), storage=None, **NOTHING_RECOMPUTED)
     return weights_of(build(shape, method, layout, options), tensor_size=layout.tensor)
 
 
@@ -130,7 +130,7 @@ def plan_rank(config: Config, shape: ModelShape, method: Method, weights: Sequen
         trained_weights=trained.weights,
         gradients=trained.gradients,
         optimizer=trained.optimizer,
-        activations=round(worst.activations),
+        activations=round(worst.activations + sum(chunk.once for chunk in chunks)),
         logits=round(worst.loss),
         communication=round(_communication(batch, worst)),
         workspace=round(max(in_backward, stepping - worst.bytes)),
@@ -150,6 +150,7 @@ def microbatch_of(config: Config, shape: ModelShape) -> Microbatch:
         config.train.recompute_layers,
         config.method.dropout,
         config.data.packing,
+        recompute_unit=config.train.recompute_unit,
     )
 
 
@@ -173,7 +174,7 @@ def chunks_of(shape: ModelShape, method: Method, batch: Microbatch, stage: int) 
         extra = embedding_bytes(method, batch) if first else 0.0
         norm, loss = head_bytes(method, batch, input_needs=flows[-1].output_needs) if last else (0.0, 0.0)
         recomputed = chunk.recomputed + extra if chunk.recomputed else 0.0
-        chunks.append(ChunkBytes(chunk.held + extra + norm, loss, recomputed))
+        chunks.append(ChunkBytes(chunk.held + extra + norm, loss, recomputed, chunk.once))
     return chunks
 
 

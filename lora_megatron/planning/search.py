@@ -27,6 +27,7 @@ from lora_megatron.planning.weights import Weight
 
 _MOST_GPUS = 4096
 _RECOMPUTE = ("none", "selective", "auto")
+_ALL_LAYERS = {"recompute_layers": None, "recompute_unit": 1}
 CHOICES = (
     ("parallel", "tensor"),
     ("parallel", "pipeline"),
@@ -180,7 +181,7 @@ def _with(config: Config, grid: _Grid, *, sequence: bool, recompute: str, sample
     return config.model_copy(
         update={
             "parallel": config.parallel.model_copy(update=cut),
-            "train": config.train.model_copy(update={"recompute": recompute, "recompute_layers": None}),
+            "train": config.train.model_copy(update={"recompute": recompute, **_ALL_LAYERS}),
             "data": config.data.model_copy(update={"micro_batch_size": samples}),
         }
     )

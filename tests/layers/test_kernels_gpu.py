@@ -9,7 +9,8 @@ from torch import Tensor
 
 from lora_megatron.layers.activation import ACTIVATIONS, Activation
 from lora_megatron.layers.low_rank import Update, add_low_rank
-from lora_megatron.layers.qkv import qkv_parts, whole
+from lora_megatron.layers.qkv import Part, gated_parts, qkv_parts, whole
+from lora_megatron.layers.rotary import turned
 from lora_megatron.layers.storage import quantised_activation
 from lora_megatron.layers.storage.choose import StorageFormat
 from lora_megatron.layers.storage.fp8 import quantise_tokens, transposed_fp8
@@ -64,21 +65,51 @@ def test_fp8_is_transposed() -> None:
     assert same_bytes(transposed_fp8(codes), codes.cpu().view(torch.uint8).t().contiguous())
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
-@pytest.mark.parametrize("which", ["q", "v", "whole"])
-def test_the_low_rank_update_and_its_gradients(which: str, dtype: torch.dtype, bound: float) -> None:
-    q, _, v = qkv_parts(8, 4, 32)
-    part = {"q": q, "v": v, "whole": whole("o", 200)[0]}[which]
-    fused = torch.randn(100, part.groups * part.stride, dtype=dtype)
-    u, b = torch.randn(100, 5, dtype=dtype), torch.randn(part.rows, 5, dtype=dtype)
-    grad = torch.randn_like(fused)
+QKV = qkv_parts(8, 4, 32)
+FUSED = {
+    "q": QKV[:1],
+    "v": QKV[2:],
+    "q and v": (QKV[0], QKV[2]),
+    "q, k and v": QKV,
+    "gate and up": gated_parts(150),
+    "whole": whole("o", 200),
+}
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-6), (torch.bfloat16, 4e-3)])
+@pytest.mark.parametrize("parts", FUSED.values(), ids=FUSED)
+def test_the_low_rank_update_and_its_gradients(parts: tuple[Part, ...], dtype: torch.dtype, bound: float) -> None:
+    """Of one projection and of several with ranks and scales of their own; more tokens than one program has."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    ranks, scales = (5, 1, 17)[: len(parts)], (1.7, 0.5, -2.0)[: len(parts)]
+    fused, u = random(300, parts[0].groups * parts[0].stride), random(300, sum(ranks))
+    bs = [random(part.rows, rank) for part, rank in zip(parts, ranks, strict=True)]
+    grad = random(*fused.shape)
     results = []
     for device, kind in ((CPU, torch.float64), (GPU, dtype)):
-        leaves = [t.to(device, kind, copy=True).requires_grad_() for t in (fused, u, b)]
-        out = add_low_rank(leaves[0] * 1, Update((part,), (1.7,), leaves[1], (leaves[2],)))
+        leaves = [t.to(device, kind, copy=True).requires_grad_() for t in (fused, u, *bs)]
+        out = add_low_rank(leaves[0] * 1, Update(parts, scales, leaves[1], tuple(leaves[2:])))
         results.append([out, *torch.autograd.grad(out, leaves, grad.to(device, kind))])
     for want, got in zip(*results, strict=True):
-        assert float((got.detach().cpu().double() - want).norm() / want.norm()) < bound
+        assert off(got, want) < bound
+
+
+@pytest.mark.parametrize("rotary", [32, 20])
+@pytest.mark.parametrize("rows", [1, 3], ids=["angles shared", "angles of each row"])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 3e-3)])
+def test_queries_are_turned_and_gradients_turned_back(rotary: int, rows: int, dtype: torch.dtype, bound: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    fused = torch.randn(50, 3, 4, 18 * 32, generator=generator).to(dtype)
+    x = fused[..., : 16 * 32].reshape(50, 3, 64, 32)[:, :, :33]
+    angles = torch.rand(50, rows, 1, rotary // 2, generator=generator).repeat(1, 1, 1, 2) * 8000
+    for back in (False, True):
+        assert off(turned(x.to(GPU), angles.to(GPU), back=back), turned(x.double(), angles.double(), back=back)) < bound
+    k = fused[..., -64:-32]  # a view with gaps
+    assert off(turned(k.to(GPU), angles.to(GPU)), turned(k.double(), angles.double())) < bound
 
 
 def off(got: Tensor, want: Tensor) -> float:

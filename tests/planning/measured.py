@@ -80,6 +80,7 @@ def _one(case: Case) -> tuple[Tree, Tree]:
         config.method.dropout,
         adapter_seed=1,
         recompute_layers=train.recompute_layers,
+        recompute_unit=train.recompute_unit,
     )
     chunks = build(shape, method, layout_of(config), options)
     initialise_base(chunks, seed=3, num_layers=shape.num_layers)

@@ -68,6 +68,8 @@ GROUPS = {
         case({"train": {"recompute": "full", "recompute_layers": 1}}),
         case(EVERY_TARGET, BF16, {"train": {"recompute": "full", "recompute_layers": 3}}),
         case(LLAMA, EVERY_TARGET, BF16, recompute("full")),
+        case(EVERY_TARGET, BF16, {"train": {"recompute": "full", "recompute_unit": 2}}),
+        case({"train": {"recompute": "full", "recompute_unit": 4}}),
     ],
     "architectures": [
         case(LLAMA),

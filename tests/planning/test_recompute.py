@@ -109,6 +109,9 @@ def test_what_is_told_to_change_is_auto() -> None:
         ({"recompute": "none", "recompute_layers": 2}, {}, ("recompute_layers = 2", "not none")),
         ({"recompute": "auto", "recompute_layers": 2}, {}, ("recompute_layers = 2", "not auto")),
         ({"recompute": "full", "recompute_layers": 9}, {}, ("recompute_layers = 9", "has 8 layers")),
+        ({"recompute": "full", "recompute_unit": 3}, {}, ("recompute_unit = 3", "8 layers", "1, 2, 4, 8")),
+        ({"recompute": "auto", "recompute_unit": 2}, {}, ("recompute_unit = 2", "recompute=full")),
+        ({"recompute": "full", "recompute_layers": 2, "recompute_unit": 2}, {}, ("recompute_unit = 2", "all layers")),
         ({"recompute": "full", "recompute_layers": 5}, {"pipeline": 2}, ("recompute_layers = 5", "has 4 layers")),
     ],
 )

@@ -21,6 +21,8 @@ from torch import Tensor
 
 LARGEST = tl.constexpr(448.0)
 SMALLEST = tl.constexpr(1e-30)
+_PIECE, _WARPS = 4096, 16
+"""Columns at a time, and warps, of a program that quantises a row: of those tried on an H200 the fastest or near it."""
 
 
 @triton.jit
@@ -148,11 +150,11 @@ def quantise_rows(
     rows, columns = x.shape
     codes = torch.empty_like(x, dtype=torch.float8_e4m3fn)
     scales = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
-    arguments = (x, factor, codes, scales, columns, 4096, factor is not None)
+    arguments = (x, factor, codes, scales, columns, _PIECE, factor is not None)
     if agree is None:
-        _quantise_rows[(rows,)](*arguments, True, True, num_warps=8)
+        _quantise_rows[(rows,)](*arguments, True, True, num_warps=_WARPS)
     else:
-        _quantise_rows[(rows,)](*arguments, True, False, num_warps=8)
+        _quantise_rows[(rows,)](*arguments, True, False, num_warps=_WARPS)
         agree(scales)
-        _quantise_rows[(rows,)](*arguments, False, True, num_warps=8)
+        _quantise_rows[(rows,)](*arguments, False, True, num_warps=_WARPS)
     return codes, scales
