@@ -20,6 +20,7 @@ The exit status is 0 whatever was met, 2 for what cannot be started.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -47,7 +48,7 @@ KIND = "one_host"
 BUDGET_S = 520.0
 _GOALS_GPUS = 8
 _VARIABLES = ("NCCL_", "PYTORCH_", "CUDA_DEVICE_MAX_CONNECTIONS", "OMP_NUM_THREADS")
-_PATIENCE = 2.5
+_PATIENCE = 2.0
 """How many times its planned seconds a part may take."""
 Report = dict[str, Any]
 
@@ -70,16 +71,17 @@ def run_parts(parts: Sequence[Part], left: Callable[[], float], write: Callable[
 def run(options: argparse.Namespace) -> None:
     """The session; raises ConfigError for what cannot be started."""
     check_overrides(options.overrides)
-    counts = [
-        "micro_batch",
-        "proof_steps",
-        "budget",
-        *(name for name in ("gpus", "proof_layers") if _given(options, name)),
-    ]
-    side.require_positive(options, *counts)
+    given = (name for name in ("gpus", "proof_layers") if getattr(options, name) is not None)
+    side.require_positive(options, "micro_batch", "proof_steps", "budget", *given)
+    options.out = _seen_from_root(options.out)
+    with contextlib.chdir(ROOT):  # so that commands are told, and can be given again, with the repository's paths
+        _run(options)
+
+
+def _run(options: argparse.Namespace) -> None:
     here = torch.cuda.device_count()
     gpus = options.gpus or here or 2
-    shape, environment = shape_of(load_config(str(ROOT / CONFIG), options.overrides)), describe_environment()
+    shape, environment = shape_of(load_config(CONFIG, options.overrides)), describe_environment()
     ranks = WarmRanks(options.out / "ranks", processes=gpus)
     session = Session(options, gpus, shape, ranks, _memory(environment, gpus, planning_only=options.list))
     if options.list:
@@ -106,13 +108,15 @@ def run(options: argparse.Namespace) -> None:
     print((options.out / side.MARKDOWN_NAME).read_text(encoding="utf-8"))
 
 
+def _seen_from_root(folder: Path) -> Path:
+    """Relative where it lies in the repository."""
+    whole = folder.absolute()
+    return whole.relative_to(ROOT) if whole.is_relative_to(ROOT) else whole
+
+
 def _wanted(options: argparse.Namespace, gpus: int, shape: ModelShape) -> list[str]:
     names = part_names(gpus, shape.num_layers)
     return names if options.parts is None else side.names_of(options.parts, names, flag="--parts")
-
-
-def _given(options: argparse.Namespace, name: str) -> bool:
-    return getattr(options, name) is not None
 
 
 def _memory(environment: Report, gpus: int, *, planning_only: bool) -> float:
@@ -155,7 +159,7 @@ def _report(session: Session, environment: Report, parts: Sequence[Report]) -> R
 
 def _is_the_goals_setting(shape: ModelShape, gpus: int, environment: Report) -> bool:
     """Whether this is the shipped model on eight GPUs, of which the goals speak."""
-    shipped = shape == shape_of(load_config(str(ROOT / CONFIG)))
+    shipped = shape == shape_of(load_config(CONFIG))
     return shipped and gpus == _GOALS_GPUS and environment["devices"]["type"] == "cuda"
 
 
@@ -170,7 +174,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--proof-layers", type=int, help="of the runs of both proofs (default: all, if they fit)")
     parser.add_argument("--proof-steps", type=int, default=6, help="of those runs (default: %(default)s)")
     parser.add_argument("--list", action="store_true", help="print the parts and their commands")
-    return parser.parse_args(arguments)
+    return parser.parse_intermixed_args(arguments)  # overrides may stand after options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -15,6 +15,8 @@ from lora_megatron.measure.units import MISSING, show_bytes, show_count, show_se
 
 Facts = Mapping[str, Any]
 GIB = 2**30
+ROUNDING = 2.0**-8
+"""Of bf16, relative: what one operation may be off. Sums over ranks are in another order at another layout."""
 DONE, FAILED, SKIPPED, WAITING = "done", "failed", "skipped", "to come"
 
 
@@ -166,13 +168,15 @@ def _adapter_text(facts: Facts) -> str:
         f"{facts['layers']} layers, random base equal under every layout. {show_bytes(facts['bytes'])} written at "
         f"{facts['layout']}; held-out loss {facts['loss']:.8f} there ({facts['loss_without']:.4f} without adapter), "
         f"{facts['loss_again']:.8f} at {facts['other_layout']}: relative difference {facts['difference']:.1e}, where "
-        f"one rounding of bf16 is 3.9e-03. The other layout writes {_same(facts)}."
+        f"one rounding of bf16 is {ROUNDING:.1e} and the adapter changed {facts['change']:.1e}. The other layout wrote "
+        f"{_same(facts)}."
     )
 
 
 def _resume_text(facts: Facts) -> str:
+    steps = ", ".join(map(str, facts["resumed_at"]))
     return (
-        f"{facts['layers']} layers, stopped by SIGTERM (status 75) and resumed at step {facts['resumed_at']}: "
+        f"{facts['layers']} layers, stopped by SIGTERM (status 75) and resumed at step {steps}: "
         f"{facts['equal_steps']} of {facts['steps']} losses equal to the bit, largest relative difference "
         f"{facts['difference']:.1e}; the final adapter is {_same(facts)}."
     )

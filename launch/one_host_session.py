@@ -19,6 +19,8 @@ from lora_megatron.model.shape import ModelShape
 
 _PROOF_LAYERS = 8
 """Of the proofs, where not all fit."""
+_LR_AT_WIDTH_1 = 12.0
+"""A step of Adam moves A x by lr times the width: 0.001 for GPT-3 175B is what a few steps stand."""
 Report = dict[str, Any]
 
 
@@ -100,6 +102,7 @@ class Session:
             layers=layers,
             steps=options.proof_steps,
             micro_batch=chosen.micro_batch,
+            lr=min(0.01, _LR_AT_WIDTH_1 / self.shape.hidden_size),
         )
 
     def _choose(self, row: Row, overrides: Sequence[str], *, most: int) -> Choice:
