@@ -42,6 +42,8 @@ from lora_megatron.strict_json import load_json_object
 
 IMPORTED = (bench, train)
 """Before a rank waits for its first command, which would import them otherwise."""
+_WORLD = ("RANK", "WORLD_SIZE", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "MAX_RESTARTS")
+"""Of the surroundings, which are not about the ranks of this machine."""
 _LOOK_S = 0.02
 _KILL_S = 20.0
 
@@ -56,7 +58,7 @@ class Ended:
 
 def launch_environment(processes: int) -> dict[str, str]:
     """Ours, with what workers need and the user did not set; NCCL_* and the like go on as they are."""
-    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    environment = {name: value for name, value in os.environ.items() if name not in _WORLD}
     prepare(environment, Node.from_environment({}), processes, gpus=torch.cuda.device_count())
     if "PYTORCH_ALLOC_CONF" not in environment:
         environment.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
@@ -140,11 +142,11 @@ class WarmRanks:
 
 
 def told(log: Path) -> str:
-    """What a command said of its end, as `: reason`; empty if it said nothing."""
+    """What a command said of its end, as `: reason`: its first error, or its last line; empty if it said nothing."""
     text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    errors = [line for line in lines if "error: " in line.lower()] or lines
-    return f": {errors[-1]}" if errors else ""
+    errors = [line for line in lines if "error: " in line.lower()] or lines[-1:]
+    return f": {errors[0]}" if errors else ""
 
 
 def serve(folder: Path, first: int) -> None:

@@ -72,13 +72,15 @@ def test_the_micro_batch_is_the_largest_that_the_plan_fits() -> None:
     def chosen(name: str, gpus: int, *, memory: float = H200, most: int = 8) -> tuple[int, bool]:
         (row,) = [row for row in rows_for(gpus, 96) if row.name == name]
         choice = choose_micro_batch(row, CONFIG, [], gpus=gpus, memory=memory, most=most)
-        assert choice.fits == (choice.planned_bytes <= 0.97 * memory)
+        assert choice.fits == (choice.planned_bytes <= (0.97 if choice.micro_batch == 1 else 0.94) * memory)
         return choice.micro_batch, choice.fits
 
     assert chosen("bf16-tp8", 8) == (8, True)
     assert chosen("bf16-tp8", 8, most=3) == (2, True)
     assert chosen("bf16-tp8", 8, memory=80 * GIB) == (4, True)
     assert chosen("bf16-tp4", 4) == (4, True)
+    assert chosen("fp8-tp4", 4) == (4, True), "8 would leave 4% of the memory"
+    assert chosen("bf16-pp4", 4) == (1, True), "which one sequence may"
     assert chosen("bf16-pp8", 8) == (1, True)
     assert chosen("bf16-tp2", 2) == (1, False)
 

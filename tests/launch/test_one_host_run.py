@@ -175,7 +175,7 @@ def test_a_resumed_run_with_another_or_no_loss_does_not_hold(proof: Proof, tmp_p
 def test_why_a_run_could_not_be_stopped_and_resumed(
     proof: Proof, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, statuses: list[int | None], told: str
 ) -> None:
-    (tmp_path / "log").write_text("step 1\nerror: gone\nlast line\n", encoding="utf-8")
+    (tmp_path / "log").write_text("step 1\nerror: gone\nerror: a consequence\nlast line\n", encoding="utf-8")
     started: list[list[str]] = []
 
     def pretend(words: list[str], *_: Any, **__: Any) -> int | None:
