@@ -146,6 +146,8 @@ def _run_configured(arguments: argparse.Namespace) -> None:
             warm_up=arguments.warm_up,
             layers=arguments.layers,
             visits=arguments.visits,
+            profiled=arguments.profile,
+            ceiling=arguments.ceiling,
             out=arguments.out,
         )
 

@@ -174,6 +174,8 @@ def _add_bench(commands: Any) -> None:
     bench.add_argument("--warm-up", type=int, default=3, help="steps before them (default: %(default)s)")
     bench.add_argument("--visits", type=int, choices=(1, 2), default=2, help="times a case is built (default: 2)")
     bench.add_argument("--layers", type=int, help="measure a slice of so many layers; default: as many as fit")
+    bench.add_argument("--profile", type=int, default=0, metavar="N", help="more steps, for communication's share")
+    bench.add_argument("--no-ceiling", dest="ceiling", action="store_false", help="do not time the products alone")
     bench.add_argument("--out", default="runs/bench", help="folder to write (default: %(default)s)")
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import cast
 
 import torch
@@ -14,6 +14,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from torch import nn
 
+from lora_megatron.bench.communication import Communication, profile
 from lora_megatron.bench.timing import StepSeconds, TimedOptimizer, slowest_of_each, timed_step
 from lora_megatron.bench.workload import Load, bench_config, build_trainer, free, slice_of
 from lora_megatron.config import Config
@@ -46,6 +47,8 @@ class Effort:
 
     steps: int
     warm_up: int
+    profiled: int = 0
+    """After the measured ones, which a profiler would slow down."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,8 @@ class Measured:
     """Of the unsharded model (or slice)."""
     first_loss: float
     last_loss: float
+    communication: list[Communication]
+    """Of every rank; empty where no step was profiled, or a rank's profiler saw nothing."""
     left_bytes: int = 0
     """GPU: bytes of this rank that were allocated after the case was freed and not before it was built."""
 
@@ -133,6 +138,7 @@ def _measure(
             seconds.append(taken)
             on_step(report)
     memory = trainer.meter.memory(gradients=gradient_bytes(trainer.chunks), optimizer=trainer.optimizer.state_bytes())
+    communication = profile(lambda: timed_step(trainer)[0].whole, steps=effort.profiled)
     trainable, total = _count_parameters([chunk.module for chunk in trainer.chunks])
     return Measured(
         case=case,
@@ -142,7 +148,14 @@ def _measure(
         total_parameters=total,
         first_loss=losses[0],
         last_loss=losses[-1],
+        communication=_gather(communication),
     )
+
+
+def _gather(mine: Communication | None) -> list[Communication]:
+    """Every rank's, on every rank; none where one has none. Collective."""
+    found = [json.loads(text) for text in gather_text(json.dumps(mine and asdict(mine)))]
+    return [Communication(**each) for each in found] if all(found) else []
 
 
 def _is_metered(trainer: Trainer) -> bool:

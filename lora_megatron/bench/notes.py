@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -66,8 +66,27 @@ def _about_row(row: Row) -> Iterator[str]:
             f"({100 * (seconds / measured - 1):+.1f}%) and a peak of {show_bytes(said['peak_bytes'])} "
             f"({100 * (said['peak_bytes'] / row['peak_bytes'] - 1):+.1f}%)."
         )
+    if shares := row.get("communication"):
+        yield f"{name}: {communication_text(shares)}"
     if row.get("left_bytes", 0) > _MUCH_LEFT:
         yield f"{name}: {show_bytes(row['left_bytes'])} were still allocated after it was freed."
+
+
+def communication_text(shares: Sequence[Mapping[str, Any]]) -> str:
+    """What the profiled steps said of every rank."""
+    parts = (
+        ("kernels of NCCL ran", "share"),
+        ("of a step's time, nothing beside them", "exposed_share"),
+        ("and nothing at all", "idle_share"),
+    )
+    texts = [f"{words} {range_text([each[key] for each in shares])}" for words, key in parts]
+    return f"under the profiler {texts[0]} {texts[1]}, {texts[2]}; waiting for other ranks included."
+
+
+def range_text(shares: Sequence[float]) -> str:
+    """`12.0%`, or `12.0% to 15.1%` over the ranks."""
+    low, high = (f"{100 * share:.1f}%" for share in (min(shares), max(shares)))
+    return low if low == high else f"{low} to {high}"
 
 
 def _about_products(result: Result) -> Iterator[str]:
@@ -101,6 +120,8 @@ def _general(result: Result) -> Iterator[str]:
         "something below trains, its wgrad where it trains itself, and attention. Hardware FLOPs are those executed, "
         "with what is recomputed."
     )
+    if not (gemm := result["gemm"])["before"] and not gemm["without_room"]:
+        return
     yield (
         "The ceiling is the rate of the model's own matrix products alone, at their sizes on one rank, in the same "
         f"precision ({result['precision']}), on random numbers, in the same run: forward and dgrad, for a method that "

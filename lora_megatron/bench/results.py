@@ -9,6 +9,7 @@ Rows are JSON values, so that what is printed, drawn and stored is one and the s
     ceiling_flops_per_second                                     of the products the method needs (`bench.gemm`)
     memory_by_rank, planned_by_rank                              bytes by kind
     plan_error                                                   planned / measured - 1 by kind, of the largest rank
+    communication                                                shares of profiled steps by rank: `bench.communication`
 """
 
 from __future__ import annotations
@@ -81,6 +82,7 @@ def row_of(visits: Sequence[Measured], known: Known, scale: Scale, *, ceiling: f
         "left_bytes": max(visit.left_bytes for visit in visits),
         "first_loss": visits[0].first_loss,
         "last_loss": visits[0].last_loss,
+        "communication": [{"rank": rank, **one.facts()} for rank, one in enumerate(visits[-1].communication)],
     }
     return {**row, **_planned(known, memory), **_rates(row["step_seconds"]["median"], known, scale, ceiling)}
 

@@ -9,7 +9,7 @@ timed before and after.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lora_megatron.bench.gemm import (
@@ -53,6 +53,8 @@ class Question:
     """Fills the whole model from a stored base; None draws random weights, as for every slice."""
     visits: int = 2
     """To each case; 1 where building a model takes longer than all its steps, and the order then counts."""
+    ceiling: bool = True
+    """Whether the matrix products are timed, which takes a GPU ten seconds."""
 
     @property
     def reference(self) -> str:
@@ -133,11 +135,12 @@ class Suite:
     @property
     def order(self) -> list[tuple[Case, Effort]]:
         """Visits to come, with their steps: forwards, and then backwards with the other half of the steps."""
-        steps, warm_up = self.question.effort.steps, self.question.effort.warm_up
-        first = [(case, Effort(steps - steps // 2, warm_up)) for case in self.cases]
+        effort = self.question.effort
         if self.question.visits == 1:
-            return [(case, Effort(steps, warm_up)) for case in self.cases]
-        return first + [(case, Effort(steps // 2, warm_up)) for case in reversed(self.cases) if steps > 1]
+            return [(case, effort) for case in self.cases]
+        halves = effort.steps - effort.steps // 2, effort.steps // 2
+        first, second = (replace(effort, steps=half) for half in halves)
+        return [(case, first) for case in self.cases] + [(case, second) for case in reversed(self.cases) if halves[1]]
 
     def run(
         self, *, on_visit: Callable[[Case], None], on_step: Callable[[StepReport], None], on_result: Callable[[], None]
@@ -177,6 +180,9 @@ class Suite:
 
     def _measure_products(self) -> None:
         config = self.question.config
+        if not self.question.ceiling:
+            self.products.append([])
+            return
         products, without_room = measure_products(
             linears_of(self.question.shape, tensor=config.parallel.tensor),
             m=config.data.micro_batch_size * config.data.sequence_length,

@@ -48,11 +48,14 @@ def run_bench(
     layers: int | None,
     out: str,
     visits: int = 2,
+    profiled: int = 0,
+    ceiling: bool = True,
 ) -> None:
     """Measure `methods` on the configured model, layout and batches, and write the report into `out`.
 
     methods: names as in `method.name`. steps: measured ones of each method. layers: of a slice; None: as many as fit.
-    visits: to each method, 1 or 2.
+    visits: to each method, 1 or 2. profiled: steps to profile at the end of each visit. ceiling: whether the matrix
+    products are timed alone.
 
     Raises:
         ConfigError: an argument or the configuration cannot work, or nothing fits.
@@ -60,11 +63,11 @@ def run_bench(
         LostRankError: another rank does not answer any more, or this one ran out of memory.
         NumericalError: a step made no update.
     """
-    methods = _checked(methods, steps, warm_up)
+    methods = _checked(methods, Effort(steps, warm_up, profiled))
     groups.join_world(timeout_minutes=config.parallel.timeout_minutes)
     try:
         with loss_as_error():
-            _bench(config, methods, Effort(steps, warm_up), layers, visits, Path(out))
+            _bench(config, methods, Effort(steps, warm_up, profiled), layers, visits, ceiling, Path(out))
     except LostRankError:  # whatever waits for the others would wait for ever
         raise
     except UserError:
@@ -74,18 +77,24 @@ def run_bench(
 
 
 def _bench(
-    config: Config, methods: Sequence[str], effort: Effort, layers: int | None, visits: int, folder: Path
+    config: Config,
+    methods: Sequence[str],
+    effort: Effort,
+    layers: int | None,
+    visits: int,
+    ceiling: bool,
+    folder: Path,
 ) -> None:
     require_equal("the configuration", config.model_dump_json())
     shape, load = together(lambda: _model(config))
     config = config.model_copy(update={"model": ModelSection(**shape.to_dict())})
-    question = Question(config, shape, methods, effort, layers, load, visits)
+    question = Question(config, shape, methods, effort, layers, load, visits, ceiling)
     together(lambda: _check(question))
     together(lambda: _claim(folder) if is_main() else None)
     _measure(question, folder)
 
 
-def _checked(methods: Sequence[str], steps: int, warm_up: int) -> list[str]:
+def _checked(methods: Sequence[str], effort: Effort) -> list[str]:
     names = [name.strip() for name in methods]
     for name in names:
         if name not in METHODS:
@@ -93,10 +102,11 @@ def _checked(methods: Sequence[str], steps: int, warm_up: int) -> list[str]:
             raise ConfigError(f"unknown method {name!r} in --methods: did you mean {nearest}? (valid: {_names()})")
         if names.count(name) > 1:
             raise ConfigError(f"--methods names {name} twice: list each method once")
-    if steps < 1:
-        raise ConfigError(f"--steps {steps}: at least 1 step has to be measured")
-    if warm_up < 0:
-        raise ConfigError(f"--warm-up {warm_up}: must be 0 or more")
+    if effort.steps < 1:
+        raise ConfigError(f"--steps {effort.steps}: at least 1 step has to be measured")
+    for flag, count in (("--warm-up", effort.warm_up), ("--profile", effort.profiled)):
+        if count < 0:
+            raise ConfigError(f"{flag} {count}: must be 0 or more")
     return names
 
 

@@ -40,7 +40,7 @@ def test_every_configuration_is_planned(path: Path) -> None:
     config, shape, method = resolve(path, overrides=elsewhere)
     if path.stem in TASKS:
         config = load_config(path, [str(LAYOUTS[0])])
-    gpu = GPUS["h200" if path.stem.endswith(("_1gpu", "_2gpu")) else "h100"]
+    gpu = GPUS["h200" if path.stem.endswith(("_1gpu", "_2gpu", "_8gpu")) else "h100"]
     plan = plan_training(config, shape, method, world_size=layout_of(config).model_size, memory=gpu.memory)
     assert plan.chosen.fits(gpu.memory)
     assert plan.speed(gpu).tokens_per_second > 0

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The share of communication in a step, from the times at which a GPU ran which kernels.
+
+With C the time in which a collective's kernel ran on this rank, W the same of everything else (other kernels, copies)
+and T the step, all as sets of moments:
+
+    share of communication    |C| / T
+    of which exposed          (|C u W| - |W|) / T     nothing else ran beside it
+    idle                      1 - |C u W| / T         nothing ran at all: kernels come too slowly, or the host waits
+
+A collective's kernel starts when its own rank is there and ends when all have been: waiting for others, such as a
+pipeline's bubble, counts as communication.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+Span = tuple[int, int]
+"""Start and end in nanoseconds."""
+_COLLECTIVES = {
+    "allreduce": "all-reduce",
+    "allgather": "all-gather",
+    "reducescatter": "reduce-scatter",
+    "sendrecv": "send and receive",
+    "broadcast": "broadcast",
+    "alltoall": "all-to-all",
+}
+_MARKS = ("nccl:", "Context Sync", "Stream Sync", "Event Sync", "Stream Wait Event")
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What ran on the device, a copy or a fill included."""
+
+    name: str
+    span: Span
+
+    @property
+    def collective(self) -> str | None:
+        """`all-reduce` and so on for a kernel of NCCL; None for any other."""
+        name = self.name.lower().replace("_", "")
+        if not name.startswith("nccl"):
+            return None
+        return next((told for part, told in _COLLECTIVES.items() if part in name), "other")
+
+
+@dataclass(frozen=True)
+class Communication:
+    """Seconds of one rank over the profiled steps."""
+
+    steps: int
+    whole: float
+    """The steps by the clock, which the profiler makes longer."""
+    communicating: float
+    exposed: float
+    busy: float
+    by_collective: dict[str, float]
+    """Sums of kernels, which may run at one time."""
+
+    def facts(self) -> dict[str, Any]:
+        """The same as shares, for a report."""
+        return {
+            "share": self.communicating / self.whole,
+            "exposed_share": self.exposed / self.whole,
+            "idle_share": max(0.0, 1 - self.busy / self.whole),
+            "step_seconds": self.whole / self.steps,
+            "by_collective": {name: seconds / self.whole for name, seconds in sorted(self.by_collective.items())},
+        }
+
+
+def union_seconds(spans: Iterable[Span]) -> float:
+    """How long at least one of the spans lasted."""
+    total, reached = 0, None
+    for start, end in sorted(spans):
+        begin = start if reached is None else max(start, reached)
+        if end > begin:
+            total += end - begin
+            reached = end
+    return total / 1e9
+
+
+def communication_of(kernels: Sequence[Kernel], *, steps: int, whole: float) -> Communication:
+    """`whole`: seconds of the steps in which these kernels ran."""
+    collectives = [kernel for kernel in kernels if kernel.collective]
+    others = [kernel.span for kernel in kernels if not kernel.collective]
+    busy = union_seconds(kernel.span for kernel in kernels)
+    sums: dict[str, float] = {}
+    for kernel in collectives:
+        start, end = kernel.span
+        sums[str(kernel.collective)] = sums.get(str(kernel.collective), 0.0) + (end - start) / 1e9
+    communicating = union_seconds(kernel.span for kernel in collectives)
+    return Communication(steps, whole, communicating, busy - union_seconds(others), busy, sums)
+
+
+def profile(step: Callable[[], float], *, steps: int) -> Communication | None:
+    """Take `steps` steps, each of which tells its seconds, and look at this rank's GPU meanwhile.
+
+    None without a GPU, or where the profiler saw no kernel (it is not allowed to).
+    """
+    if not steps or not torch.cuda.is_available():
+        return None
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        whole = sum(step() for _ in range(steps))
+    kernels = _kernels(profiler)
+    return communication_of(kernels, steps=steps, whole=whole) if kernels else None
+
+
+def _kernels(profiler: Any) -> list[Kernel]:
+    """From the raw events: torch's own list of them takes minutes to build from the kernels of a large model."""
+    return [
+        Kernel(event.name(), (event.start_ns(), event.start_ns() + event.duration_ns()))
+        for event in profiler.profiler.kineto_results.events()
+        if event.device_type() == torch.autograd.DeviceType.CUDA and not _is_mark(event)
+    ]
+
+
+def _is_mark(event: Any) -> bool:
+    """Not work of the device but a range that somebody named, such as torch's `nccl:all_reduce` around a kernel, or
+    the host's waiting."""
+    annotated = getattr(event, "is_user_annotation", lambda: False)
+    return bool(event.name().startswith(_MARKS) or annotated())
