@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The experiment every parallel layout must repeat: a tiny GPT, three AdamW steps, everything gathered and compared.
 
-`train_twin` runs inside a world of any size and returns, on rank 0, whole tensors under global names: initial values, the
-loss without dropout, then per step loss, trained gradients, their norm and parameters; in a world of one, the twin.
+`train_twin` runs inside a world of any size and returns, on rank 0, whole tensors under global names: initial values,
+the loss without dropout, then per step loss, trained gradients, their norm and parameters; in a world of one, the twin.
 """
 
 from __future__ import annotations
