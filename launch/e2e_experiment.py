@@ -52,6 +52,7 @@ from launch.e2e_plan import (
 from launch.e2e_report import write_findings
 from lora_megatron.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, CheckpointError, ConfigError, Preempted, UserError
 from lora_megatron.measure.atomic import write_json, write_text
+from lora_megatron.measure.report_folder import require_no_file
 from lora_megatron.measure.units import show_seconds
 from lora_megatron.quickstart.stages import run_stage, termination_as_exit
 from lora_megatron.strict_json import load_json_object
@@ -157,8 +158,7 @@ def experiment(settings: Settings) -> None:
 def _claim(settings: Settings) -> None:
     """Make the folder, or find it with the same settings; raises ConfigError."""
     path, identity = settings.out / SETTINGS, json.loads(json.dumps(settings.identity()))
-    if settings.out.exists() and not settings.out.is_dir():
-        raise ConfigError(f"--out {settings.out} is a file; choose a folder")
+    require_no_file(settings.out)
     if path.exists():
         there = load_json_object(path, "the settings of an experiment", CheckpointError)
         for name in sorted({*there, *identity}):

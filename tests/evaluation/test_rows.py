@@ -148,9 +148,15 @@ def test_answers_go_on_with_the_same_batches(pool: Pool, first: int) -> None:
     assert batches == whole[first // 16 * 8 :][: len(batches)]
 
 
-def test_progress_is_a_line_now_and_then() -> None:
-    times, stream = iter((0.0, 1.0, 6.0, 7.0, 12.0)), io.StringIO()
-    with RowsProgress(100, first=40, description="e2e", stream=stream, clock=lambda: next(times)) as progress:
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(("stream", "bar"), [(io.StringIO(), True), (Terminal(), False)], ids=["file", "no-bar"])
+def test_progress_is_a_line_now_and_then(stream: io.StringIO, bar: bool) -> None:
+    times = iter((0.0, 1.0, 6.0, 7.0, 12.0))
+    with RowsProgress(100, first=40, description="e2e", bar=bar, stream=stream, clock=lambda: next(times)) as progress:
         for _ in range(4):
             progress.advance(10)
     assert stream.getvalue().splitlines() == [
