@@ -28,7 +28,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -210,16 +210,18 @@ def _adapt(name: str, settings: Settings, stages: Stages) -> None:
 
 
 def _side_by_side(tasks: Sequence[Callable[[], None]], jobs: int, cancelled: threading.Event) -> None:
-    """Run the tasks, `jobs` at a time; the first that fails ends the others, and its error is raised."""
+    """Run the tasks, `jobs` at a time; one that fails leaves the others alone, and its error is raised at the end."""
     with ThreadPoolExecutor(jobs) as pool:
         try:
             futures = [pool.submit(task) for task in tasks]
-            wait(futures, return_when=FIRST_EXCEPTION)
+            wait(futures)
         finally:
-            cancelled.set()  # those that run look at it; when all are done it changes nothing
+            cancelled.set()  # after a signal those that run look at it; when all are done it changes nothing
             pool.shutdown(cancel_futures=True)
     errors = [error for future in futures if not future.cancelled() and (error := future.exception())]
-    for error in sorted(errors, key=lambda error: isinstance(error, TimeIsOver)):  # what ended the others comes first
+    for error in sorted(
+        errors, key=lambda error: isinstance(error, TimeIsOver)
+    ):  # what went wrong comes before what was stopped
         raise error
 
 

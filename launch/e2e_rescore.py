@@ -6,8 +6,8 @@
 For METEOR, which needs Java and `pip install 'lora-megatron[meteor]'`, where the machine with the GPU has neither.
 Nothing is trained or predicted, no model is needed. Of the experiment's folder these files have to be there:
 
-    settings.json, prepared.json, timeline.json, data/e2e/test.parquet, base/environment.json, */report.json,
-    evaluations/*/{evaluation.json,predictions.jsonl,scores.json}
+    settings.json, prepared.json, timeline.json, data/e2e/{test.parquet,manifest.json}, base/environment.json,
+    report.json, */report.json, evaluations/*/{evaluation.json,predictions.jsonl,scores.json}
 """
 
 from __future__ import annotations
