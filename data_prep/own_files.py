@@ -53,7 +53,14 @@ def _read_json(path: Path, columns: Sequence[str] = ()) -> Records:
 
 def _json_columns(path: Path) -> Sequence[str]:
     """The keys of the first record that is an object, so that one bad line does not hide what the file is."""
-    return next((tuple(record) for _, record in _read_json(path) if isinstance(record, Mapping)), ())
+    problem = ""
+    for line, record in _read_json(path):
+        if isinstance(record, Mapping):
+            return tuple(record)
+        problem = problem or f":{line}: {record.reason if isinstance(record, BadRecord) else 'not an object'}"
+    raise DataError(
+        f"{path}{problem or ': blank lines'}, and no record follows: give JSON objects, one a line, in UTF-8"
+    )
 
 
 JSON = FileFormat("JSON Lines", (".jsonl", ".json"), _json_columns, _read_json)
@@ -104,13 +111,15 @@ def _source(
 ) -> Source:
     if not path.is_file():
         raise DataError(f"{path} does not exist or is not a file; give {form.name} files")
+    if not path.stat().st_size:
+        raise DataError(f"{path} is empty: give a {form.name} file with records")
     columns = form.columns(path)
     shape = shape or shape_of(columns)
     if shape is None or not {*shape.needs, *((id_column,) if id_column else ())} <= set(columns):
         expected = " or ".join("+".join(known.needs) for known in ((shape,) if shape else SHAPES))
         expected += f", and {id_column}" if id_column else ""
         raise DataError(
-            f"{path} has the columns {', '.join(map(repr, columns))[:300] or 'of no record'}; expected {expected}; "
+            f"{path} has the columns {', '.join(map(repr, columns))[:300]}; expected {expected}; "
             "give yours as --prompt-column and --completion-column (and --id-column)"
         )
     wanted = [*shape.needs, *(name for name in (*shape.may_have, id_column or "id") if name in columns)]

@@ -65,8 +65,10 @@ def _accepted(
 def _every(sources: Sequence[Source], budget: RejectBudget, left_out: Counter[str]) -> Iterator[Row]:
     with DiskIndex() as ids:
         for source in sources:
+            before = 0  # the line of the record before
             for number, (line, record) in enumerate(source.records()):
-                path = source.path
+                path, where = source.path, f"record {number + 1} of the file: " if line == before else ""
+                before = line
                 try:
                     if isinstance(record, BadRecord):
                         path = record.path or path
@@ -81,7 +83,7 @@ def _every(sources: Sequence[Source], budget: RejectBudget, left_out: Counter[st
                 except UserError:  # of the flags or of another file, not of this record
                     raise
                 except ValueError as error:
-                    budget.reject(path, line, str(error))
+                    budget.reject(path, line, f"{where}{error}")
                 else:
                     yield from rows
 

@@ -50,10 +50,11 @@ class Source:
     """Splits that some of the rows go to instead; one that gets none is an error, as with `split`."""
 
 
-def as_object(record: Any) -> Mapping[str, Any]:
-    """`record` if it is a JSON object. Raises ValueError."""
+def as_object(record: Any, field: str | None = None) -> Mapping[str, Any]:
+    """`record`, or the value of its `field`, if it is a JSON object. Raises ValueError."""
     if not isinstance(record, dict):
-        raise ValueError(f"expected a JSON object, found {_kind(record)}")
+        kind = _kind(record)
+        raise ValueError(f"{field} is {kind}, expected an object" if field else f"expected a JSON object, found {kind}")
     return record
 
 

@@ -38,7 +38,7 @@ def _rows(record: Any, number: int, split: str) -> list[Row]:
     category = text_in(entry, "category")
     if category not in SEEN | UNSEEN:
         raise ValueError(f"category {category[:40]!r} is none of WebNLG 2017's fifteen")
-    triples = [as_object(triple) for triple in list_in(entry, "modifiedtripleset")]
+    triples = [as_object(triple, "a triple") for triple in list_in(entry, "modifiedtripleset")]
     context = linearise([[text_in(triple, part) for part in ("subject", "property", "object")] for triple in triples])
     lexicalisations = [as_object(item) for item in list_in(entry, "lexicalisations")]
     sentences = [

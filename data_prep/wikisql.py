@@ -45,7 +45,7 @@ def _rows(record: tuple[Any, dict[str, Any] | None], number: int, split: str) ->
     table_id, question = text_in(example, "table_id"), text_in(example, "question").strip()
     if table is None:
         raise ValueError(f"table_id {table_id[:60]!r} is not in the tables file")
-    header, sql = table["header"], as_object(example.get("sql"))
+    header, sql = table["header"], as_object(example.get("sql"), "sql")
     sel, agg = _index(sql.get("sel"), "sel", len(header)), _index(sql.get("agg"), "agg", len(AGGREGATIONS))
     conds = _conditions(sql.get("conds"), len(header))
     target = sql_text(header, sel, agg, conds)

@@ -22,6 +22,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from data_prep.csv_records import read_csv
+from data_prep.raw_files import BadRecord
 from lora_megatron.data.parquet import open_examples
 from lora_megatron.errors import DataError
 from lora_megatron.measure.atomic import write_text
@@ -91,12 +93,12 @@ def _split_e2e(raw: Path, folder: Path) -> dict[str, list[tuple[str, str]]]:
 
 
 def _read_pairs(path: Path) -> list[tuple[str, str]]:
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as stream:
-            records = list(csv.DictReader(stream, strict=True))
-        return [(record[COLUMNS[0]], record[COLUMNS[1]]) for record in records]
-    except (OSError, UnicodeDecodeError, csv.Error, KeyError) as error:
-        raise DataError(f"{path} is no CSV file with the columns {', '.join(COLUMNS)} ({error})") from None
+    pairs = []
+    for line, record in read_csv(path, COLUMNS):
+        if isinstance(record, BadRecord):
+            raise DataError(f"{path}:{line}: {record.reason}")
+        pairs.append((record[0], record[1]))
+    return pairs
 
 
 def _write_pairs(path: Path, pairs: Iterable[tuple[str, str]]) -> None:

@@ -28,7 +28,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,7 @@ from launch.e2e_plan import (
 from launch.e2e_report import write_findings
 from lora_megatron.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, CheckpointError, ConfigError, Preempted, UserError
 from lora_megatron.measure.atomic import write_json, write_text
+from lora_megatron.measure.report_folder import require_no_file
 from lora_megatron.measure.units import show_seconds
 from lora_megatron.quickstart.stages import run_stage, termination_as_exit
 from lora_megatron.strict_json import load_json_object
@@ -157,8 +158,7 @@ def experiment(settings: Settings) -> None:
 def _claim(settings: Settings) -> None:
     """Make the folder, or find it with the same settings; raises ConfigError."""
     path, identity = settings.out / SETTINGS, json.loads(json.dumps(settings.identity()))
-    if settings.out.exists() and not settings.out.is_dir():
-        raise ConfigError(f"--out {settings.out} is a file; choose a folder")
+    require_no_file(settings.out)
     if path.exists():
         there = load_json_object(path, "the settings of an experiment", CheckpointError)
         for name in sorted({*there, *identity}):
@@ -210,16 +210,18 @@ def _adapt(name: str, settings: Settings, stages: Stages) -> None:
 
 
 def _side_by_side(tasks: Sequence[Callable[[], None]], jobs: int, cancelled: threading.Event) -> None:
-    """Run the tasks, `jobs` at a time; the first that fails ends the others, and its error is raised."""
+    """Run the tasks, `jobs` at a time; one that fails leaves the others alone, and its error is raised at the end."""
     with ThreadPoolExecutor(jobs) as pool:
         try:
             futures = [pool.submit(task) for task in tasks]
-            wait(futures, return_when=FIRST_EXCEPTION)
+            wait(futures)
         finally:
-            cancelled.set()  # those that run look at it; when all are done it changes nothing
+            cancelled.set()  # after a signal those that run look at it; when all are done it changes nothing
             pool.shutdown(cancel_futures=True)
     errors = [error for future in futures if not future.cancelled() and (error := future.exception())]
-    for error in sorted(errors, key=lambda error: isinstance(error, TimeIsOver)):  # what ended the others comes first
+    for error in sorted(
+        errors, key=lambda error: isinstance(error, TimeIsOver)
+    ):  # what went wrong comes before what was stopped
         raise error
 
 

@@ -36,6 +36,7 @@ from lora_megatron.errors import EXIT_DONE, ConfigError
 from lora_megatron.measure.atomic import write_json, write_text
 from lora_megatron.measure.environment import describe_environment
 from lora_megatron.measure.markdown import table
+from lora_megatron.measure.report_folder import require_no_file
 
 CONFIGS = ROOT / "launch" / "configs"
 GIB = 2**30
@@ -218,12 +219,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_DONE
     try:
         names = names_of(options.rows, list(ROWS), flag="--rows")
+        require_no_file(options.out)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status
-    if options.out.exists() and not options.out.is_dir():
-        print(f"error: --out {options.out} is a file; choose a folder", file=sys.stderr)
-        return ConfigError.exit_status
     options.out.mkdir(parents=True, exist_ok=True)
     for name in names:  # an earlier call's must not stand for a row that fails now
         (options.out / name / "report.json").unlink(missing_ok=True)

@@ -7,7 +7,6 @@ and a device that grows warmer, and so slower, from start to end does the same t
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import statistics
@@ -24,9 +23,8 @@ from lora_megatron.bench.timing import spread
 from lora_megatron.errors import ConfigError, LostRankError, UserError
 from lora_megatron.measure.atomic import write_json, write_text
 from lora_megatron.measure.markdown import escape, printable
+from lora_megatron.measure.report_folder import JSON_NAME, MARKDOWN_NAME, claim_folder
 from lora_megatron.measure.units import MISSING, show_seconds
-
-JSON_NAME, MARKDOWN_NAME = "report.json", "report.md"
 
 
 def names_of(text: str, valid: Sequence[str], *, flag: str) -> list[str]:
@@ -57,21 +55,11 @@ def require_positive(options: Any, *names: str) -> None:
 
 
 def claim(folder: Path, *, kind: str) -> None:
-    """Make the folder of a report; raise ConfigError where it holds anything but an earlier report of this kind."""
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"--out {folder} is a file; choose a folder")
+    """See `claim_folder`; raises ConfigError also where the disk refuses."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        strange = sorted(path.name for path in folder.iterdir() if path.name not in (JSON_NAME, MARKDOWN_NAME))
-        if not strange and (folder / JSON_NAME).exists():
-            report = json.loads((folder / JSON_NAME).read_text(encoding="utf-8"))
-            strange = [] if isinstance(report, dict) and report.get("kind") == kind else [JSON_NAME]
-    except ValueError:
-        strange = [JSON_NAME]
+        claim_folder(folder, kind=kind)
     except OSError as error:
         raise ConfigError(f"--out {folder} cannot be used ({error.strerror}): choose another folder") from None
-    if strange:
-        raise ConfigError(f"--out {folder} holds {strange[0]}, which this script has not written: choose another")
 
 
 def in_rounds(cases: Sequence[Any], rounds: int, *, enabled: bool) -> Iterator[tuple[int, Any]]:

@@ -15,9 +15,9 @@ from lora_megatron.bench.tables import case_table, comparison_table, memory_tabl
 from lora_megatron.measure import console, markdown
 from lora_megatron.measure.atomic import write_json, write_text
 from lora_megatron.measure.html_page import HTML_NAME
+from lora_megatron.measure.report_folder import JSON_NAME, MARKDOWN_NAME
 
 PICTURE_NAME = "bench.png"
-JSON_NAME, MARKDOWN_NAME = "report.json", "report.md"
 FILES = (JSON_NAME, MARKDOWN_NAME, HTML_NAME, PICTURE_NAME, "config.yaml", "environment.json")
 KIND = "bench"
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import shlex
 import sys
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from lora_megatron.bench.measurement import Case, Effort
-from lora_megatron.bench.report import FILES, JSON_NAME, KIND, print_bench, write_bench
+from lora_megatron.bench.report import FILES, KIND, print_bench, write_bench
 from lora_megatron.bench.slices import check_layers, unit_of
 from lora_megatron.bench.suite import Question, Suite
 from lora_megatron.bench.workload import Load, bench_config, method_of, slice_of
@@ -27,6 +26,7 @@ from lora_megatron.errors import ConfigError, LostRankError, UserError
 from lora_megatron.measure.atomic import write_json, write_text
 from lora_megatron.measure.console import TrainingProgress
 from lora_megatron.measure.environment import describe_environment
+from lora_megatron.measure.report_folder import claim_folder
 from lora_megatron.measure.units import show_bytes
 from lora_megatron.methods.choose import METHODS
 from lora_megatron.model.checks import check, check_plan, layout_of
@@ -139,23 +139,8 @@ def _check(question: Question) -> None:
 
 
 def _claim(folder: Path) -> None:
-    """Make the folder; refuse one that holds anything but an earlier bench."""
     with disk_errors(folder):
-        if folder.exists() and not folder.is_dir():
-            raise ConfigError(f"--out {folder} is a file; choose a folder")
-        folder.mkdir(parents=True, exist_ok=True)
-        strange = sorted(path.name for path in folder.iterdir() if path.name not in FILES)
-        if strange or ((folder / JSON_NAME).exists() and not _is_bench(folder / JSON_NAME)):
-            what = strange[0] if strange else JSON_NAME
-            raise ConfigError(f"--out {folder} holds {what}, which no bench has written: choose another folder")
-
-
-def _is_bench(report: Path) -> bool:
-    try:
-        value = json.loads(report.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(value, dict) and value.get("kind") == KIND
+        claim_folder(folder, kind=KIND, files=FILES)
 
 
 def _measure(question: Question, folder: Path) -> None:

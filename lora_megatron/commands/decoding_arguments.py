@@ -106,6 +106,9 @@ def _add_decoding(parser: argparse.ArgumentParser, default: str) -> None:
     group.add_argument("--top-p", type=float, metavar="X", help="of --sample: among the likeliest with probability X")
     group.add_argument("--seed", type=int, metavar="N", help="of --sample; a draw depends on it and the row alone")
     group.add_argument(
-        "--batch-size", type=int, metavar="N", help="prompts a rank decodes together; default: 64 / beams"
+        "--batch-size",
+        type=int,
+        metavar="N",
+        help="prompts a rank decodes together; default: 64 / beams, a GPU takes many more",
     )
     group.add_argument("--cut-prompts", action="store_true", help="drop the beginning of prompts that are too long")

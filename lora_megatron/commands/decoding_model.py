@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,35 +17,20 @@ from lora_megatron.checkpoint.folder import MANIFEST, read_manifest
 from lora_megatron.commands.base import resolve_base, tokenizer_of
 from lora_megatron.config import Config, MethodSection
 from lora_megatron.data.tokenizer import Tokenizer, load_tokenizer
-from lora_megatron.errors import CheckpointError, LostRankError, Preempted, UserError
+from lora_megatron.errors import CheckpointError
 from lora_megatron.methods.choose import choose_method
 from lora_megatron.methods.lora import Lora
 from lora_megatron.methods.method import Method
 from lora_megatron.model.build import NOTHING_RECOMPUTED, build
 from lora_megatron.model.checks import check_decoding, layout_of, options_of
-from lora_megatron.parallel import groups, stopping
+from lora_megatron.parallel import groups
 from lora_megatron.parallel.agree import is_main, require_equal, together
 from lora_megatron.parallel.groups import Ranks
 from lora_megatron.parallel.heartbeat import beat
-from lora_megatron.parallel.peers import loss_as_error
 from lora_megatron.parallel.stopping import stop_if_asked
 
-
-@contextlib.contextmanager
-def joined(config: Config) -> Iterator[None]:
-    """Within, this process is one of the ranks torchrun started (alone under plain python) and listens to signals."""
-    with stopping.listening():
-        groups.join_world(timeout_minutes=config.parallel.timeout_minutes)
-        try:
-            with loss_as_error(lower="lower --batch-size", again="start the same command again"):
-                require_equal("the configuration", config.model_dump_json())
-                yield
-        except LostRankError:  # whatever waits for the others would wait for ever
-            raise
-        except (UserError, Preempted):  # all ranks are here, so none waits for another
-            groups.stop()
-            raise
-        groups.stop()
+ADVICE = {"lower": "lower --batch-size", "again": "start the same command again"}
+"""For `joined`."""
 
 
 @dataclass(frozen=True)

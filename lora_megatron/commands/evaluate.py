@@ -10,7 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lora_megatron.commands.decoding_model import DecodingModel, joined, plan_model, say
+from lora_megatron.commands.decoding_model import ADVICE, DecodingModel, plan_model, say
+from lora_megatron.commands.joined import joined
 from lora_megatron.commands.run_lock import RunLock
 from lora_megatron.commands.score import print_scores
 from lora_megatron.config import Config
@@ -80,7 +81,7 @@ def run_evaluation(config: Config, options: EvaluationOptions) -> None:
     """
     if options.task not in TASKS:
         raise ConfigError(f"--task {options.task} is not known: choose one of {', '.join(TASKS)}")
-    with joined(config):
+    with joined(config, **ADVICE):
         require_equal("the command line", repr(options))
         plan = together(lambda: _plan(config, options))
         require_equal("the data", plan.table.content_hash)

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_megatron.commands.decoding_model import joined, plan_model, say
+from lora_megatron.commands.decoding_model import ADVICE, plan_model, say
+from lora_megatron.commands.joined import joined
 from lora_megatron.config import Config
 from lora_megatron.errors import ConfigError, DataError
 from lora_megatron.evaluation.answering import Answer, Continuing
@@ -57,7 +58,7 @@ def run_generation(config: Config, options: GenerationOptions) -> None:
         UserError: every way a user's input can fail; see `lora_megatron.errors` for the exit statuses.
         Preempted: a termination signal; nothing is written.
     """
-    with joined(config):
+    with joined(config, **ADVICE):
         require_equal("the command line", repr(options))
         texts = together(lambda: list(options.prompts) if options.file is None else read_prompts(options.file))
         require_equal("the prompts", json.dumps(texts))

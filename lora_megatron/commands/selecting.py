@@ -14,7 +14,9 @@ from lora_megatron.errors import ConfigError
 from lora_megatron.evaluation.defaults import decoding_of
 from lora_megatron.evaluation.rows import Instance, instances_of
 from lora_megatron.evaluation.task_metric import task_metric
+from lora_megatron.measure.rows_progress import RowsProgress
 from lora_megatron.metrics.tasks import TASKS, score
+from lora_megatron.parallel.agree import is_main
 from lora_megatron.training.selection import Selection
 
 NONE, LOSS = "none", "loss"
@@ -61,7 +63,16 @@ def open_selection(config: Config, tokenizer: Tokenizer) -> Selection | None:
 
     def measure(chunks: Sequence[DistributedDataParallel]) -> float:
         bare = [chunk.module for chunk in chunks]
-        return task_metric(bare, rows, task=task, metric=metric, settings=settings, tokenizer=tokenizer)
+        with RowsProgress(len(rows), description=name, enabled=is_main(), bar=False) as progress:
+            return task_metric(
+                bare,
+                rows,
+                task=task,
+                metric=metric,
+                settings=settings,
+                tokenizer=tokenizer,
+                on_batch=progress.advance,
+            )
 
     return Selection(name, higher_is_better=metric not in _LESS_IS_BETTER, measure=measure)
 

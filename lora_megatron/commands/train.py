@@ -21,6 +21,7 @@ from lora_megatron.commands.base import resolve_base, tokenizer_of
 from lora_megatron.commands.best import BEST_NAME, drop_unneeded, recall_best, save_trained
 from lora_megatron.commands.grace import checkpoint_bytes
 from lora_megatron.commands.history import restore, resume
+from lora_megatron.commands.joined import joined
 from lora_megatron.commands.preflight import check_disk, preflight, settle_recomputation
 from lora_megatron.commands.recording import on_disk, on_main_disk, train_and_record
 from lora_megatron.commands.run_lock import RunLock
@@ -30,14 +31,14 @@ from lora_megatron.config import Config, ModelSection
 from lora_megatron.data.batches import BatchSource
 from lora_megatron.data.parquet import ExampleTable, open_examples
 from lora_megatron.data.tokenizer import Tokenizer, load_tokenizer
-from lora_megatron.errors import CheckpointError, ConfigError, LostRankError, Preempted, UserError
+from lora_megatron.errors import CheckpointError, ConfigError, LostRankError
 from lora_megatron.measure.memory import ActivationMeter
 from lora_megatron.measure.report import write_report
 from lora_megatron.methods.choose import choose_method
 from lora_megatron.methods.method import Method
 from lora_megatron.model.build import build
 from lora_megatron.model.checks import check, layout_of, options_of, storage_of
-from lora_megatron.parallel import groups, stopping
+from lora_megatron.parallel import groups
 from lora_megatron.parallel.agree import gather_text, is_main, require_equal, together
 from lora_megatron.parallel.groups import Ranks
 from lora_megatron.parallel.heartbeat import beat
@@ -58,21 +59,11 @@ def run_training(config: Config) -> None:
         UserError: every way a user's input can fail; see `lora_megatron.errors` for the exit statuses.
         Preempted: a termination signal; the run can go on from where it stands.
     """
-    with stopping.listening():
-        groups.join_world(timeout_minutes=config.parallel.timeout_minutes)
-        try:
-            with loss_as_error():
-                _prepare_and_train(config, time.monotonic())
-        except LostRankError:  # whatever waits for the others would wait for ever
-            raise
-        except (UserError, Preempted):  # all ranks are here, so none waits for another
-            groups.stop()
-            raise
-        groups.stop()
+    with joined(config):
+        _prepare_and_train(config, time.monotonic())
 
 
 def _prepare_and_train(config: Config, started: float) -> None:
-    require_equal("the configuration", config.model_dump_json())
     launchers = sorted(set(gather_text(launcher_identity())))
     config, restarted = run_folder.resume_if_restarted(config, launchers)
     plan = together(lambda: _plan(config))

@@ -27,6 +27,8 @@ _ROWS_PER_BATCH = 64  # bounds what one step decodes to 64 rows of the largest s
 _PAGE_OVERHEAD = 2**20  # headers, levels and dictionaries beside the text itself
 RENDERED_FOR = b"lora_megatron.rendered_for"
 """Key of a file's metadata: the fingerprint of the tokenizer whose chat template rendered its texts."""
+_MAGIC = b"PAR1"
+_PREPARERS = {".jsonl": "jsonl", ".json": "jsonl", ".csv": "csv", ".tsv": "csv --delimiter tab"}
 _TEXT_COLUMNS = (("context", "target"), ("prompt", "completion"))
 
 
@@ -108,13 +110,12 @@ def open_examples(path: str | Path, *, with_references: bool = False) -> Example
     with_references: also decode the columns `references` and `meta` where there are any (evaluation needs them,
     training does not).
 
-    Raises DataError when the file is missing, not Parquet, empty, damaged, without a manifest beside it or
+    Raises DataError when the file is missing, a folder, not Parquet, empty, damaged, without a manifest beside it or
     different from what that says, lacks the columns, or holds nulls, invalid UTF-8, a row above 1 MiB, or decodes to
     more than 4 GiB or 1000 times its size.
     """
     path = Path(path)
-    if not path.is_file():
-        raise DataError(f"{path} does not exist or is not a file; give the path of a prepared .parquet file")
+    _require_parquet(path)
     content_hash = file_sha256(path)
     entry = _check_manifest(path, content_hash)
     with _arrow_errors(path), pq.ParquetFile(path, memory_map=True, page_checksum_verification=True) as file:
@@ -132,6 +133,27 @@ def open_examples(path: str | Path, *, with_references: bool = False) -> Example
         raise DataError(f"{path} has no rows; prepare the data again or give another file")
     fingerprint = None if rendered_for is None else rendered_for.decode("utf-8", errors="replace")
     return ExampleTable(path, content_hash, columns, table, rendered_for=fingerprint)
+
+
+def _require_parquet(path: Path) -> None:
+    """Raise DataError for what is another kind of file, before anything is asked of a manifest that it never had."""
+    if path.is_dir():
+        inside = sorted(entry.name for entry in path.glob("*.parquet"))
+        remedy = (
+            f"name one of its files: {', '.join(inside)}" if inside else "no file in it is a prepared .parquet file"
+        )
+        raise DataError(f"{path} is a folder; {remedy}")
+    if not path.is_file():
+        raise DataError(f"{path} does not exist or is not a file; give the path of a prepared .parquet file")
+    with open(path, "rb") as file:
+        start = file.read(len(_MAGIC))
+    if start == _MAGIC or path.suffix == ".parquet":  # a damaged one: the manifest knows what it was
+        return
+    if not start:
+        raise DataError(f"{path} is empty; give the path of a prepared .parquet file")
+    preparer = _PREPARERS.get(path.suffix.lower())
+    command = f"python -m data_prep {preparer} --raw {path} --out DIR" if preparer else "python -m data_prep"
+    raise DataError(f"{path} is no Parquet file: `{command}` makes what is read here")
 
 
 def _check_manifest(path: Path, content_hash: str) -> ManifestFile:

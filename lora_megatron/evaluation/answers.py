@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Answers to many prompts: batches of like lengths, shared by the data-parallel ranks, handed out in order.
 
-Prompts are taken in windows of eight batches and sorted by length within each, so that few positions are padding.
-Windows begin at fixed rows: one that is resumed in the middle computes the same batches again, bit by bit.
+Prompts are taken in windows of some batches and sorted by length within each, so that few positions are padding. What
+is answered is handed out, and so kept, a window at a time: large batches make windows of few. Windows begin at fixed
+rows: one that is resumed in the middle computes the same batches again, bit by bit.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from lora_megatron.parallel.agree import gather_text, together
 from lora_megatron.parallel.stopping import stop_if_asked
 
 _BATCHES_PER_WINDOW = 8
+_ROWS_PER_WINDOW = 256
+"""At most, if a batch has no more: what an evaluation that is killed computes anew."""
 
 
 def answers(
@@ -41,8 +44,9 @@ def answers(
         NumericalError: a logit is not finite; on all ranks.
     """
     data_rank, data_size = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
-    window = batch_size * _BATCHES_PER_WINDOW
-    share = window * -(-data_size // _BATCHES_PER_WINDOW)  # so many rows that every rank has a batch
+    per_window = max(1, min(_BATCHES_PER_WINDOW, _ROWS_PER_WINDOW // batch_size))
+    window = batch_size * per_window
+    share = window * -(-data_size // per_window)  # so many rows that every rank has a batch
     for start in range(first // window * window, len(prompts), share):
         stop = min(start + share, len(prompts))
         batches = [

@@ -9,29 +9,34 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lora_megatron.evaluation.settings import Decoding
 
 
-def padded(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    """[b, longest] int64, the rows at its right, -1 in front of shorter ones."""
-    longest = max(map(len, rows))
-    return torch.tensor([[-1] * (longest - len(row)) + list(row) for row in rows], dtype=torch.long, device=device)
+def padded(rows: Sequence[Sequence[int]]) -> NDArray[np.int64]:
+    """[b, longest], the rows at its right, -1 in front of shorter ones."""
+    found = np.full((len(rows), max(map(len, rows))), -1, np.int64)
+    for place, row in enumerate(rows):
+        found[place, found.shape[1] - len(row) :] = row
+    return found
 
 
 def ban_repeats(scores: Tensor, history: Tensor, size: int) -> Tensor:
-    """-inf for every token that would end an n-gram of `size` tokens that `history` [b, t] (see `padded`) has."""
+    """-inf for every token that would end an n-gram of `size` tokens that `history` [b, t] (see `padded`) has.
+
+    Nothing here waits for the device, so that the host is ahead of it until the tokens are chosen.
+    """
     if size == 0 or history.shape[1] < size:
         return scores
     grams = history.unfold(1, size, 1)  # [b, t - size + 1, size]
     tail = history[:, history.shape[1] - size + 1 :]  # [b, size - 1]: with the next token the newest n-gram
-    repeats = (grams[..., :-1] == tail[:, None]).all(-1) & (grams >= 0).all(-1)
-    row, place = repeats.nonzero(as_tuple=True)
-    banned = scores.clone()
-    banned[row, grams[row, place, -1]] = -torch.inf
-    return banned
+    repeats = (grams[..., :-1] == tail[:, None]).all(-1) & (grams[..., 0] >= 0)  # padding stands in front
+    most = torch.full_like(repeats, torch.inf, dtype=scores.dtype).masked_fill(repeats, -torch.inf)
+    return scores.scatter_reduce(1, grams[..., -1].clamp(min=0), most, "amin")
 
 
 def truncate(logits: Tensor, settings: Decoding) -> Tensor:

@@ -25,12 +25,15 @@ from megatron.core.tensor_parallel import (
     gather_from_tensor_model_parallel_region,
 )
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lora_megatron.errors import NumericalError
 from lora_megatron.layers.attention import SdpaAttention
 from lora_megatron.layers.cache import LayerCache, Span
 from lora_megatron.parallel.agree import device_for_collectives
 from lora_megatron.parallel.heartbeat import beat
+
+_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 Pick = Callable[[Tensor], Tensor]
 """Logits [b, vocabulary] -> numbers of a shape known beforehand; ids and fp32 scores alike fit into float64."""
@@ -55,13 +58,15 @@ def decoding(chunks: Sequence[GPTModel], *, vocab_size: int) -> Iterator[CachedD
     """Within, the model is in evaluation mode and keeps keys and values; afterwards it is what it was.
 
     vocab_size: ids that may be chosen, those below it.
+
+    Attention is not left to cuDNN, which builds a plan for every shape it meets: here each step has another one.
     """
     was_training = [chunk.training for chunk in chunks]
     decoder = CachedDecoder(chunks, vocab_size)
     try:
         for chunk in chunks:
             chunk.eval()
-        with torch.no_grad():
+        with torch.no_grad(), sdpa_kernel(_ATTENTION):
             yield decoder
     finally:
         decoder.close()

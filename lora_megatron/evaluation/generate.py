@@ -5,11 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lora_megatron.errors import ConfigError
-from lora_megatron.evaluation.beams import BeamSearch, Candidate
+from lora_megatron.evaluation.beams import BeamSearches
 from lora_megatron.evaluation.choice import ban_repeats, likeliest, padded, sample, uniform
 from lora_megatron.evaluation.decoder import Decoder, Pick
 from lora_megatron.evaluation.settings import Decoding, Generated
@@ -55,10 +56,13 @@ def _lines(
     alive = list(range(len(prompts)))
 
     def picking() -> Pick:
-        seen = [[*(prompts[row] if settings.no_repeat_prompt else ()), *texts[row]] for row in alive]
+        said = [[*(prompts[row] if settings.no_repeat_prompt else ()), *texts[row]] for row in alive]
+        seen = padded(said) if settings.no_repeat_ngram else None
 
         def pick(logits: Tensor) -> Tensor:
-            scores = ban_repeats(logits, padded(seen, logits.device), settings.no_repeat_ngram)
+            scores = logits
+            if seen is not None:
+                scores = ban_repeats(logits, torch.from_numpy(seen).to(logits.device), settings.no_repeat_ngram)
             if not settings.sample:
                 return scores.argmax(-1)
             assert row_ids is not None
@@ -69,8 +73,7 @@ def _lines(
     chosen = decoder.start(prompts, picking(), (len(alive),))
     while True:
         going = []
-        for place, row in enumerate(alive):
-            token = int(chosen[place])
+        for place, (row, token) in enumerate(zip(alive, map(int, chosen.tolist()), strict=True)):
             if token == eos_id:
                 ended[row] = True
                 continue
@@ -88,43 +91,33 @@ def _beams(
     decoder: Decoder, prompts: Sequence[Sequence[int]], settings: Decoding, limits: Sequence[int], eos_id: int
 ) -> list[Generated]:
     """The best of `settings.beams` beams a row; the decoder holds those of every unfinished row side by side."""
-    searches = [
-        BeamSearch(
-            beams=settings.beams,
-            length_penalty=settings.length_penalty,
-            early_stopping=settings.early_stopping,
-            eos_id=eos_id,
-            limit=limit,
-        )
-        for limit in limits
-    ]
-    seen = [list(prompt) if settings.no_repeat_prompt else [] for prompt in prompts]  # of each sequence held
-    alive, count = list(range(len(prompts))), 2 * settings.beams
+    searches = BeamSearches(
+        limits,
+        beams=settings.beams,
+        length_penalty=settings.length_penalty,
+        early_stopping=settings.early_stopping,
+        eos_id=eos_id,
+    )
+    before = padded(prompts if settings.no_repeat_prompt else [[] for _ in prompts])
+    count = 2 * settings.beams
 
     def picking() -> Pick:
-        totals = [searches[row].totals for row in alive]
+        totals, texts = searches.totals, searches.texts
+        said = before[searches.going].repeat(texts.shape[1], 0)  # [sequences, longest prompt]
+        seen = np.concatenate([said, texts.reshape(len(said), -1)], 1)
 
         def pick(logits: Tensor) -> Tensor:
-            scores = ban_repeats(logits.log_softmax(-1), padded(seen, logits.device), settings.no_repeat_ngram)
-            return likeliest(scores, torch.tensor(totals, dtype=torch.float32, device=logits.device), count)
+            scores = logits.log_softmax(-1)
+            if settings.no_repeat_ngram:
+                scores = ban_repeats(scores, torch.from_numpy(seen).to(logits.device), settings.no_repeat_ngram)
+            return likeliest(scores, torch.from_numpy(totals).to(logits.device), count)
 
         return pick
 
-    picked = decoder.start(prompts, picking(), (len(alive), count, 3))
-    held = 1  # sequences of each row in the decoder: the prompt alone, then its beams
+    picked = decoder.start(prompts, picking(), (len(prompts), count, 3))
     while True:
-        rows: list[int] = []
-        tokens: list[int] = []
-        for place, row in enumerate(alive):
-            best = [Candidate(total, int(beam), int(token)) for total, beam, token in picked[place].tolist()]
-            beams, new = searches[row].advance(best)
-            if not searches[row].done:
-                rows += [place * held + beam for beam in beams]
-                tokens += new
-        alive = [row for row in alive if not searches[row].done]
-        if not alive:
-            return [Generated(b.tokens, b.ended, b.score) for b in (search.best() for search in searches)]
+        rows, tokens = searches.advance(picked.numpy())
+        if not rows:
+            return [Generated(best.tokens, best.ended, best.score) for best in searches.best()]
         decoder.select(rows)
-        seen = [[*seen[row], token] for row, token in zip(rows, tokens, strict=True)]
-        held = settings.beams
-        picked = decoder.advance(tokens, picking(), (len(alive), count, 3))
+        picked = decoder.advance(tokens, picking(), (len(searches.going), count, 3))

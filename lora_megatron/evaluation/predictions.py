@@ -16,6 +16,7 @@ from typing import Any
 from lora_megatron.errors import CheckpointError, ConfigError
 from lora_megatron.evaluation.answering import Answer
 from lora_megatron.measure.atomic import write_json
+from lora_megatron.measure.report_folder import require_no_file
 from lora_megatron.strict_json import NotStrictJson, load_json_object, parse_json
 
 PREDICTIONS, IDENTITY, SCORES = "predictions.jsonl", "evaluation.json", "scores.json"
@@ -28,8 +29,7 @@ def require_free(folder: Path, identity: dict[str, Any]) -> None:
         ConfigError: it is a file, holds something else, or another evaluation; the message says what differs.
         CheckpointError: its `evaluation.json` is damaged.
     """
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"--out {folder} is a file: choose a folder")
+    require_no_file(folder)
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     names = [name for name in names if not name.startswith(".")]  # locks and temporaries of a killed one
     if IDENTITY not in names:

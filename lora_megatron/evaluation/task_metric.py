@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from megatron.core.models.gpt import GPTModel
 
@@ -35,11 +35,13 @@ def task_metric(
     settings: Decoding,
     tokenizer: Tokenizer,
     batch_size: int | None = None,
+    on_batch: Callable[[int], None] = lambda rows: None,
 ) -> float:
     """The metric of the model's answers to `rows`, the same on all ranks; collective over all of them.
 
     chunks: this rank's, without DDP; in evaluation mode meanwhile, afterwards as they were. Prompts that are too long
     lose their beginning, as in training. batch_size: prompts a rank decodes together; None: see `Decoding.batch_size`.
+    on_batch: see `answers`.
 
     Raises:
         ConfigError: no such metric of this task here.
@@ -51,7 +53,8 @@ def task_metric(
     prompts = answering.fit(prompts_of(rows, tokenizer))
     size = batch_size or answering.batch_size()
     with decoding(chunks, vocab_size=tokenizer.vocab_size) as decoder:
-        found = [answer for part in answers(decoder, prompts, answering, batch_size=size) for answer in part]
+        parts = answers(decoder, prompts, answering, batch_size=size, on_batch=on_batch)
+        found = [answer for part in parts for answer in part]
     predictions = [str(answer["prediction"]) for answer in found]
     value = together(lambda: _value(task, metric, predictions, rows, tokenizer) if is_main() else 0.0)
     return float(json.loads(gather_text(json.dumps(value))[0]))

@@ -47,7 +47,8 @@ class SdpaAttention(nn.Module):
             assert self.cache.span is not None
             keys, values = self.cache.extend(key, value)
             if not self.cache.span.first:
-                return attend(query, keys, values, self.cache.seen_by(self.window), self.scale)
+                mask = self.cache.span.mask(self.window, query.dtype)
+                return attend(query, keys, values, mask, self.scale)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [b, heads or groups, s, d]
         keep = None if attention_mask is None else ~attention_mask  # SDPA's mask is True where kept
         if 0 < self.window < key.shape[0]:

@@ -16,7 +16,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-_BLOCK = 64  # positions by which a cache grows: between copying at every step and holding what is never used
+_BLOCK = 32  # positions by which a cache grows: between copying at every step and holding what is never used
+_ALIGNED = 16  # positions of which attention is given a multiple: its kernels on a GPU would pad the mask in each layer
 
 
 class Span:
@@ -29,7 +30,21 @@ class Span:
         self.first = not any(starts)
         """Nothing came before: attention is causal among the new positions alone."""
         self.stop = max(starts) + count
+        self.kept = -(-self.stop // _ALIGNED) * _ALIGNED
+        """Positions of the cache that attention reads; those from `stop` on are zeros that nobody sees."""
         self.positions = torch.tensor(starts, device=device)[:, None] + torch.arange(count, device=device)  # [b, s]
+        self.rows = torch.arange(len(starts), device=device)[:, None]
+        self._masks: dict[tuple[int, torch.dtype], Tensor] = {}
+
+    def mask(self, window: int, dtype: torch.dtype) -> Tensor:
+        """[b, 1, s, kept]: 0 where a new position sees a kept one (up to itself, of the last `window`; 0: all), else
+        -inf. Made once for all layers."""
+        if (window, dtype) not in self._masks:
+            distance = self.positions[:, :, None] - torch.arange(self.kept, device=self.positions.device)
+            hidden = (distance < 0) | (distance >= window) if window else distance < 0
+            mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
+            self._masks[window, dtype] = mask[:, None]
+        return self._masks[window, dtype]
 
 
 class LayerCache:
@@ -41,7 +56,7 @@ class LayerCache:
         self.values: Tensor | None = None
 
     def extend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Keep k and v [s, b, groups, d] of the span's positions; all up to its end, [b, groups, span.stop, d]."""
+        """Keep k and v [s, b, groups, d] of the span's positions; all up to its end, [b, groups, span.kept, d]."""
         assert self.span is not None
         new = key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3)
         self.keys, self.values = (self._room(old, x) for old, x in zip((self.keys, self.values), new, strict=True))
@@ -49,9 +64,8 @@ class LayerCache:
             if self.span.first:
                 held[:, :, : x.shape[2]] = x
             else:
-                rows = torch.arange(len(held), device=held.device)[:, None]
-                held[rows, :, self.span.positions] = x.transpose(1, 2)  # [b, s, groups, d]
-        return self.keys[:, :, : self.span.stop], self.values[:, :, : self.span.stop]
+                held[self.span.rows, :, self.span.positions] = x.transpose(1, 2)  # [b, s, groups, d]
+        return self.keys[:, :, : self.span.kept], self.values[:, :, : self.span.kept]
 
     def _room(self, held: Tensor | None, new: Tensor) -> Tensor:
         assert self.span is not None
@@ -68,25 +82,17 @@ class LayerCache:
         """Go on with these rows of the batch, in this order; a row may be taken several times, or not at all."""
         assert self.keys is not None
         assert self.values is not None
-        self.keys, self.values = self.keys[rows], self.values[rows]
-
-    def seen_by(self, window: int) -> Tensor:
-        """[b, 1, s, t] True where a new position may see a kept one: up to itself, of the last `window` (0: all)."""
-        assert self.span is not None
-        places = torch.arange(self.span.stop, device=self.span.positions.device)
-        distance = self.span.positions[:, :, None] - places
-        seen = distance >= 0
-        return (seen & (distance < window) if window else seen)[:, None]
+        self.keys, self.values = self.keys.index_select(0, rows), self.values.index_select(0, rows)
 
 
-def attend(query: Tensor, keys: Tensor, values: Tensor, seen: Tensor, scale: float | None) -> Tensor:
-    """softmax(q k^T * scale) v over a cache: q [s, b, heads, d], seen [b, 1, s, t] -> [s, b, heads * d].
+def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float | None) -> Tensor:
+    """softmax(q k^T * scale) v over a cache: q [s, b, heads, d], mask [b, 1, s, t] -> [s, b, heads * d].
 
     The query heads of a group become queries of that group, so that no key is copied for each of them.
     """
     steps, batch, heads, dim = query.shape
     groups = keys.shape[1]
     q = query.permute(1, 2, 0, 3).reshape(batch, groups, heads // groups * steps, dim)
-    mask = seen.expand(batch, heads // groups, steps, -1).reshape(batch, 1, q.shape[2], -1)
+    mask = mask.expand(batch, heads // groups, steps, -1).reshape(batch, 1, q.shape[2], -1)
     out = torch.nn.functional.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scale)
     return out.reshape(batch, heads, steps, dim).permute(2, 0, 1, 3).flatten(2)

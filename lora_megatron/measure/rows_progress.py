@@ -18,6 +18,7 @@ from lora_megatron.measure.units import show_seconds
 
 class RowsProgress:
     """total: rows in all; first: where a resumed evaluation continues; enabled: off on all ranks but one.
+    bar: a line every few seconds also at a terminal, where a bar of somebody else's is.
 
     stream and clock (seconds) are for tests.
     """
@@ -29,6 +30,7 @@ class RowsProgress:
         first: int = 0,
         description: str,
         enabled: bool = True,
+        bar: bool = True,
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -39,7 +41,7 @@ class RowsProgress:
         self._started = clock()
         self._next_line = self._started + SECONDS_BETWEEN_LINES
         console = Console(file=self._stream)
-        if enabled and console.is_terminal:
+        if enabled and bar and console.is_terminal:
             columns = (MofNCompleteColumn(), TextColumn("{task.fields[rate]}", markup=False), TimeRemainingColumn())
             self._bar = Progress(TextColumn("{task.description}"), BarColumn(bar_width=24), *columns, console=console)
             self._task = self._bar.add_task(description, total=total, completed=first, rate="")

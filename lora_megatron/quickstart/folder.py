@@ -9,6 +9,7 @@ from pathlib import Path
 
 from lora_megatron.errors import ConfigError
 from lora_megatron.measure.atomic import write_json
+from lora_megatron.measure.report_folder import require_no_file
 
 MARKER = "quickstart.json"
 """Written first and removed never, so that also a killed quickstart is known as one."""
@@ -21,8 +22,7 @@ def claim(out: Path, *, seed: int, say: Callable[[str], None]) -> None:
     Raises:
         ConfigError: `out` is a file, cannot be written, or holds anything that no quickstart wrote.
     """
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"--out {out} is a file: choose a folder")
+    require_no_file(out)
     try:
         present = sorted(entry.name for entry in out.iterdir()) if out.exists() else []
         foreign = [name for name in present if name != MARKER and name not in _CONTENTS]

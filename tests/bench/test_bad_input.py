@@ -80,7 +80,7 @@ def test_a_file_for_a_folder(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("")
     outcome = bench(make_tree(), str(tmp_path / "out"))
     assert outcome.status == 2
-    assert "is a file; choose a folder" in outcome.message
+    assert "is a file: choose a folder" in outcome.message
 
 
 def test_the_command_line_needs_no_tokenizer_and_no_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -113,4 +113,4 @@ def test_the_list_and_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "--rows names 'slices': choose among" in capsys.readouterr().err
     (tmp_path / "file").touch()
     assert goals.main(["--out", str(tmp_path / "file")]) == 2
-    assert "is a file; choose a folder" in capsys.readouterr().err
+    assert "is a file: choose a folder" in capsys.readouterr().err

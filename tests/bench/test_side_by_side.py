@@ -211,5 +211,5 @@ def test_a_folder_with_other_things_is_left_alone(
 ) -> None:
     (tmp_path / "report.json").write_text(content)
     assert bench_peft.main([*SMALL, "--out", str(tmp_path)]) == 2
-    assert "holds report.json, which this script has not written" in capsys.readouterr().err
+    assert "holds report.json, which no bench_peft has written" in capsys.readouterr().err
     assert (tmp_path / "report.json").read_text() == content

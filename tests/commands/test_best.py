@@ -212,6 +212,18 @@ def test_a_tasks_metric_chooses_the_same_on_every_layout(pool: Pool, tmp_path: P
         assert what_is_best(tmp_path / name) == {"metric": "mnli.accuracy", "step": 6, "value": found[6]}
 
 
+def test_decoding_the_validation_rows_shows_how_far_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("lora_megatron.measure.rows_progress.SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr("lora_megatron.evaluation.answering.SEQUENCES_AT_ONCE", 15)  # five rows of three labels
+    train = {"save_every": 0, "eval_every": 1, "steps": 1, "best": "mnli.accuracy"}
+    tree = best_tree(labelled(tmp_path / "labelled"), tmp_path / "run", train=train)
+    assert attempt(tree) == Outcome()
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("mnli.accuracy  ")]
+    assert [line.split("  ")[1] for line in lines] == [f"{n} of 12 rows" for n in (5, 10, 12)] * 2  # before and after
+
+
 def test_a_metric_that_the_rows_cannot_give_is_refused_at_the_start(corpus: Path, tmp_path: Path) -> None:
     outcome = attempt(best_tree(corpus, tmp_path / "run", train={"best": "wikisql.execution"}))
     assert outcome.status == 2

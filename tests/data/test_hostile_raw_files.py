@@ -71,6 +71,13 @@ HOSTILE: dict[str, tuple[str, str, bytes, str]] = {
         lines(TABLE, TABLE),
         "train.tables.jsonl:2: the table '1-10-1' is",
     ),
+    "sql": ("wikisql", "train.jsonl", lines({**QUESTION, "sql": "select"}), "sql is text, expected an object"),
+    "an array in one line": (
+        "samsum",
+        "train.json",
+        json.dumps([TALK, {**TALK, "id": "14", "summary": ""}]).encode(),
+        "train.json:1: record 2 of the file: summary is empty",
+    ),
     "array ends": ("samsum", "train.json", json.dumps([TALK]).encode()[:-1], "train.json:1: ends where ] is expected"),
     "array is cut": (
         "samsum",

@@ -164,7 +164,7 @@ HOSTILE: dict[str, tuple[Any, str]] = {
     "empty": ({"prompt": "a", "completion": " \n"}, "own.jsonl:1: completion is empty"),
     "half a pair": ({"prompt": "a", "completion": "\ud800"}, "completion holds half a surrogate pair"),
     "truth as id": ({"prompt": "a", "completion": "b", "id": True}, "id is a truth value, expected text"),
-    "a list": ([1], "own.jsonl has the columns of no record"),
+    "a list": ([1], "own.jsonl:1: not an object, and no record follows"),
     "input": ({"instruction": "a", "input": 3, "output": "c"}, "input is a number, expected text"),
 }
 HOSTILE_CHATS: dict[str, tuple[Any, str]] = {
@@ -186,6 +186,26 @@ def test_hostile_records(case: str, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert prepare(tmp_path, record) == 3
     check_one_line(capsys, message)
     assert os.listdir(tmp_path) == ["raw"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("own.jsonl", b"", "own.jsonl is empty: give a JSON Lines file with records"),
+        ("own.jsonl", b"\n \n", "own.jsonl: blank lines, and no record follows"),
+        ("own.jsonl", b'{"text": "caf\xe9"}\n', "own.jsonl:1: byte 14 is not UTF-8, and no record follows"),
+        ("own.jsonl", '{"text": "a"}\n'.encode("utf-16"), "own.jsonl:1: byte 1 is not UTF-8, and no record follows"),
+        ("own.jsonl", b"text\na\n", "own.jsonl:1: not valid JSON"),
+        ("own.csv", b"", "own.csv is empty: give a CSV file with records"),
+    ],
+)
+def test_files_without_a_record_say_why(
+    name: str, content: bytes, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    kind = "csv" if name.endswith("csv") else "jsonl"
+    assert main([kind, "--raw", str(tmp_path / name), "--out", str(tmp_path / "out")]) == 3
+    check_one_line(capsys, message)
 
 
 @pytest.mark.parametrize("case", HOSTILE_CHATS)

@@ -148,10 +148,31 @@ def test_wrong_columns(columns: dict[str, object], message: str, tmp_path: Path)
         open_examples(write(tmp_path / "a.parquet", columns))
 
 
-def test_missing_file_and_folder(tmp_path: Path) -> None:
-    for path in (tmp_path, tmp_path / "absent.parquet"):
-        with pytest.raises(DataError, match="does not exist or is not a file"):
+def test_what_is_no_parquet_file_is_called_what_it_is(prepared: Path, tmp_path: Path) -> None:
+    (tmp_path / "nothing").mkdir()
+    for name, content in (
+        ("own.jsonl", b'{"text": "a"}\n'),
+        ("own.TSV", b"a\tb\n"),
+        ("own.txt", b"a"),
+        ("none.csv", b""),
+    ):
+        (tmp_path / name).write_bytes(content)
+    for path, says in (
+        (tmp_path / "absent.parquet", "does not exist or is not a file"),
+        (tmp_path / "nothing", "is a folder; no file in it is a prepared .parquet file"),
+        (prepared.parent, f"is a folder; name one of its files: {prepared.name}"),
+        (
+            tmp_path / "own.jsonl",
+            f"`python -m data_prep jsonl --raw {tmp_path}/own.jsonl --out DIR` makes what is read",
+        ),
+        (tmp_path / "own.TSV", f"`python -m data_prep csv --delimiter tab --raw {tmp_path}/own.TSV --out DIR`"),
+        (tmp_path / "own.txt", "is no Parquet file: `python -m data_prep` makes"),
+        (tmp_path / "none.csv", "is empty; give the path of a prepared .parquet file"),
+    ):
+        with pytest.raises(DataError) as caught:
             open_examples(path)
+        assert str(path) in str(caught.value)
+        assert says in str(caught.value)
 
 
 def test_invalid_utf8(tmp_path: Path) -> None:

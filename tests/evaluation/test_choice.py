@@ -3,16 +3,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from transformers import NoRepeatNGramLogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from lora_megatron.errors import ConfigError
-from lora_megatron.evaluation.beams import BeamSearch, Candidate
+from lora_megatron.evaluation.beams import BeamSearches
 from lora_megatron.evaluation.choice import ban_repeats, padded, sample, truncate, uniform
 from lora_megatron.evaluation.settings import Decoding
-
-CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (5, 1.0), (0, 0.7), (12, 0.6), (99, 0.01)])
@@ -30,7 +29,7 @@ def test_bans_are_those_of_transformers_whatever_stands_beside_a_row(size: int) 
     rows = torch.randint(0, 3, (5, 12), generator=torch.Generator().manual_seed(3)).tolist()
     rows = [row[: 12 - 2 * i] for i, row in enumerate(rows)] + [[]]
     scores = torch.randn(6, 5)
-    banned = ban_repeats(scores, padded(rows, CPU), size)
+    banned = ban_repeats(scores, torch.from_numpy(padded(rows)), size)
     for row, text in enumerate(rows):
         alone = scores[row : row + 1]
         want = NoRepeatNGramLogitsProcessor(size)(torch.tensor([text]), alone) if text else alone
@@ -48,27 +47,63 @@ def test_samples_follow_the_distribution() -> None:
     torch.testing.assert_close(shares, logits[0].softmax(-1), rtol=0, atol=0.015)  # four standard deviations
 
 
+def searches(*limits: int, penalty: float = 1.0, early: bool = False) -> BeamSearches:
+    """Two beams, end token 0."""
+    return BeamSearches(limits, beams=2, length_penalty=penalty, early_stopping=early, eos_id=0)
+
+
+def step(search: BeamSearches, *rows: list[tuple[float, int, int]]) -> tuple[list[int], list[int]]:
+    """Of each prompt (log probability, beam, token) of its four best continuations."""
+    return search.advance(np.array(rows, np.float64))
+
+
+ENDS_FIRST = [(-1.0, 0, 0), (-1.2, 0, 5), (-4.0, 0, 6), (-5.0, 0, 7)]
+ENDS_LATER = [(-1.5, 0, 0), (-6.0, 0, 4), (-7.0, 1, 4), (-8.0, 1, 3)]
+GOES_ON = [(-0.1, 0, 8), (-0.2, 0, 9), (-0.3, 0, 7), (-0.4, 0, 6)]
+CROSSES = [(-0.2, 1, 3), (-0.3, 0, 4), (-0.4, 0, 5), (-0.5, 1, 6)]
+
+
 def test_the_length_penalty_decides_between_short_and_long() -> None:
-    """2 beams, end token 0: one ends with -1.0 after 1 token, the other with -1.5 after 2."""
+    """One ends with -1.0 after 1 token, the other with -1.5 after 2."""
     for penalty, winner in ((0.0, []), (1.0, [5])):
-        search = BeamSearch(beams=2, length_penalty=penalty, early_stopping=False, eos_id=0, limit=9)
-        search.advance([Candidate(-1.0, 0, 0), Candidate(-1.2, 0, 5), Candidate(-4.0, 0, 6), Candidate(-5.0, 0, 7)])
-        assert not search.done
-        steps = search.advance(
-            [Candidate(-1.5, 0, 0), Candidate(-6.0, 0, 4), Candidate(-7.0, 1, 4), Candidate(-8.0, 1, 3)]
-        )
-        assert steps == ([0, 1], [4, 4])
-        assert search.done
-        assert search.best().tokens == winner
+        search = searches(9, penalty=penalty)
+        assert step(search, ENDS_FIRST) == ([0, 0], [5, 6])
+        assert step(search, ENDS_LATER) == ([], [])
+        assert search.best()[0].tokens == winner
+        assert search.best()[0].ended
 
 
 def test_early_stopping_ends_where_an_open_beam_could_still_win() -> None:
     """Finished with -3.0 and -3.6 per token, and one that runs with -3.5."""
     for early in (False, True):
-        search = BeamSearch(beams=2, length_penalty=1.0, early_stopping=early, eos_id=0, limit=9)
-        search.advance([Candidate(-3.0, 0, 0), Candidate(-3.1, 0, 5), Candidate(-3.2, 0, 6), Candidate(-9.0, 0, 7)])
-        search.advance([Candidate(-7.0, 0, 4), Candidate(-7.2, 1, 0), Candidate(-7.9, 1, 4), Candidate(-9.0, 1, 3)])
-        assert search.done == early
+        search = searches(9, early=early)
+        step(search, [(-3.0, 0, 0), (-3.1, 0, 5), (-3.2, 0, 6), (-9.0, 0, 7)])
+        rows, _ = step(search, [(-7.0, 0, 4), (-7.2, 1, 0), (-7.9, 1, 4), (-9.0, 1, 3)])
+        assert (rows == []) == early
+
+
+def test_a_search_that_is_over_leaves_the_others_their_places() -> None:
+    """Of three prompts the middle one ends at the second step, where the third is at its limit: rows are counted among
+    those before the step, two to a prompt, and texts stay with their prompt."""
+    search = searches(9, 9, 2)
+    assert step(search, GOES_ON, ENDS_FIRST, GOES_ON) == ([0, 0, 1, 1, 2, 2], [8, 9, 5, 6, 8, 9])
+    assert search.going.tolist() == [0, 1, 2]
+    assert step(search, CROSSES, ENDS_LATER, CROSSES) == ([1, 0], [3, 4])
+    assert search.going.tolist() == [0]
+    assert search.texts.tolist() == [[[9, 3], [8, 4]]]
+    assert search.totals.tolist() == [[np.float32(-0.2), np.float32(-0.3)]]
+    assert step(search, [(-0.3, 1, 0), (-0.4, 0, 0), (-9.0, 0, 2), (-9.1, 0, 1)]) == ([], [])
+    best = search.best()
+    assert [one.tokens for one in best] == [[8, 4], [5], [9, 3]]
+    assert [one.ended for one in best] == [True, True, False]
+    assert best[0].score == np.float32(-0.3) / np.float32(3)
+
+
+def test_of_equally_good_beams_the_one_that_ended_first_wins() -> None:
+    search = searches(9, penalty=0.0)
+    step(search, [(-1.0, 0, 5), (-1.0, 0, 0), (-2.0, 0, 6), (-5.0, 0, 7)])
+    step(search, [(-1.0, 0, 0), (-9.0, 0, 4), (-9.5, 1, 4), (-9.9, 1, 3)])
+    assert search.best()[0].tokens == []
 
 
 @pytest.mark.parametrize(

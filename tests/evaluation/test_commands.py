@@ -192,5 +192,6 @@ def test_generate_prints_or_writes_continuations(
     for kind in ("txt", "jsonl"):
         assert [line["prompt"] for line in lines_of(tmp_path / f"{kind}.out")] == list(CONTEXTS)
         assert [line["prediction"] for line in lines_of(tmp_path / f"{kind}.out")] == wanted
+    capsys.readouterr()  # what importing transformers' friends may say
     assert run_alone([*common, "--prompt", CONTEXTS[1], "--prompt", CONTEXTS[0]]) == [0]
     assert capsys.readouterr().out == f"{CONTEXTS[1]}\n  -> {wanted[1]}\n\n{CONTEXTS[0]}\n  -> {wanted[0]}\n\n"

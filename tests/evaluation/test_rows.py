@@ -125,6 +125,21 @@ def test_answers_come_in_order_whoever_found_them(pool: Pool) -> None:
     assert window == sorted(window, reverse=True), "like beside like"
 
 
+def sizes_of_parts(batch_size: int, rows: int) -> list[int]:
+    """On every rank: how many answers are handed out at a time."""
+    build_mesh(Layout(), seed=1)
+    prompts = [Prompt(str(row), [0]) for row in range(rows)]
+    return [len(part) for part in answers(Nothing(), prompts, Lengths(), batch_size=batch_size)]
+
+
+def test_large_batches_are_not_kept_back_for_long(pool: Pool) -> None:
+    assert pool.run(1, sizes_of_parts, batch_size=2, rows=40) == [[16, 16, 8]]
+    assert pool.run(1, sizes_of_parts, batch_size=100, rows=630) == [[200, 200, 200, 30]]
+    assert pool.run(1, sizes_of_parts, batch_size=300, rows=630) == [[300, 300, 30]]
+    assert pool.run(2, sizes_of_parts, batch_size=128, rows=630) == [[256, 256, 118]] * 2
+    assert pool.run(3, sizes_of_parts, batch_size=200, rows=630) == [[600, 30]] * 3, "a batch for every rank"
+
+
 @pytest.mark.parametrize("first", [1, 15, 16, 36, 37])
 def test_answers_go_on_with_the_same_batches(pool: Pool, first: int) -> None:
     whole = pool.run(1, answered, first=0)[0][1]
@@ -133,9 +148,15 @@ def test_answers_go_on_with_the_same_batches(pool: Pool, first: int) -> None:
     assert batches == whole[first // 16 * 8 :][: len(batches)]
 
 
-def test_progress_is_a_line_now_and_then() -> None:
-    times, stream = iter((0.0, 1.0, 6.0, 7.0, 12.0)), io.StringIO()
-    with RowsProgress(100, first=40, description="e2e", stream=stream, clock=lambda: next(times)) as progress:
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(("stream", "bar"), [(io.StringIO(), True), (Terminal(), False)], ids=["file", "no-bar"])
+def test_progress_is_a_line_now_and_then(stream: io.StringIO, bar: bool) -> None:
+    times = iter((0.0, 1.0, 6.0, 7.0, 12.0))
+    with RowsProgress(100, first=40, description="e2e", bar=bar, stream=stream, clock=lambda: next(times)) as progress:
         for _ in range(4):
             progress.advance(10)
     assert stream.getvalue().splitlines() == [

@@ -7,6 +7,7 @@ import csv
 import json
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,11 @@ from data_prep.__main__ import main as data_prep
 from launch import e2e_experiment
 from launch.e2e_corpus import held_out, plain, prepare
 from launch.e2e_experiment import Stages, TimeIsOver, experiment
+from launch.e2e_experiment import _side_by_side as side_by_side
 from launch.e2e_plan import BASE, Settings, configuration, evaluation, seeds_of
 from lora_megatron.config import parse_config
 from lora_megatron.data.parquet import open_examples
-from lora_megatron.errors import ConfigError, DataError, UserError
+from lora_megatron.errors import CheckpointError, ConfigError, DataError, UserError
 
 NAMES = ["Aromi", "Bibimbap", "Clowns", "Cotto", "Fitzbillies", "Giraffe", "Loch Fyne", "Strada", "Zizzi", "Wildwood"]
 AREAS = ("riverside", "city centre")
@@ -190,6 +192,33 @@ def test_a_stage_that_takes_too_long_is_stopped(tmp_path: Path) -> None:
     with pytest.raises(TimeIsOver, match="the same command goes on"):
         stages.run("base", [sys.executable, "-c", "import time; time.sleep(60)"])
     assert time.monotonic() - began < 20
+
+
+def test_a_run_that_fails_leaves_the_others_alone_and_is_what_is_told(tmp_path: Path) -> None:
+    stages, failed = stages_in(tmp_path), threading.Event()
+
+    def fail() -> None:
+        failed.set()
+        stages.run("one", [sys.executable, "-c", "print('error: too much'); raise SystemExit(4)"])
+
+    def go_on() -> None:
+        assert failed.wait(20)
+        stages.run("two", [sys.executable, "-c", "import time; time.sleep(2)"])
+
+    with pytest.raises(CheckpointError, match=r"^one: too much"):
+        side_by_side([fail, go_on], 2, stages.cancelled)
+    assert list(json.loads((tmp_path / "timeline.json").read_text(encoding="utf-8"))["stages"]) == ["two"]
+
+
+def test_when_the_time_is_over_what_waits_does_not_begin(tmp_path: Path) -> None:
+    stages, began = stages_in(tmp_path, stop_after=1.0), time.monotonic()
+    command = [sys.executable, "-c", "import time; time.sleep(60)"]
+    with pytest.raises(TimeIsOver, match="the same command goes on"):
+        side_by_side(
+            [lambda name=name: stages.run(name, command) for name in ("one", "two", "three")], 2, stages.cancelled
+        )
+    assert time.monotonic() - began < 20
+    assert sorted(path.name for path in (tmp_path / "logs").iterdir()) == ["one.log", "two.log"]
 
 
 def test_the_report_of_a_failed_experiment_names_what_is_missing(tmp_path: Path) -> None:

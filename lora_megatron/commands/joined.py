@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A command as one of the ranks that torchrun started: how it joins them, and how it leaves whatever happens."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from lora_megatron.config import Config
+from lora_megatron.errors import LostRankError, Preempted, UserError
+from lora_megatron.parallel import groups, stopping
+from lora_megatron.parallel.agree import require_equal
+from lora_megatron.parallel.peers import loss_as_error
+
+
+@contextlib.contextmanager
+def joined(config: Config, **advice: str) -> Iterator[None]:
+    """Within, this process is one of the ranks torchrun started (alone under plain python) and listens to signals.
+
+    All ranks have the same configuration, or all raise. A rank that is lost, or is out of memory, is a LostRankError;
+    advice: see `loss_as_error`.
+    """
+    with stopping.listening():
+        groups.join_world(timeout_minutes=config.parallel.timeout_minutes)
+        try:
+            with loss_as_error(**advice):
+                require_equal("the configuration", config.model_dump_json())
+                yield
+        except LostRankError:  # whatever waits for the others would wait for ever
+            raise
+        except (UserError, Preempted):  # all ranks are here, so none waits for another
+            groups.stop()
+            raise
+        groups.stop()
