@@ -56,12 +56,18 @@ class Row:
 
 
 def bench(
-    config: str, *more: str, layers: int, methods: str = "lora", visits: int = 1, steps: int = 6
+    config: str,
+    *more: str,
+    layers: int,
+    methods: str = "lora",
+    visits: int = 1,
+    steps: int = 6,
+    warm_up: int = 2,
 ) -> tuple[str, ...]:
     """The arguments of a `lora-megatron bench`; a step is one microbatch unless `more` says otherwise."""
     fixed = ("--methods", methods, "--layers", str(layers), "--visits", str(visits), "--steps", str(steps))
     path = str((CONFIGS / f"{config}.yaml").relative_to(ROOT))
-    return ("-m", "lora_megatron", "bench", path, "data.global_batch_size=1", *more, *fixed, "--warm-up", "2")
+    return ("-m", "lora_megatron", "bench", path, "data.global_batch_size=1", *more, *fixed, "--warm-up", str(warm_up))
 
 
 def last_row(report: Report, method: str = "lora") -> Report:
@@ -130,13 +136,16 @@ def tax(report: Report) -> list[Value]:
 
 ONE, TWO, LLAMA = "gpt3_175b_1gpu", "gpt3_175b_2gpu", "llama2_70b_1gpu"
 BF16 = ("base.storage=null", "base.gemm=null", "train.recompute=none")
+LEAN = ("train.recompute=full", "train.recompute_unit=3")
+STAGES = ("parallel.tensor=1", "parallel.sequence=false", "parallel.pipeline=2", "data.global_batch_size=32")
+PAIRS = ("data.micro_batch_size=2", "data.global_batch_size=4")
 BATCH_4 = ("data.micro_batch_size=4", "data.global_batch_size=16")
 SPARE_4_GIB = 135.0
 """Of an H200's 139."""
 ROWS = {
     "175b-nf4": Row(bench(ONE, layers=96), speed(1000, SPARE_4_GIB)),
     "175b-nf4-bf16": Row(bench(ONE, "base.gemm=bf16", layers=96), speed(750, SPARE_4_GIB)),
-    "175b-lean": Row(bench(ONE, "train.recompute=full", layers=96, steps=3), lean(90, 1)),
+    "175b-lean": Row(bench(ONE, *LEAN, layers=96, steps=3), lean(90, 1)),
     "llama2-70b-fp8": Row(bench(LLAMA, layers=80), speed(2650)),
     "llama2-70b-nf4": Row(bench(LLAMA, "base.storage=nf4", "base.gemm=fp8", layers=80), speed(2650)),
     "slice": Row(bench(ONE, *BF16, "data.global_batch_size=4", layers=4, visits=2, steps=10), share),
@@ -146,8 +155,9 @@ ROWS = {
     ),
     "peft": Row(("launch/bench_peft.py", "--layers", "4", "--steps", "8", "--rounds", "2"), rivals),
     "tax": Row(("launch/adapter_tax.py", "--steps", "10", "--rounds", "3"), tax),
-    "175b-2gpu": Row(bench(TWO, "train.recompute=auto", layers=96), speed(1500, SPARE_4_GIB), gpus=2),
-    "175b-2gpu-lean": Row(bench(TWO, "train.recompute=full", layers=96, steps=3), lean(174, 2), gpus=2),
+    "175b-2gpu": Row(bench(TWO, *STAGES, layers=96, steps=2, warm_up=1), speed(1500, SPARE_4_GIB), gpus=2),
+    "175b-2gpu-tensor": Row(bench(TWO, *PAIRS, layers=96, steps=4), speed(1500, SPARE_4_GIB), gpus=2),
+    "175b-2gpu-lean": Row(bench(TWO, *LEAN, layers=96, steps=3), lean(174, 2), gpus=2),
     "tax-2gpu": Row(("launch/adapter_tax.py", "--tensor", "2", "--sequence-parallel"), tax, gpus=2),
 }
 
