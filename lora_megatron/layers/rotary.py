@@ -74,7 +74,7 @@ class RotaryAttention(SelfAttention):
         query, key, value = super().get_query_key_value_tensors(*args, **kwargs)
         if self._angles is None:
             return query, key, value
-        normed = not isinstance(self.q_layernorm, IdentityOp)
+        normed = not isinstance(self.q_layernorm, IdentityOp | None)
         if not normed and torch.is_grad_enabled() and value.requires_grad:
             # A view would keep all of the fused output, of which nobody needs q and k any more.
             value = value.clone(memory_format=torch.contiguous_format)
