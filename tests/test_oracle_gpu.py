@@ -21,6 +21,7 @@ import torch
 from megatron.core import parallel_state as mpu
 
 from lora_megatron.config import MethodSection, ModelSection, OptimizerSection
+from lora_megatron.layers.storage.choose import StorageFormat
 from lora_megatron.methods.choose import choose_method
 from lora_megatron.model.build import BuildOptions, build
 from lora_megatron.model.initialise import initialise_base
@@ -110,7 +111,33 @@ def test_two_gpus_equal_one(nccl: Pool, layout: str, precision: str) -> None:
     {"fp32": check_fp32, "bf16": check_bf16}[precision](nccl, LAYOUTS[layout])
 
 
+FP8 = Experiment(
+    method=METHOD,
+    model={"preset": "tiny", "num_layers": 2, "hidden_size": 128, "num_attention_heads": 4, "ffn_hidden_size": 256},
+    precision="bf16",
+    steps=2,
+)
+
+
+def check_fp8(pool: Pool, layout: Layout) -> None:
+    """Roundings that fall the other way are a fraction of what storing and multiplying in FP8 changes itself."""
+    stored = replace(FP8, storage=StorageFormat("fp8"))
+    (got,) = pool.run(2, train_exactly, experiments=[replace(stored, layout=layout)])[0]
+    whole, exact = pool.run(1, train_exactly, experiments=[stored, FP8])[0]
+    assert got["complaints"] == []
+    assert got["loss"][0] == pytest.approx(whole["loss"][0], abs=2**-8)
+    own = frobenius(whole["grads"][0], exact["grads"][0])
+    assert own > 0.01, "the storage makes a difference at all"
+    assert frobenius(got["grads"][0], whole["grads"][0]) < 0.5 * own
+
+
+@pytest.mark.parametrize("layout", [pytest.param(layout, marks=two_gpus) for layout in ("tp2", "tp2-sp", "pp2")])
+def test_fp8_on_two_gpus_equals_one(nccl: Pool, layout: str) -> None:
+    check_fp8(nccl, LAYOUTS[layout])
+
+
 def test_rehearsal_of_the_comparison(pool: Pool) -> None:
+    check_fp8(pool, LAYOUTS["tp2-sp"])
     check_fp32(pool, LAYOUTS["tp2-sp"])
     check_bf16(pool, LAYOUTS["tp2-sp"])
 

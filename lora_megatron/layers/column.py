@@ -22,7 +22,7 @@ from megatron.core.tensor_parallel import (
 from torch import Tensor, nn
 
 from lora_megatron.layers.dropout import Dropout
-from lora_megatron.layers.frozen import frozen_linear
+from lora_megatron.layers.frozen import frozen_linear, gathered_linear
 from lora_megatron.layers.lora import AdapterSet, LoraFactors, seed_from
 from lora_megatron.layers.low_rank import Update, add_low_rank
 from lora_megatron.layers.low_rank_input import low_rank_input
@@ -102,12 +102,14 @@ class LoraColumnParallelLinear(ColumnParallelLinear):
         if weight.requires_grad:
             result: Tensor = super()._forward_impl(input=input, weight=weight, bias=bias, **kwargs)
             return result
+        trained = bias if bias is not None and bias.requires_grad else None  # above a frozen weight: BitFit
+        frozen = bias if trained is None else None
         if kwargs["sequence_parallel"]:
-            input = gather_from_sequence_parallel_region(input, group=self.tp_group)
-        group = self.tp_group if kwargs["allreduce_dgrad"] else None
-        if bias is not None and bias.requires_grad:  # trained above a frozen weight: BitFit
-            return frozen_linear(input, weight, sum_input_gradient_over=group) + bias
-        return frozen_linear(input, weight, bias, sum_input_gradient_over=group)
+            output = gathered_linear(input, weight, frozen, group=self.tp_group)
+        else:
+            group = self.tp_group if kwargs["allreduce_dgrad"] else None
+            output = frozen_linear(input, weight, frozen, sum_input_gradient_over=group)
+        return output if trained is None else output + trained
 
     def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """[s or s/t, b, in] -> [s, b, out / t], and the bias where it is left to the caller."""
@@ -129,7 +131,7 @@ class LoraColumnParallelLinear(ColumnParallelLinear):
         u, x = low_rank_input(x, [pair.lora_A for pair in pairs], drop)  # [s or s/t, b, sum of r]
         if self.sequence_parallel:
             u = gather_from_sequence_parallel_region(u, group=self.tp_group)  # g
-        else:
+        elif self.tp_group.size() > 1:
             u = copy_to_tensor_model_parallel_region(u, group=self.tp_group)  # f
         parts = tuple(self.parts[target] for target in self.adapters)
         return Update(parts, tuple(pair.scale for pair in pairs), u, tuple(pair.lora_B for pair in pairs)), x

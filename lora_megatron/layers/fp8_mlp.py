@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
 from lora_megatron.layers.activation import Activation
@@ -26,7 +25,7 @@ from lora_megatron.layers.low_rank import Update
 from lora_megatron.layers.low_rank_input import add_input_gradient
 from lora_megatron.layers.qkv import Part
 from lora_megatron.layers.row import LoraRowParallelLinear
-from lora_megatron.layers.storage.fp8 import Fp8Products
+from lora_megatron.layers.storage.fp8 import Fp8Products, scatter_sum
 from lora_megatron.layers.storage.quantised_activation import activated, activation_gradient
 
 
@@ -38,6 +37,8 @@ class _Plan:
     fc2: Fp8Products
     activation: Activation
     sum_input_gradient_over: dist.ProcessGroup | None
+    sequence: dist.ProcessGroup | None
+    """The ranks that hold sequence shards of input and output."""
     parts: tuple[Part, ...]
     scales: tuple[float, ...]
     """Of fc1's adapters."""
@@ -51,7 +52,7 @@ class _FrozenFp8(torch.autograd.Function):
         ctx: Any, plan: _Plan, x: Tensor, bias: Tensor | None, u: Tensor | None, a: Tensor | None, *bs: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         fc2 = plan.fc2
-        z = plan.fc1.linear(x.reshape(-1, x.shape[-1]), None)
+        z = plan.fc1.linear(x.reshape(-1, x.shape[-1]), None, gather=plan.sequence)
         if u is not None:
             Update(plan.parts, plan.scales, u, bs).add_to(z)
         ctx.plan = plan
@@ -59,23 +60,26 @@ class _FrozenFp8(torch.autograd.Function):
         quantised, y = activated(
             plan.activation, z, bias, factor=fc2.forward_factor(), group=fc2.forward_group, keep=a is not None
         )
-        output = fc2.linear_of(quantised, None, x.dtype).view(*x.shape[:-1], -1)
+        output = fc2.linear_of(quantised, None, x.dtype)
+        if plan.sequence is not None:
+            output = scatter_sum(output, plan.sequence)
+        output = output.view(*x.shape[:-1], -1)
         if a is None or y is None:
             return output, None
-        return output, _dropped(y.view(*x.shape[:-1], -1), plan.dropout) @ a.t()
+        return output, _dropped(y.view(-1, *x.shape[1:-1], y.shape[-1]), plan.dropout) @ a.t()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         grad, du2 = grads
         z, bias, u, a, *bs = ctx.saved_tensors
-        plan, leading = ctx.plan, grad.shape[:-1]
+        plan, leading = ctx.plan, (-1, *grad.shape[1:-1])
         needs_x = ctx.needs_input_grad[1]
         grad_x, y, du = None, None, None
         dbs: tuple[Tensor | None, ...] = (None,) * len(bs)
         if needs_x or u is not None:
-            dy = plan.fc2.input_gradient(grad.reshape(-1, grad.shape[-1]))
+            dy = plan.fc2.input_gradient(grad.reshape(-1, grad.shape[-1]), gather=plan.sequence)
             if a is not None:
-                dy = add_input_gradient(dy.view(*leading, -1), du2, a, plan.dropout).view(z.shape[0], -1)
+                dy = add_input_gradient(dy.view(*leading, dy.shape[-1]), du2, a, plan.dropout).view(z.shape[0], -1)
             factor, group = plan.fc1.backward_factor(), plan.fc1.backward_group
             quantised, dz, y = activation_gradient(
                 plan.activation, z, bias, dy, factor=factor, group=group, keep=u is not None, keep_y=a is not None
@@ -85,13 +89,16 @@ class _FrozenFp8(torch.autograd.Function):
                 du, dbs = Update(plan.parts, plan.scales, u, tuple(bs)).gradients(dz)
             del dz
             if needs_x:
-                grad_x = plan.fc1.input_gradient_of(quantised, grad.dtype).view(*leading, -1)
-                if plan.sum_input_gradient_over is not None:
+                grad_x = plan.fc1.input_gradient_of(quantised, grad.dtype)
+                if plan.sequence is not None:
+                    grad_x = scatter_sum(grad_x, plan.sequence)
+                elif plan.sum_input_gradient_over is not None:
                     dist.all_reduce(grad_x, group=plan.sum_input_gradient_over)
+                grad_x = grad_x.view(*leading, grad_x.shape[-1])
         da = None
         if a is not None:
             y = plan.activation.value(z, bias) if y is None else y
-            d = _dropped(y.view(*leading, -1), plan.dropout)
+            d = _dropped(y.view(*leading, y.shape[-1]), plan.dropout)
             da = du2.reshape(-1, du2.shape[-1]).t() @ d.reshape(-1, d.shape[-1])
         return None, grad_x, None, du, da, *dbs
 
@@ -107,17 +114,16 @@ def fp8_mlp(
     stored: tuple[Fp8Products, Fp8Products],
     activation: Activation,
 ) -> tuple[Tensor, Tensor | None]:
-    """x [s or s/t, b, h] -> (this rank's part of the sum that is the output [s, b, h], and of fc2's u [s, b, r], None
-    where fc2 has no adapter)."""
+    """x [s or s/t, b, h] -> (the output, and this rank's part of the sum that is fc2's u [s, b, r], None where fc2 has
+    no adapter). The output is this rank's part of a sum too, or with sequence shards, whole [s/t, b, h]."""
     update = None
     if fc1.adapters:
         update, x = fc1.low_rank_update(x)
-    if fc1.sequence_parallel:
-        x = gather_from_sequence_parallel_region(x, group=fc1.tp_group)
     plan = _Plan(
         *stored,
         activation,
         fc1.tp_group if fc1.allreduce_dgrad else None,
+        fc1.tp_group if fc1.sequence_parallel else None,
         parts=() if update is None else update.parts,
         scales=() if update is None else update.scales,
         dropout=fc2.dropout_now() if fc2.adapters else None,

@@ -15,9 +15,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.tensor_parallel import (
+    gather_from_sequence_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
 from torch import Tensor
 from torch.nn import functional
 
+from lora_megatron.layers.storage.fp8 import Fp8Products, scatter_sum
 from lora_megatron.layers.storage.stored import Stored, stored_of
 
 
@@ -46,6 +51,40 @@ class _FrozenLinear(torch.autograd.Function):
         if ctx.group is not None:
             dist.all_reduce(grad_x, group=ctx.group)
         return grad_x, None, None, None
+
+
+class _GatheredLinear(torch.autograd.Function):
+    """A column layer over sequence shards, whose tokens are gathered in FP8."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, stored: Fp8Products, bias: Tensor | None, group: dist.ProcessGroup) -> Tensor:
+        ctx.stored, ctx.group = stored, group
+        output = stored.linear(x.reshape(-1, x.shape[-1]), bias, gather=group)
+        result: Tensor = torch.ops.aten._unsafe_view(output, [-1, *x.shape[1:-1], output.shape[-1]])
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        grad = grads[0]
+        grad_x = scatter_sum(ctx.stored.input_gradient(grad.reshape(-1, grad.shape[-1])), ctx.group)
+        return grad_x.view(-1, *grad.shape[1:-1], grad_x.shape[-1]), None, None, None
+
+
+class _ScatteredLinear(torch.autograd.Function):
+    """A row layer whose output each rank keeps its own tokens of; their gradients are gathered in FP8."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, stored: Fp8Products, group: dist.ProcessGroup) -> Tensor:
+        ctx.stored, ctx.group = stored, group
+        output = scatter_sum(stored.linear(x.reshape(-1, x.shape[-1]), None), group)
+        result: Tensor = torch.ops.aten._unsafe_view(output, [-1, *x.shape[1:-1], output.shape[-1]])
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        grad = grads[0]
+        grad_x = ctx.stored.input_gradient(grad.reshape(-1, grad.shape[-1]), gather=ctx.group)
+        return grad_x.view(-1, *grad.shape[1:-1], grad_x.shape[-1]), None, None
 
 
 class _StoredLinear(torch.autograd.Function):
@@ -87,4 +126,25 @@ def frozen_linear(
         if stored is None
         else _StoredLinear.apply(x, stored, bias, sum_input_gradient_over)
     )
+    return result
+
+
+def gathered_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, group: dist.ProcessGroup) -> Tensor:
+    """y = x W^T + bias of a column layer under sequence parallelism: x [s/t, b, in], this rank's tokens -> [s, b, out].
+
+    weight, bias: this rank's rows, frozen. The gradient of x is summed over the ranks, each of which keeps its tokens.
+    """
+    stored = stored_of(weight)
+    if not isinstance(stored, Fp8Products):
+        return frozen_linear(gather_from_sequence_parallel_region(x, group=group), weight, bias)
+    result: Tensor = _GatheredLinear.apply(x, stored, bias, group)
+    return result
+
+
+def scattered_linear(x: Tensor, weight: Tensor, *, group: dist.ProcessGroup) -> Tensor:
+    """y = x W^T of a row layer under sequence parallelism: x [s, b, in/t] -> [s/t, b, out], summed over the ranks."""
+    stored = stored_of(weight)
+    if not isinstance(stored, Fp8Products):
+        return reduce_scatter_to_sequence_parallel_region(frozen_linear(x, weight), group=group)
+    result: Tensor = _ScatteredLinear.apply(x, stored, group)
     return result

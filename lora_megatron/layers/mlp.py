@@ -12,10 +12,7 @@ from typing import Any
 
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
-from megatron.core.tensor_parallel import (
-    reduce_from_tensor_model_parallel_region,
-    reduce_scatter_to_sequence_parallel_region,
-)
+from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from torch import Tensor
@@ -54,9 +51,7 @@ class Mlp(MLP):
             result: tuple[Tensor, Tensor | None] = fc2(y)
             return result
         output, u = fp8_mlp(hidden_states, fc1, fc2, pair, self.activation)
-        if fc2.sequence_parallel:
-            output = reduce_scatter_to_sequence_parallel_region(output, group=self.tp_group)
-        else:
+        if not fc2.sequence_parallel:
             output = reduce_from_tensor_model_parallel_region(output, group=self.tp_group)
         return output if u is None else add_low_rank(output, fc2.low_rank_update(u)), fc2.bias
 

@@ -21,7 +21,7 @@ from megatron.core.tensor_parallel import (
 from torch import Tensor, nn
 
 from lora_megatron.layers.dropout import Dropout
-from lora_megatron.layers.frozen import frozen_linear
+from lora_megatron.layers.frozen import frozen_linear, scattered_linear
 from lora_megatron.layers.lora import AdapterSet, LoraFactors, seed_from
 from lora_megatron.layers.low_rank import Update, add_low_rank
 from lora_megatron.layers.low_rank_input import low_rank_input
@@ -103,11 +103,16 @@ class LoraRowParallelLinear(RowParallelLinear):
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
         """[s, b, in / t] -> [s or s/t, b, out], and the bias where it is left to the caller."""
         if not self.adapters:
-            plain: tuple[Tensor, Tensor | None] = super().forward(input_)
-            return plain
+            return self._without_adapter(input_)
         u, input_ = low_rank_input(input_, [self.pair.lora_A], self.dropout_now())
-        output, bias = super().forward(input_)
+        output, bias = self._without_adapter(input_)
         return add_low_rank(output, self.low_rank_update(u)), bias
+
+    def _without_adapter(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        if self.sequence_parallel and self.skip_bias_add and not self.weight.requires_grad:
+            return scattered_linear(x, self.weight, group=self.tp_group), self.bias
+        plain: tuple[Tensor, Tensor | None] = super().forward(x)
+        return plain
 
     @property
     def pair(self) -> LoraFactors:
@@ -126,6 +131,6 @@ class LoraRowParallelLinear(RowParallelLinear):
         """What the adapter adds to the output summed over ranks, from u [s, b, r], a partial sum over their inputs."""
         if self.sequence_parallel:
             u = reduce_scatter_to_sequence_parallel_region(u, group=self.tp_group)  # [s/t, b, r]
-        else:
+        elif self.tp_group.size() > 1:
             u = reduce_from_tensor_model_parallel_region(u, group=self.tp_group)
         return Update(whole("", self.output_size), (self.pair.scale,), u, (self.pair.lora_B,))

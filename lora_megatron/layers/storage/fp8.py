@@ -69,6 +69,27 @@ def quantise_tokens(x: Tensor, *, factor: Tensor | None, group: dist.ProcessGrou
     return Quantised(to_fp8(values, scale), scale)
 
 
+def gather_tokens(own: Quantised, group: dist.ProcessGroup) -> Quantised:
+    """The tokens of all ranks, in their order: codes [m, k] and scale [m, 1] -> [t m, k] and [t m, 1].
+
+    A token has a scale of its own, so it is the same whether tokens are quantised before they are gathered or after,
+    and before means half the bytes of bf16.
+    """
+    rows = own.codes.shape[0] * group.size()
+    codes = torch.empty(rows, own.codes.shape[1], dtype=torch.uint8, device=own.codes.device)
+    scale = own.scale.new_empty(rows, 1)
+    dist.all_gather_into_tensor(codes, own.codes.view(torch.uint8), group=group)
+    dist.all_gather_into_tensor(scale, own.scale, group=group)
+    return Quantised(codes.view(FP8), scale)
+
+
+def scatter_sum(partial: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The sum over ranks, of which each keeps its own tokens: [t m, n] -> [m, n]."""
+    own = partial.new_empty(partial.shape[0] // group.size(), partial.shape[1])
+    dist.reduce_scatter_tensor(own, partial, group=group)
+    return own
+
+
 def agree_over(group: dist.ProcessGroup | None) -> Callable[[Tensor], None] | None:
     """What raises tokens' largest magnitudes to those of all ranks of `group`, in place; None without a group."""
     if group is None:
@@ -174,13 +195,19 @@ class Fp8Products(Stored):
         after = scale if self.axis == 1 else None
         return multiply(grad.codes, grad.scale, codes, after, dtype)
 
-    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+    def linear(self, x: Tensor, bias: Tensor | None, *, gather: dist.ProcessGroup | None = None) -> Tensor:
+        """x W^T + bias; with `gather` x are this rank's own tokens, and the result is that of all ranks' tokens."""
         quantised = quantise_tokens(x, factor=self.forward_factor(), group=self.forward_group)
-        return self.linear_of(quantised, bias, x.dtype)
+        return self.linear_of(_all(quantised, gather), bias, x.dtype)
 
-    def input_gradient(self, grad: Tensor) -> Tensor:
+    def input_gradient(self, grad: Tensor, *, gather: dist.ProcessGroup | None = None) -> Tensor:
+        """grad W; `gather` as in `linear`."""
         quantised = quantise_tokens(grad, factor=self.backward_factor(), group=self.backward_group)
-        return self.input_gradient_of(quantised, grad.dtype)
+        return self.input_gradient_of(_all(quantised, gather), grad.dtype)
+
+
+def _all(own: Quantised, gather: dist.ProcessGroup | None) -> Quantised:
+    return own if gather is None else gather_tokens(own, gather)
 
 
 class StoredFp8(Fp8Products):
