@@ -268,5 +268,5 @@ def test_the_list_is_of_commands_that_can_be_given_alone(tmp_path: Path, capsys:
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" ")[0] for line in lines] == [*EIGHT[:3], "adapter", *EIGHT[3:], "resume"]
     assert "base.storage=fp8 data.micro_batch_size=8 data.global_batch_size=8" in lines[1]
-    assert sum(each.seconds for each in rows_for(8, 96)) + 145 <= 540
+    assert sum(each.seconds for each in rows_for(8, 96)) + 140 <= 540
     assert Row("a", "b", 1).command("c", [], gpus=1, micro_batch=1)[-1] == "--no-ceiling"
