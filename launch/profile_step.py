@@ -17,7 +17,6 @@ import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,24 +25,15 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from launch import side_by_side as side
-from launch.kernel_times import (
-    Interval,
-    KernelTime,
-    busy_seconds,
-    exposed_seconds,
-    kernel_times,
-    per_layer,
-    profiled,
-    short_name,
-)
+from launch.kernel_times import KernelTime, kernel_times, kinds_of, per_layer, short_name
+from lora_megatron.bench.communication import Kernel, communication_of, watch
 from lora_megatron.bench.timing import TimedOptimizer, spread, timed_step
-from lora_megatron.bench.workload import bench_config, build_trainer, free, slice_of
+from lora_megatron.bench.workload import bench_config, build_trainer, free, method_of, slice_of
 from lora_megatron.config import Config, ModelSection, load_config
 from lora_megatron.errors import ConfigError, LostRankError, UserError
 from lora_megatron.measure.environment import describe_environment
 from lora_megatron.measure.markdown import table
 from lora_megatron.measure.units import MISSING, show_seconds
-from lora_megatron.methods.choose import choose_method
 from lora_megatron.model.checks import check, layout_of
 from lora_megatron.model.presets import resolve_shape
 from lora_megatron.model.shape import ModelShape
@@ -58,47 +48,52 @@ WARM_UP = 3
 
 @dataclass(frozen=True)
 class Profile:
-    """Of one slice on this rank: seconds of whole steps, and the kernels of `steps` more."""
+    """Of one slice on this rank: seconds of whole steps, and the kernels of `steps` more, which took `watched_seconds`
+    together."""
 
     layers: int
     step_seconds: list[float]
-    intervals: list[Interval]
+    kernels: list[Kernel]
     steps: int
+    watched_seconds: float
 
     @property
-    def kernels(self) -> list[KernelTime]:
-        return kernel_times(self.intervals, self.steps)
+    def times(self) -> list[KernelTime]:
+        """Of one step."""
+        return kernel_times(self.kernels, steps=self.steps)
 
     def to_dict(self) -> dict[str, Any]:
+        """For report.json."""
+        found = communication_of(self.kernels, steps=self.steps, whole=self.watched_seconds)
         return {
             "layers": self.layers,
             "step_seconds": spread(self.step_seconds),
-            "busy_seconds": busy_seconds(self.intervals) / self.steps,
-            "exposed_communication_seconds": exposed_seconds(self.intervals) / self.steps,
-            "kernels": [asdict(kernel) for kernel in self.kernels],
+            "watched_step_seconds": found.whole / found.steps,
+            "busy_seconds": found.busy / found.steps,
+            "exposed_communication_seconds": found.exposed / found.steps,
+            "kernels": [asdict(time) for time in self.times],
         }
 
 
 def visit(config: Config, shape: ModelShape, layers: int, steps: int) -> Profile:
     """Build a slice, time its steps, watch as many more, free it."""
-    trainer = build_trainer(config, slice_of(shape, layers), load=None)
-    trainer.optimizer = cast(Optimizer, TimedOptimizer(trainer.optimizer))
-    for _ in range(WARM_UP):
-        timed_step(trainer)
-    seconds = [timed_step(trainer)[0].whole for _ in range(steps)]
-    intervals = profiled(partial(timed_step, trainer), steps)
-    del trainer
+    profile = _profile(config, slice_of(shape, layers), steps)
     free()
-    return Profile(layers, seconds, intervals, steps)
+    return profile
 
 
-def kinds_of(kernels: Sequence[KernelTime]) -> dict[str, tuple[float, float]]:
-    """kind -> (launches, seconds), the longest first."""
-    sums: dict[str, tuple[float, float]] = {}
-    for kernel in kernels:
-        launches, seconds = sums.get(kernel.kind, (0.0, 0.0))
-        sums[kernel.kind] = (launches + kernel.launches, seconds + kernel.seconds)
-    return dict(sorted(sums.items(), key=lambda item: -item[1][1]))
+def _profile(config: Config, shape: ModelShape, steps: int) -> Profile:
+    trainer = build_trainer(config, shape, load=None)
+    trainer.optimizer = cast(Optimizer, TimedOptimizer(trainer.optimizer))
+
+    def step() -> float:
+        return timed_step(trainer)[0].whole
+
+    for _ in range(WARM_UP):
+        step()
+    seconds = [step() for _ in range(steps)]
+    kernels, whole = watch(step, steps=steps)
+    return Profile(shape.num_layers, seconds, kernels, steps, whole)
 
 
 def lines_of(report: dict[str, Any], profiles: Sequence[Profile], top: int) -> list[str]:
@@ -112,9 +107,9 @@ def lines_of(report: dict[str, Any], profiles: Sequence[Profile], top: int) -> l
         cells = [taken["median"], row["busy_seconds"], row["exposed_communication_seconds"]]
         slices.append([str(profile.layers), *map(show_seconds, cells), side.spread_text(taken)])
     lines += table(["layers", "step, median", "kernels ran", "communication alone", "p10 to p90"], slices)
-    whole, layer = last.kernels, None
+    whole, layer = last.times, None
     if len(profiles) == 2:
-        layer = per_layer(first.kernels, whole, last.layers - first.layers)
+        layer = per_layer(first.times, whole, layers=last.layers - first.layers)
     shown = layer or whole
     title = "One more layer" if layer else f"A step of {side.layers_text(last.layers)}"
     total = sum(kernel.seconds for kernel in shown)
@@ -176,13 +171,12 @@ def _run(options: argparse.Namespace, config: Config, sizes: Sequence[int]) -> N
     config = config.model_copy(update={"model": ModelSection(**shape.to_dict())})
     if config.train.recompute == "auto":  # a slice fits
         config = config.model_copy(update={"train": config.train.model_copy(update={"recompute": "none"})})
+    config = bench_config(config, options.method)
     ranks = groups.build_mesh(layout_of(config), seed=1)
-    for size in sizes:
-        method = choose_method(config.method, num_layers=size)
-        check(config, slice_of(shape, size), method, ranks.world_size)
+    for part in (slice_of(shape, size) for size in sizes):
+        check(config, part, method_of(config, part), ranks.world_size)
     together(lambda: side.claim(options.out, kind=KIND) if is_main() else None)
-    measured = bench_config(config, options.method)
-    profiles = [visit(measured, shape, size, options.steps) for size in sizes]
+    profiles = [visit(config, shape, size, options.steps) for size in sizes]
     report = {
         "kind": KIND,
         "command": side.command_line("profile_step.py"),

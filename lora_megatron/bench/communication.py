@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The share of communication in a step, from the times at which a GPU ran which kernels.
+"""What a device did during some steps, kernel by kernel, and the share of communication in it.
 
 With C the time in which a collective's kernel ran on this rank, W the same of everything else (other kernels, copies)
 and T the step, all as sets of moments:
@@ -41,12 +41,14 @@ class Kernel:
     span: Span
 
     @property
+    def seconds(self) -> float:
+        """From its start to its end."""
+        return union_seconds([self.span])
+
+    @property
     def collective(self) -> str | None:
-        """`all-reduce` and so on for a kernel of NCCL; None for any other."""
-        name = self.name.lower().replace("_", "")
-        if not name.startswith("nccl"):
-            return None
-        return next((told for part, told in _COLLECTIVES.items() if part in name), "other")
+        """See `collective_of`."""
+        return collective_of(self.name)
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,14 @@ class Communication:
         }
 
 
+def collective_of(name: str) -> str | None:
+    """`all-reduce` and so on for the name of a kernel of NCCL; None for any other."""
+    name = name.lower().replace("_", "")
+    if not name.startswith("nccl"):
+        return None
+    return next((told for part, told in _COLLECTIVES.items() if part in name), "other")
+
+
 def union_seconds(spans: Iterable[Span]) -> float:
     """How long at least one of the spans lasted."""
     total, reached = 0, None
@@ -91,8 +101,7 @@ def communication_of(kernels: Sequence[Kernel], *, steps: int, whole: float) -> 
     busy = union_seconds(kernel.span for kernel in kernels)
     sums: dict[str, float] = {}
     for kernel in collectives:
-        start, end = kernel.span
-        sums[str(kernel.collective)] = sums.get(str(kernel.collective), 0.0) + (end - start) / 1e9
+        sums[str(kernel.collective)] = sums.get(str(kernel.collective), 0.0) + kernel.seconds
     communicating = union_seconds(kernel.span for kernel in collectives)
     return Communication(steps, whole, communicating, busy - union_seconds(others), busy, sums)
 
@@ -104,18 +113,26 @@ def profile(step: Callable[[], float], *, steps: int) -> Communication | None:
     """
     if not steps or not torch.cuda.is_available():
         return None
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-        whole = sum(step() for _ in range(steps))
-    kernels = _kernels(profiler)
+    kernels, whole = watch(step, steps=steps)
     return communication_of(kernels, steps=steps, whole=whole) if kernels else None
 
 
-def _kernels(profiler: Any) -> list[Kernel]:
+def watch(step: Callable[[], float], *, steps: int) -> tuple[list[Kernel], float]:
+    """(what ran on this rank's device, the seconds that the steps told). On a machine without a GPU torch's operations
+    stand for kernels: one that calls another counts twice, and only their union is a time."""
+    on_gpu = torch.cuda.is_available()
+    kind = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[kind]) as profiler:
+        whole = sum(step() for _ in range(steps))
+    return _kernels(profiler, torch.autograd.DeviceType.CUDA if on_gpu else torch.autograd.DeviceType.CPU), whole
+
+
+def _kernels(profiler: Any, device: torch.autograd.DeviceType) -> list[Kernel]:
     """From the raw events: torch's own list of them takes minutes to build from the kernels of a large model."""
     return [
         Kernel(event.name(), (event.start_ns(), event.start_ns() + event.duration_ns()))
         for event in profiler.profiler.kineto_results.events()
-        if event.device_type() == torch.autograd.DeviceType.CUDA and not _is_mark(event)
+        if event.device_type() == device and not _is_mark(event)
     ]
 
 
