@@ -42,7 +42,7 @@ class Update:
     def gradients(self, flat: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """(du, dB of each) from the output's gradient [m, groups * stride]."""
         if self._by_kernel(flat):
-            du, found = kernels.product_gradients(flat, self._flat_u(), self.bs, self.parts, self.scales)
+            du, found = kernels.product_gradients(flat.contiguous(), self._flat_u(), self.bs, self.parts, self.scales)
             return du.view(self.u.shape), found
         dus, dbs = [], []
         for part, scale, piece, b in self._each():
@@ -51,9 +51,11 @@ class Update:
             dbs.append(values.t() @ piece)
         return (dus[0] if len(dus) == 1 else torch.cat(dus, -1)).view(self.u.shape), tuple(dbs)
 
-    @staticmethod
-    def _by_kernel(flat: Tensor) -> bool:
-        return kernels is not None and flat.is_cuda and flat.dtype != torch.float64
+    def _by_kernel(self, flat: Tensor) -> bool:
+        """Not for very large ranks, which are no update beside a product any more, nor without tokens."""
+        if kernels is None or not flat.is_cuda or flat.dtype == torch.float64 or not flat.shape[0]:
+            return False
+        return kernels.tile_of(self.bs) is not None
 
     def _flat_u(self) -> Tensor:
         return self.u.reshape(-1, self.u.shape[-1]).contiguous()

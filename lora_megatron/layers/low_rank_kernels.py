@@ -24,7 +24,8 @@ from torch import Tensor
 
 from lora_megatron.layers.qkv import Part
 
-_TOKENS, _COLUMNS = 64, 128
+_TILES = {128: (64, 128), 256: (32, 64), 512: (32, 64)}
+"""Tokens and columns of a program, for ranks up to so many: what fits the shared memory of a Hopper GPU."""
 _PROGRAMS = 512
 """That read a gradient at once, about: some for each of a GPU's 100 to 150 processors."""
 MOST_PARTS = 3
@@ -120,11 +121,14 @@ def _gradients(
 
 
 @triton.jit
-def _sum(addends, table, out, A: tl.constexpr, P: tl.constexpr):
-    """P places of one sum, over its addends in a fixed order, A at a time."""
+def _sum(addends, table, du, dbs, A: tl.constexpr, P: tl.constexpr):
+    """P places of one sum, over its addends in a fixed order, A at a time; every other sum is a du."""
     row = table + tl.program_id(1) * _SUM_FIELDS
     count, length = tl.load(row + 1), tl.load(row + 2)
     place = tl.program_id(0).to(tl.int64) * P + tl.arange(0, P)
+    out = du
+    if tl.program_id(1) % 2 == 1:
+        out = dbs
     if tl.program_id(0).to(tl.int64) * P < length:
         base = addends + tl.load(row) + place[None, :]
         total = tl.zeros([P], tl.float32)
@@ -137,51 +141,73 @@ def _sum(addends, table, out, A: tl.constexpr, P: tl.constexpr):
         tl.store(out + where, total.to(out.dtype.element_ty), place < length)
 
 
-class _Cut(NamedTuple):
-    """How the parts of a fused output are cut into programs, for so many tokens."""
+class _Places(NamedTuple):
+    """Where the parts of a fused output lie, and how their columns are cut into tiles."""
 
-    parts: Tensor
+    table: Tensor
     """int32 [3, fields] on the GPU; a part that is not there begins behind all tiles."""
-    sums: Tensor
-    """int64 [2 parts, fields] on the GPU: du and db of each part."""
-    tiles: int
-    pieces: int
-    span: int
-    addends: int
-    """fp32 numbers that all programs of `_gradients` write."""
-    du_size: int
-    longest: int
-    """Places of the longest sum."""
+    counts: tuple[int, ...]
+    """Tiles of each part."""
     aligned: int
     """What divides every place of a part in the fused output, and `even` every rank and place in u: powers of two by
     which the compiler knows how many neighbours one access may read."""
     even: int
 
+    @property
+    def tiles(self) -> int:
+        return sum(self.counts)
+
+
+class _Sums(NamedTuple):
+    """How the gradients of so many tokens are cut into programs, and what is summed afterwards."""
+
+    table: Tensor
+    """int64 [2 parts, fields] on the GPU: du and dB of each part."""
+    pieces: int
+    span: int
+    addends: int
+    """fp32 numbers that all programs of `_gradients` write."""
+    longest: int
+    """Places of the longest sum."""
+
 
 @functools.lru_cache(maxsize=256)
-def _cut(parts: tuple[Part, ...], ranks: tuple[int, ...], tokens: int, device: torch.device) -> _Cut:
+def _places(parts: tuple[Part, ...], ranks: tuple[int, ...], columns: int, device: torch.device) -> _Places:
     assert 0 < len(parts) <= MOST_PARTS
-    counts = [triton.cdiv(part.rows, _COLUMNS) for part in parts]
-    tiles, steps = sum(counts), triton.cdiv(tokens, _TOKENS)
-    span = triton.cdiv(steps, max(1, min(steps, _PROGRAMS // tiles))) * _TOKENS
+    counts = tuple(triton.cdiv(part.rows, columns) for part in parts)
+    rows = [
+        [sum(counts[:i]), part.rows, part.stop - part.start, part.start, ranks[i], sum(ranks[:i])]
+        for i, part in enumerate(parts)
+    ]
+    aligned = math.gcd(128, *(n for row in rows for n in row[1:4]))
+    even = math.gcd(16, *(n for row in rows for n in row[4:6]))
+    rows += [[sum(counts), 0, 1, 0, 1, 0]] * (MOST_PARTS - len(parts))
+    return _Places(torch.tensor(rows, dtype=torch.int32, device=device), counts, aligned, even)
+
+
+@functools.lru_cache(maxsize=256)
+def _sums(
+    parts: tuple[Part, ...], ranks: tuple[int, ...], counts: tuple[int, ...], tokens: int, step: int,
+    device: torch.device,
+) -> _Sums:  # fmt: skip
+    steps = triton.cdiv(tokens, step)
+    span = triton.cdiv(steps, max(1, min(steps, _PROGRAMS // sum(counts)))) * step
     pieces = triton.cdiv(tokens, span)
-    rows, sums = [], []
-    tile = first = place = 0
-    behind = tokens * sum(ranks)  # of du, where the dB's begin
-    for part, rank, count in zip(parts, ranks, counts, strict=True):
-        rows.append([tile, part.rows, part.stop - part.start, part.start, rank, first])
-        sums.append([place, count, tokens * rank, rank, sum(ranks), first])
-        place += count * tokens * rank
-        sums.append([place, pieces, part.rows * rank, part.rows * rank, 0, behind])
+    rows, place, behind = [], 0, 0
+    for index, (part, rank) in enumerate(zip(parts, ranks, strict=True)):
+        rows.append([place, counts[index], tokens * rank, rank, sum(ranks), sum(ranks[:index])])
+        place += counts[index] * tokens * rank
+        rows.append([place, pieces, part.rows * rank, part.rows * rank, 0, behind])
         place += pieces * part.rows * rank
-        tile, first, behind = tile + count, first + rank, behind + part.rows * rank
-    rows += [[tiles, 0, 1, 0, 1, 0]] * (MOST_PARTS - len(parts))
-    longest = max(row[2] for row in sums)
-    part_table = torch.tensor(rows, dtype=torch.int32, device=device)
-    sum_table = torch.tensor(sums, dtype=torch.int64, device=device)
-    aligned = math.gcd(128, *(n for row in rows[: len(parts)] for n in row[1:4]))
-    even = math.gcd(16, *(n for row in rows[: len(parts)] for n in row[4:6]))
-    return _Cut(part_table, sum_table, tiles, pieces, span, place, tokens * sum(ranks), longest, aligned, even)
+        behind += part.rows * rank
+    table = torch.tensor(rows, dtype=torch.int64, device=device)
+    return _Sums(table, pieces, span, place, max(row[2] for row in rows))
+
+
+def tile_of(bs: Sequence[Tensor]) -> tuple[int, int] | None:
+    """(tokens, columns) of a program for factors of these ranks; None where a rank is too large for the kernels."""
+    rank, wide = _padded([b.shape[1] for b in bs]), bs[0].element_size() > 2
+    return next((tile for most, tile in _TILES.items() if rank <= most), None) if rank < 512 or not wide else None
 
 
 def _padded(ranks: Sequence[int]) -> int:
@@ -198,13 +224,17 @@ def add_products(
 ) -> None:
     """Add scale u b^T to the columns of each part of `fused`, in place.
 
-    fused [m, groups * stride]; u [m, sum of r] contiguous; each b [part.rows, r].
+    fused [m, groups * stride]; u [m, sum of r]; each b [part.rows, r], a rank that `tile_of` has a tile for; all
+    contiguous.
     """
+    assert all(t.is_contiguous() for t in (fused, u, *bs))
+    tile = tile_of(bs)
+    assert tile is not None
     ranks = tuple(b.shape[1] for b in bs)
-    cut = _cut(parts, ranks, u.shape[0], fused.device)
-    _add[(cut.tiles, triton.cdiv(u.shape[0], _TOKENS))](
-        fused, u, cut.parts, *_three(bs), *_three(scales), u.shape[0], fused.shape[1], u.shape[1], parts[0].stride,
-        _padded(ranks), _TOKENS, _COLUMNS, cut.aligned, cut.even,
+    places = _places(parts, ranks, tile[1], fused.device)
+    _add[(places.tiles, triton.cdiv(u.shape[0], tile[0]))](
+        fused, u, places.table, *_three(bs), *_three(scales), u.shape[0], fused.shape[1], u.shape[1], parts[0].stride,
+        _padded(ranks), *tile, places.aligned, places.even,
     )  # fmt: skip
 
 
@@ -212,15 +242,20 @@ def product_gradients(
     grad: Tensor, u: Tensor, bs: Sequence[Tensor], parts: tuple[Part, ...], scales: Sequence[float]
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """(du [m, sum of r], db [part.rows, r] of each) of `add_products`, from its output's gradient; summed in fp32 in a
-    fixed order."""
+    fixed order. All contiguous."""
+    assert all(t.is_contiguous() for t in (grad, u, *bs))
+    tile = tile_of(bs)
+    assert tile is not None
     ranks = tuple(b.shape[1] for b in bs)
-    cut = _cut(parts, ranks, u.shape[0], grad.device)
-    addends = torch.empty(cut.addends, dtype=torch.float32, device=grad.device)
-    _gradients[(cut.tiles, cut.pieces)](
-        grad, u, cut.parts, cut.sums, addends, *_three(bs), *_three(scales), u.shape[0], grad.shape[1], u.shape[1],
-        parts[0].stride, cut.span, _padded(ranks), _TOKENS, _COLUMNS, cut.aligned, cut.even,
+    places = _places(parts, ranks, tile[1], grad.device)
+    sums = _sums(parts, ranks, places.counts, u.shape[0], tile[0], grad.device)
+    addends = torch.empty(sums.addends, dtype=torch.float32, device=grad.device)
+    _gradients[(places.tiles, sums.pieces)](
+        grad, u, places.table, sums.table, addends, *_three(bs), *_three(scales), u.shape[0], grad.shape[1], u.shape[1],
+        parts[0].stride, sums.span, _padded(ranks), *tile, places.aligned, places.even,
     )  # fmt: skip
-    out = torch.empty(cut.du_size + sum(b.numel() for b in bs), dtype=u.dtype, device=grad.device)
-    _sum[(triton.cdiv(cut.longest, _PLACES), 2 * len(parts))](addends, cut.sums, out, _ADDENDS, _PLACES)
-    du, *dbs = out.split([cut.du_size, *(b.numel() for b in bs)])
-    return du.view(u.shape), tuple(db.view(b.shape) for db, b in zip(dbs, bs, strict=True))
+    du = torch.empty_like(u)
+    dbs = torch.empty(sum(b.numel() for b in bs), dtype=u.dtype, device=grad.device)
+    _sum[(triton.cdiv(sums.longest, _PLACES), 2 * len(parts))](addends, sums.table, du, dbs, _ADDENDS, _PLACES)
+    pieces = dbs.split([b.numel() for b in bs])
+    return du, tuple(piece.view(b.shape) for piece, b in zip(pieces, bs, strict=True))

@@ -77,15 +77,18 @@ FUSED = {
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-6), (torch.bfloat16, 4e-3)])
+@pytest.mark.parametrize("first", [5, 130, 300, 600], ids="rank {}".format)
 @pytest.mark.parametrize("parts", FUSED.values(), ids=FUSED)
-def test_the_low_rank_update_and_its_gradients(parts: tuple[Part, ...], dtype: torch.dtype, bound: float) -> None:
+def test_the_low_rank_update_and_its_gradients(
+    parts: tuple[Part, ...], first: int, dtype: torch.dtype, bound: float
+) -> None:
     """Of one projection and of several with ranks and scales of their own; more tokens than one program has."""
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(dtype)
 
-    ranks, scales = (5, 1, 17)[: len(parts)], (1.7, 0.5, -2.0)[: len(parts)]
+    ranks, scales = (first, 1, 17)[: len(parts)], (1.7, 0.5, -2.0)[: len(parts)]
     fused, u = random(300, parts[0].groups * parts[0].stride), random(300, sum(ranks))
     bs = [random(part.rows, rank) for part, rank in zip(parts, ranks, strict=True)]
     grad = random(*fused.shape)
