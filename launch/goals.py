@@ -137,7 +137,7 @@ def tax(report: Report) -> list[Value]:
 ONE, TWO, LLAMA = "gpt3_175b_1gpu", "gpt3_175b_2gpu", "llama2_70b_1gpu"
 BF16 = ("base.storage=null", "base.gemm=null", "train.recompute=none")
 LEAN = ("train.recompute=full", "train.recompute_unit=3")
-STAGES = ("parallel.tensor=1", "parallel.sequence=false", "parallel.pipeline=2", "data.global_batch_size=32")
+TENSOR = ("parallel.pipeline=1", "parallel.tensor=2", "parallel.sequence=true")
 PAIRS = ("data.micro_batch_size=2", "data.global_batch_size=4")
 BATCH_4 = ("data.micro_batch_size=4", "data.global_batch_size=16")
 SPARE_4_GIB = 135.0
@@ -155,9 +155,11 @@ ROWS = {
     ),
     "peft": Row(("launch/bench_peft.py", "--layers", "4", "--steps", "8", "--rounds", "2"), rivals),
     "tax": Row(("launch/adapter_tax.py", "--steps", "10", "--rounds", "3"), tax),
-    "175b-2gpu": Row(bench(TWO, *STAGES, layers=96, steps=2, warm_up=1), speed(1500, SPARE_4_GIB), gpus=2),
-    "175b-2gpu-tensor": Row(bench(TWO, *PAIRS, layers=96, steps=4), speed(1500, SPARE_4_GIB), gpus=2),
-    "175b-2gpu-lean": Row(bench(TWO, *LEAN, layers=96, steps=3), lean(174, 2), gpus=2),
+    "175b-2gpu": Row(
+        bench(TWO, "data.global_batch_size=32", layers=96, steps=2, warm_up=1), speed(1500, SPARE_4_GIB), gpus=2
+    ),
+    "175b-2gpu-tensor": Row(bench(TWO, *TENSOR, *PAIRS, layers=96, steps=4), speed(1500, SPARE_4_GIB), gpus=2),
+    "175b-2gpu-lean": Row(bench(TWO, *TENSOR, *LEAN, layers=96, steps=3), lean(174, 2), gpus=2),
     "tax-2gpu": Row(("launch/adapter_tax.py", "--tensor", "2", "--sequence-parallel"), tax, gpus=2),
 }
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from launch import one_host_proofs as proofs
 from launch.one_host_report import WAITING, values_of
-from launch.one_host_rows import CONFIG, Choice, Row, choose_micro_batch, rows_for
+from launch.one_host_rows import CONFIG, Choice, Row, choose_micro_batch, choose_slice, rows_for
 from launch.warm_ranks import WarmRanks
 from lora_megatron.model.shape import ModelShape
 
@@ -68,7 +68,9 @@ class Session:
     def _row(self, row: Row) -> Part:
         options = self.options
         choice = self._choose(row, options.overrides, most=options.micro_batch)
-        words = row.command(CONFIG, options.overrides, gpus=self.gpus, micro_batch=choice.micro_batch)
+        sizes = {"gpus": self.gpus, "micro_batch": choice.micro_batch}
+        layers = choose_slice(row, CONFIG, options.overrides, **sizes, memory=self.memory)
+        words = row.command(CONFIG, options.overrides, **sizes, layers=layers)
         result = _result(row.name, row.what, row.seconds, [*words, "--out", str(options.out / row.name)])
         result |= {"goals": row.goals, "planned": _planned(choice)}
         return Part(result, lambda limit: self._bench(result, words, limit))

@@ -13,7 +13,7 @@ import pytest
 from launch import one_host
 from launch.one_host import run_parts
 from launch.one_host_report import GIB, Facts, lines_of, values_of
-from launch.one_host_rows import CONFIG, Row, choose_micro_batch, chunks_of, rows_for
+from launch.one_host_rows import CONFIG, Row, choose_micro_batch, choose_slice, chunks_of, rows_for
 from launch.one_host_session import Part, part_names
 from lora_megatron.config import load_config
 from lora_megatron.errors import ConfigError
@@ -83,6 +83,18 @@ def test_the_micro_batch_is_the_largest_that_the_plan_fits() -> None:
     assert chosen("bf16-pp4", 4) == (1, True), "which one sequence may"
     assert chosen("bf16-pp8", 8) == (1, True)
     assert chosen("bf16-tp2", 2) == (1, False)
+
+
+def test_the_slice_beside_full_fine_tuning_is_the_largest_that_the_plan_fits() -> None:
+    def chosen(name: str, overrides: Sequence[str] = (), *, memory: float = H200, micro_batch: int = 4) -> int | None:
+        (row,) = [row for row in rows_for(8, 96) if row.name == name]
+        return choose_slice(row, CONFIG, overrides, gpus=8, micro_batch=micro_batch, memory=memory)
+
+    assert chosen("full") == 27, "28 would leave 5% of the memory"
+    assert chosen("full", memory=80 * GIB) == 15
+    assert chosen("full", memory=4 * GIB) is None, "not one layer: the bench says so"
+    assert chosen("full", [*TINY, "model.num_attention_heads=8"]) == 8, "all of them"
+    assert chosen("bf16-tp8") is None, "the whole model"
 
 
 def part(name: str, seconds: float, outcome: str = "") -> tuple[Part, list[float]]:
@@ -268,5 +280,8 @@ def test_the_list_is_of_commands_that_can_be_given_alone(tmp_path: Path, capsys:
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" ")[0] for line in lines] == [*EIGHT[:3], "adapter", *EIGHT[3:], "resume"]
     assert "base.storage=fp8 data.micro_batch_size=8 data.global_batch_size=8" in lines[1]
-    assert sum(each.seconds for each in rows_for(8, 96)) + 140 <= 540
+    assert "--layers 25 " in lines[2], "on the data sheet's 141 GB"
+    assert all("--layers" not in line for line in [*lines[:2], *lines[3:]])
+    planned = [float(line.split("(")[1].split(" s)")[0]) for line in lines]
+    assert sum(planned) <= one_host.BUDGET_S
     assert Row("a", "b", 1).command("c", [], gpus=1, micro_batch=1)[-1] == "--no-ceiling"
