@@ -47,7 +47,7 @@ class Settings:
     def __post_init__(self) -> None:
         """Raises ConfigError for values that cannot be."""
         for name in ("jobs", "stop_after", "pretrain_steps", "limit", "base_limit", "rows"):
-            if (value := getattr(self, name)) is not None and value < 1:
+            if (value := getattr(self, name)) is not None and not 1 <= value < float("inf"):
                 raise ConfigError(f"--{name.replace('_', '-')} {value} cannot be: give 1 or more")
         for name in ("adapt_epochs", "lora_lr", "full_lr"):
             if not 0 < (value := getattr(self, name)) < float("inf"):

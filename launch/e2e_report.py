@@ -64,8 +64,10 @@ NOTES = (
 )
 
 
-def write_findings(settings: Settings, *, command: str) -> list[str]:
+def write_findings(settings: Settings, *, command: str, commands: Sequence[str] | None = None) -> list[str]:
     """Write report.json and report.md; returns the names of the runs that are missing.
+
+    commands: what ran, where that was not in this folder.
 
     Raises CheckpointError for a file of a stage that is damaged.
     """
@@ -74,7 +76,7 @@ def write_findings(settings: Settings, *, command: str) -> list[str]:
     report = {
         "kind": KIND,
         "command": command,
-        "commands": _commands(settings),
+        "commands": _commands(settings) if commands is None else list(commands),
         "settings": settings.identity(),
         "jobs": settings.jobs,
         "seeds": list(settings.seeds),

@@ -48,7 +48,11 @@ def rescore(out: Path) -> list[str]:
         if (evaluation_folder(name, settings) / SCORES).exists():
             _score(evaluation_folder(name, settings), table)
     earlier = load_json_object(out / side.JSON_NAME, "a report", CheckpointError)
-    return write_findings(settings, command=str(earlier.get("command")))
+    try:
+        commands = [str(command) for command in earlier["commands"]]  # as they ran: this folder may be a copy
+    except (KeyError, TypeError):
+        raise CheckpointError(f"{out / side.JSON_NAME} has no list of commands: bring it whole") from None
+    return write_findings(settings, command=str(earlier.get("command")), commands=commands)
 
 
 def _settings(out: Path) -> Settings:

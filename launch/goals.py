@@ -31,12 +31,11 @@ if str(ROOT) not in sys.path:
 
 import torch
 
-from launch.side_by_side import names_of
+from launch.side_by_side import make_folder, names_of
 from lora_megatron.errors import EXIT_DONE, ConfigError
 from lora_megatron.measure.atomic import write_json, write_text
 from lora_megatron.measure.environment import describe_environment
 from lora_megatron.measure.markdown import table
-from lora_megatron.measure.report_folder import require_no_file
 
 CONFIGS = ROOT / "launch" / "configs"
 GIB = 2**30
@@ -231,11 +230,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_DONE
     try:
         names = names_of(options.rows, list(ROWS), flag="--rows")
-        require_no_file(options.out)
+        make_folder(options.out)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status
-    options.out.mkdir(parents=True, exist_ok=True)
     for name in names:  # an earlier call's must not stand for a row that fails now
         (options.out / name / "report.json").unlink(missing_ok=True)
     environment, results, here = describe_environment(), [], max(1, torch.cuda.device_count())

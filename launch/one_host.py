@@ -84,6 +84,7 @@ def _run(options: argparse.Namespace) -> None:
     shape, environment = shape_of(load_config(CONFIG, options.overrides)), describe_environment()
     ranks = WarmRanks(options.out / "ranks", processes=gpus)
     session = Session(options, gpus, shape, ranks, _memory(environment, gpus, planning_only=options.list))
+    session.check_proof_layers()
     if options.list:
         for part in session.parts():
             print(f"{part.result['part']} ({part.result['planned_seconds']:.0f} s): {part.result['command']}")
@@ -91,7 +92,7 @@ def _run(options: argparse.Namespace) -> None:
     if here and gpus > here:
         raise ConfigError(f"--gpus {gpus}: here is {here}; leave it out to use all, or give fewer")
     wanted = _wanted(options, gpus, shape)
-    _require_free(options.out)
+    side.make_folder(options.out, empty=True)  # results of two sessions never mix
     ranks.start()  # they import while this process plans
     try:
         parts = [part for part in session.parts() if part.result["part"] in wanted]
@@ -127,18 +128,6 @@ def _memory(environment: Report, gpus: int, *, planning_only: bool) -> float:
     if planning_only or devices["memory_bytes"] is None:
         return find_gpu("h200").memory
     return float(devices["memory_bytes"] / gpus)
-
-
-def _require_free(folder: Path) -> None:
-    """Results of two sessions never mix."""
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"--out {folder} is a file; choose a folder")
-    if folder.is_dir() and any(folder.iterdir()):
-        raise ConfigError(f"--out {folder} is not empty; choose a new folder")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--out {folder} cannot be used ({error.strerror}): choose another folder") from None
 
 
 def _report(session: Session, environment: Report, parts: Sequence[Report]) -> Report:

@@ -15,10 +15,14 @@ from launch import one_host_proofs as proofs
 from launch.one_host_report import WAITING, values_of
 from launch.one_host_rows import CONFIG, Choice, Row, choose_micro_batch, choose_slice, rows_for
 from launch.warm_ranks import WarmRanks
+from lora_megatron.errors import ConfigError
+from lora_megatron.measure.units import show_bytes
 from lora_megatron.model.shape import ModelShape
 
 _PROOF_LAYERS = 8
 """Of the proofs, where not all fit."""
+_STAGES = 2
+"""Of the pipeline into which the adapter is loaded again."""
 _LR_AT_WIDTH_1 = 12.0
 """A step of Adam moves A x by lr times the width: 0.001 for GPT-3 175B is what a few steps stand."""
 Report = dict[str, Any]
@@ -89,12 +93,33 @@ class Session:
             return ended.why or report["rows"][0]["out_of_memory"]
         return ""
 
-    def _proof(self) -> proofs.Proof:
-        """On all layers, or on some where all do not fit."""
-        options, layers = self.options, self.options.proof_layers or self.shape.num_layers
-        overrides = [*options.overrides, f"model.num_layers={layers}"]
-        chosen = self._choose(rows_for(self.gpus, self.shape.num_layers)[0], overrides, most=proofs.BATCH)
+    def check_proof_layers(self) -> None:
+        """Raise ConfigError for a --proof-layers with which the proofs cannot run."""
+        asked, every = self.options.proof_layers, self.shape.num_layers
+        if asked is None:
+            return
+        if asked > every:
+            raise ConfigError(
+                f"--proof-layers {asked}: the model has {every} layers; give at most that, or leave it out"
+            )
+        if asked % _STAGES:
+            raise ConfigError(
+                f"--proof-layers {asked}: a proof loads its adapter into a pipeline of {_STAGES} stages; give a "
+                f"multiple of {_STAGES}, or leave it out"
+            )
+        chosen = self._choose_for_proof(asked)
         if not chosen.fits:
+            raise ConfigError(
+                f"--proof-layers {asked}: by the plan they need {show_bytes(chosen.planned_bytes)} of a GPU with "
+                f"{show_bytes(self.memory)}; give fewer, or leave it out"
+            )
+
+    def _proof(self) -> proofs.Proof:
+        """On the layers asked for; else on all, or on some where all do not fit."""
+        options = self.options
+        layers = options.proof_layers or self.shape.num_layers
+        chosen = self._choose_for_proof(layers)
+        if not chosen.fits and options.proof_layers is None:
             layers = min(layers, _PROOF_LAYERS)
         return proofs.Proof(
             folder=options.out / "proofs",
@@ -109,6 +134,10 @@ class Session:
 
     def _choose(self, row: Row, overrides: Sequence[str], *, most: int) -> Choice:
         return choose_micro_batch(row, CONFIG, overrides, gpus=self.gpus, memory=self.memory, most=most)
+
+    def _choose_for_proof(self, layers: int) -> Choice:
+        row = rows_for(self.gpus, self.shape.num_layers)[0]
+        return self._choose(row, [*self.options.overrides, f"model.num_layers={layers}"], most=proofs.BATCH)
 
     def _adapter(self, proof: proofs.Proof, result: Report, limit: float) -> str:
         deadline = time.monotonic() + limit

@@ -7,6 +7,8 @@ and a device that grows warmer, and so slower, from start to end does the same t
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
 import shlex
 import statistics
@@ -23,7 +25,7 @@ from lora_megatron.bench.timing import spread
 from lora_megatron.errors import ConfigError, LostRankError, UserError
 from lora_megatron.measure.atomic import write_json, write_text
 from lora_megatron.measure.markdown import escape, printable
-from lora_megatron.measure.report_folder import JSON_NAME, MARKDOWN_NAME, claim_folder
+from lora_megatron.measure.report_folder import JSON_NAME, MARKDOWN_NAME, claim_folder, require_no_file
 from lora_megatron.measure.units import MISSING, show_seconds
 
 
@@ -48,18 +50,35 @@ def sizes_of(text: str, *, flag: str) -> list[int]:
 
 
 def require_positive(options: Any, *names: str) -> None:
-    """Raise ConfigError for the first option (`names` are its attributes) that is below 1."""
+    """Raise ConfigError for the first option (`names` are its attributes) that is below 1, or no finite number."""
     for name in names:
-        if (value := getattr(options, name)) < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+        if not 1 <= (value := getattr(options, name)) < math.inf:
+            what = "must be at least 1" if value < 1 else "must be a finite number of at least 1"
+            raise ConfigError(f"--{name.replace('_', '-')} {value}: {what}")
+
+
+@contextlib.contextmanager
+def _usable(folder: Path) -> Iterator[None]:
+    """Raises ConfigError where the disk refuses."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"--out {folder} cannot be used ({error.strerror}): choose another folder") from None
 
 
 def claim(folder: Path, *, kind: str) -> None:
     """See `claim_folder`; raises ConfigError also where the disk refuses."""
-    try:
+    with _usable(folder):
         claim_folder(folder, kind=kind)
-    except OSError as error:
-        raise ConfigError(f"--out {folder} cannot be used ({error.strerror}): choose another folder") from None
+
+
+def make_folder(folder: Path, *, empty: bool = False) -> None:
+    """Make a folder for the reports of many runs; raises ConfigError where it cannot be, or is not `empty` as asked."""
+    with _usable(folder):
+        require_no_file(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        if empty and any(folder.iterdir()):
+            raise ConfigError(f"--out {folder} is not empty: choose a new folder")
 
 
 def in_rounds(cases: Sequence[Any], rounds: int, *, enabled: bool) -> Iterator[tuple[int, Any]]:

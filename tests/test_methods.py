@@ -14,8 +14,9 @@ from megatron.core import parallel_state as mpu
 from lora_megatron.model.names import named_parameters
 from lora_megatron.parallel.groups import Layout, build_mesh
 from lora_megatron.training.step import run_microbatches
+from tests.comparison import compare
 from tests.pool import Pool
-from tests.twin import Experiment, Record, Run, compare, own_batches, train_twins
+from tests.twin import Experiment, Record, Run, own_batches, train_twins
 
 GPT = Experiment(steps=2)
 LLAMA = replace(GPT, model={"preset": "tiny-llama", "num_layers": 4})

@@ -25,8 +25,9 @@ from lora_megatron.layers.sharding import REPLICATED, Shard
 from lora_megatron.layers.vocabulary_loss import VocabularyShard
 from lora_megatron.model import build, gpt, spec
 from lora_megatron.parallel.groups import Layout
+from tests.comparison import Mismatch, compare
 from tests.pool import Pool
-from tests.twin import Experiment, Mismatch, Record, compare, train_twin, train_twins
+from tests.twin import Experiment, Record, train_twin, train_twins
 
 GPT = Experiment(steps=1, global_batch_size=2)
 LLAMA = replace(GPT, model={"preset": "tiny-llama", "num_layers": 2})

@@ -19,8 +19,9 @@ from lora_megatron.model.build import NOTHING_RECOMPUTED
 from lora_megatron.model.checks import check
 from lora_megatron.model.presets import resolve_shape
 from lora_megatron.parallel.groups import Layout
+from tests.comparison import Mismatch, compare, frobenius
 from tests.pool import Pool
-from tests.twin import Experiment, Mismatch, Record, compare, frobenius, train_twins
+from tests.twin import Experiment, Record, train_twins
 
 GPT = Experiment()
 LLAMA = Experiment(model={"preset": "tiny-llama", "num_layers": 4})  # two query groups of two heads, SwiGLU

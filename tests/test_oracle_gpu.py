@@ -30,8 +30,9 @@ from lora_megatron.parallel.groups import Layout, build_mesh
 from lora_megatron.training.choose_optimizer import choose_optimizer
 from lora_megatron.training.optimizer import wrap_ddp
 from lora_megatron.training.step import run_microbatches
+from tests.comparison import compare, frobenius
 from tests.pool import Pool
-from tests.twin import Experiment, Record, compare, frobenius, train_twins
+from tests.twin import Experiment, Record, train_twins
 
 GPUS = torch.cuda.device_count()
 one_gpu = [pytest.mark.gpu, pytest.mark.skipif(GPUS < 1, reason="needs a CUDA device")]

@@ -21,8 +21,9 @@ from lora_megatron.methods.choose import choose_method
 from lora_megatron.model.checks import check_plan
 from lora_megatron.model.presets import resolve_shape
 from lora_megatron.parallel.groups import Layout
+from tests.comparison import frobenius
 from tests.pool import Pool
-from tests.twin import Experiment, Record, frobenius, train_twins
+from tests.twin import Experiment, Record, train_twins
 
 WIDE = {"num_layers": 2, "hidden_size": 128, "num_attention_heads": 4, "ffn_hidden_size": 256}
 MODELS: dict[str, dict[str, Any]] = {

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from lora_megatron.parallel.groups import Layout
+from tests.comparison import compare
 from tests.pool import Pool
-from tests.twin import Experiment, Record, compare, train_twins
+from tests.twin import Experiment, Record, train_twins
 
 SHARDINGS = (
     "megatron",

@@ -38,18 +38,24 @@ class Line:
         return self.start + self.slope * x
 
 
-def check_layers(asked: int, *, all_layers: int, unit: int) -> None:
-    """Raise ConfigError unless a slice of `asked` layers can be cut; `unit` is layers per slice step (`unit_of`)."""
+def check_layers(asked: int, config: Config, *, all_layers: int) -> None:
+    """Raise ConfigError unless a slice of `asked` layers can be cut."""
     if not 1 <= asked <= all_layers:
         raise ConfigError(
             f"--layers {asked}: the model has {all_layers} layers, so a slice of it has 1 to {all_layers}; leave "
             "--layers out to measure as many as fit"
         )
-    if asked % unit:
+    together, unit = config.train.recompute_unit, unit_of(config)
+    chunks = unit // together
+    factors = ["parallel.pipeline x virtual_pipeline"] * (chunks > 1) + ["train.recompute_unit"] * (together > 1)
+    remedy = f"so choose a multiple of {' x '.join(factors)} = {unit}"
+    if asked % chunks:
         raise ConfigError(
-            f"--layers {asked}: every stage and chunk of the pipeline gets the same number of layers, so choose a "
-            f"multiple of parallel.pipeline x virtual_pipeline (x train.recompute_unit) = {unit}"
+            f"--layers {asked}: every stage and chunk of the pipeline gets the same number of layers, {remedy}"
         )
+    if asked % unit:
+        of_each = " of each stage and chunk of the pipeline" if chunks > 1 else ""
+        raise ConfigError(f"--layers {asked}: {together} layers{of_each} are recomputed together, {remedy}")
 
 
 def unit_of(config: Config) -> int:

@@ -128,7 +128,7 @@ def _check(question: Question) -> None:
     """What `train` checks but for the memory of all layers: on the smallest slice, if the pipeline lets one be cut."""
     shape, unit = question.shape, unit_of(question.config)
     if question.layers is not None:
-        check_layers(question.layers, all_layers=shape.num_layers, unit=unit)
+        check_layers(question.layers, question.config, all_layers=shape.num_layers)
     smallest = shape if shape.num_layers % unit else slice_of(shape, unit)
     for name in question.methods:
         config = bench_config(question.config, name)

@@ -207,7 +207,7 @@ def _predict(
     """The predictions that are not there yet, into the log of rank 0."""
     chunks, ranks = model.build()
     stop_if_asked()
-    say(f"evaluating {model.describe()} on {len(prompts)} rows of {options.task}")
+    say(f"evaluating {model.describe()} on {len(prompts)} row{'s'[: len(prompts) != 1]} of {options.task}")
     beat("decode")
     watchdog = Watchdog(
         options.out,

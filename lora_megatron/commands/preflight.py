@@ -198,7 +198,8 @@ def check_data(tables: dict[str, ExampleTable | None]) -> str:
             rows.append(show_count(len(table)))
         return rows
 
-    return f"{' + '.join(together(read))} rows read"
+    counts = together(read)
+    return f"{' + '.join(counts)} row{'' if counts == ['1'] else 's'} read"
 
 
 def check_disk(config: Config, checkpoint: int) -> str:

@@ -141,9 +141,10 @@ class BytesProgress:
             self._bar.update(self._task, completed=self._done)
         elif self._enabled and (now := time.monotonic()) >= self._next_line:
             self._next_line = now + SECONDS_BETWEEN_LINES
-            left = show_seconds((now - self._started) / max(self._done, 1) * (self._total - self._done))
+            seconds = (now - self._started) / max(self._done, 1) * (self._total - self._done)
+            left = f"  {show_seconds(seconds)} left" if seconds > 0 else ""
             done = f"{show_bytes(self._done)} of {show_bytes(self._total)}"
-            print(f"{self._description}  {done}  {left} left", file=self._stream, flush=True)
+            print(f"{self._description}  {done}{left}", file=self._stream, flush=True)
 
 
 def _progress_bar(console: Console) -> Progress:

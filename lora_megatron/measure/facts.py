@@ -47,7 +47,7 @@ def facts(summary: Summary) -> list[list[str]]:
         ["tokens per second, padding included", show_count(summary.get("tokens_per_second"))],
         ["tokens per second and rank, padding included", show_count(summary.get("tokens_per_second_per_rank"))],
         ["step, median", show_seconds(seconds.get("median")) + spread],
-        ["peak memory of the largest rank", show_bytes(summary.get("peak_memory_bytes"))],
+        ["peak memory of the largest rank", show_bytes(summary.get("peak_memory_bytes") or None)],
         ["examples cut to fit a row", show_count(summary.get("truncated_rows"))],
         ["wall time", show_seconds(summary.get("wall_seconds"))],
     ]

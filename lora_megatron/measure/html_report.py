@@ -81,7 +81,7 @@ def _tiles(summary: Any) -> Html:
         ("trainable parameters", show_count(summary.get("trainable_parameters")), trained_share(summary).strip(" ()")),
         ("tokens per second", show_count(summary.get("tokens_per_second")), "padding included"),
         ("step, median", show_seconds(seconds.get("median")), f"p90: {show_seconds(seconds.get('p90'))}"),
-        ("peak memory", show_bytes(summary.get("peak_memory_bytes")), "of the largest rank"),
+        ("peak memory", show_bytes(summary.get("peak_memory_bytes") or None), "of the largest rank"),
         ("steps", show_count(summary.get("steps")), ""),
         ("wall time", show_seconds(summary.get("wall_seconds")), "start-up included"),
     ]

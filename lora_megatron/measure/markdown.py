@@ -39,10 +39,15 @@ MEMORY_KINDS = ("weights", "gradients", "optimizer", "activations", "peak")
 
 
 def memory_rows(memory_by_rank: Sequence[Mapping[str, Any]], *leading: str) -> list[list[str]]:
-    """One row per rank: the `leading` cells, the rank, and the bytes of each kind."""
-    return [
-        [*leading, str(rank["rank"]), *(show_bytes(rank.get(kind)) for kind in MEMORY_KINDS)] for rank in memory_by_rank
-    ]
+    """One row per rank: the `leading` cells, the rank, and the bytes of each kind.
+
+    A GPU's peak, and activations by it, are measured in steps: without one, both are missing.
+    """
+    rows = []
+    for rank in memory_by_rank:
+        sizes = {**rank, "activations": None, "peak": None} if rank.get("peak") == 0 else rank
+        rows.append([*leading, str(rank["rank"]), *(show_bytes(sizes.get(kind)) for kind in MEMORY_KINDS)])
+    return rows
 
 
 def samples(items: Sequence[Mapping[str, str | None]], texts: Mapping[str, str]) -> list[str]:

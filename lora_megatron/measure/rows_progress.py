@@ -64,9 +64,10 @@ class RowsProgress:
             self._bar.update(self._task, completed=self._done, rate=f"{rate:.1f} rows/s")
         elif self._enabled and now >= self._next_line:
             self._next_line = now + SECONDS_BETWEEN_LINES
-            left = show_seconds((self._total - self._done) / max(rate, 1e-9))
+            missing = self._total - self._done
+            left = f"  {show_seconds(missing / max(rate, 1e-9))} left" if missing else ""
             print(
-                f"{self._description}  {self._done} of {self._total} rows  {rate:.1f} rows/s  {left} left",
+                f"{self._description}  {self._done} of {self._total} rows  {rate:.1f} rows/s{left}",
                 file=self._stream,
                 flush=True,
             )

@@ -106,6 +106,8 @@ def _check_recomputation(config: Config, layout: Layout, shape: ModelShape) -> N
             f"train.recompute_unit = {unit} goes with train.recompute = full of all layers: leave it out, or set "
             "train.recompute=full without train.recompute_layers"
         )
+    if layers == 1 < unit:
+        raise ConfigError(f"train.recompute_unit = {unit}: a model chunk of this layout has 1 layer; leave it out")
     if layers % unit:
         raise ConfigError(
             f"train.recompute_unit = {unit} does not divide the {layers} layers of a model chunk of this layout: give "
@@ -120,8 +122,8 @@ def _check_recomputation(config: Config, layout: Layout, shape: ModelShape) -> N
         )
     if asked > layers:
         raise ConfigError(
-            f"train.recompute_layers = {asked}: a model chunk of this layout has {layers} layers; give at most "
-            f"{layers}, or leave it out to recompute all"
+            f"train.recompute_layers = {asked}: a model chunk of this layout has {layers} layer{'s'[: layers > 1]}; "
+            f"give at most {layers}, or leave it out to recompute all"
         )
 
 

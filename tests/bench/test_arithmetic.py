@@ -22,9 +22,10 @@ from lora_megatron.bench.gemm import (
     measure_products,
 )
 from lora_megatron.bench.results import Known, Row, Scale, extrapolate, headline, ratios
-from lora_megatron.bench.slices import Line, most_that_fit, two_sizes
+from lora_megatron.bench.slices import Line, check_layers, most_that_fit, two_sizes
 from lora_megatron.bench.timing import spread
-from lora_megatron.config import ModelSection
+from lora_megatron.config import ModelSection, parse_config
+from lora_megatron.errors import ConfigError
 from lora_megatron.model.presets import resolve_shape
 
 KNOWN, SCALE = Known([], model_flops=6e12, hardware_flops=8e12), Scale(tokens=4096, ranks=2)
@@ -198,3 +199,19 @@ def test_the_headline_has_every_method_at_the_same_size() -> None:
     assert headline(rows, ["lora", "full"]) == rows[:2]
     rows.append(slice_row(96, method="full"))
     assert headline(rows, ["full", "lora"]) == [rows[3], rows[2]]
+
+
+@pytest.mark.parametrize(
+    ("layers", "said"),
+    [
+        (3, "--layers 3: every stage and chunk of the pipeline gets the same number of layers, so choose"),
+        (2, "--layers 2: 2 layers of each stage and chunk of the pipeline are recomputed together, so choose"),
+    ],
+)
+def test_a_slice_that_cannot_be_cut_names_what_is_at_fault(layers: int, said: str) -> None:
+    tree = {"model": {"preset": "tiny"}, "data": {"train": "x"}, "run": {"dir": "x"}}
+    config = parse_config({**tree, "parallel": {"pipeline": 2}, "train": {"recompute": "full", "recompute_unit": 2}})
+    with pytest.raises(ConfigError) as error:
+        check_layers(layers, config, all_layers=8)
+    assert str(error.value) == f"{said} a multiple of parallel.pipeline x virtual_pipeline x train.recompute_unit = 4"
+    check_layers(4, config, all_layers=8)

@@ -39,6 +39,12 @@ def test_arguments(tmp_path: Path, options: dict[str, Any], said: str) -> None:
     ("sections", "options", "status", "said"),
     [
         ({"parallel": {"tensor": 2}}, {}, 2, "start a multiple of 2 processes"),
+        (
+            {"train": {"recompute": "full", "recompute_unit": 2}},
+            {"layers": 3},
+            2,
+            "--layers 3: 2 layers are recomputed together, so choose a multiple of train.recompute_unit = 2",
+        ),
         ({"parallel": {"pipeline": 3}}, {}, 2, "does not divide model.num_layers = 4"),
         ({"method": {"layers": {"3": {"q": 8}}}}, {"layers": 2}, 2, "method.layers gives layers different ranks"),
         (

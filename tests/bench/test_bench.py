@@ -188,4 +188,6 @@ def test_a_slice_must_fill_the_pipeline(pool: Pool, tmp_path: Path) -> None:
     outcomes = pool.run(2, bench, tree=tree, out=str(tmp_path / "out"), layers=3)
     assert len(set(outcomes)) == 1
     assert outcomes[0].status == 2
-    assert "multiple of parallel.pipeline x virtual_pipeline (x train.recompute_unit) = 2" in outcomes[0].message
+    assert (
+        "same number of layers, so choose a multiple of parallel.pipeline x virtual_pipeline = 2" in outcomes[0].message
+    )

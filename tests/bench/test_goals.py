@@ -114,3 +114,8 @@ def test_the_list_and_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[st
     (tmp_path / "file").touch()
     assert goals.main(["--out", str(tmp_path / "file")]) == 2
     assert "is a file: choose a folder" in capsys.readouterr().err
+    assert goals.main(["--out", str(tmp_path / "file" / "x")]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: --out ")
+    assert said.endswith("/file/x cannot be used (Not a directory): choose another folder\n")
+    assert said.count("\n") == 1

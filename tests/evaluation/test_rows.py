@@ -155,11 +155,12 @@ class Terminal(io.StringIO):
 
 @pytest.mark.parametrize(("stream", "bar"), [(io.StringIO(), True), (Terminal(), False)], ids=["file", "no-bar"])
 def test_progress_is_a_line_now_and_then(stream: io.StringIO, bar: bool) -> None:
-    times = iter((0.0, 1.0, 6.0, 7.0, 12.0))
+    times = iter((0.0, 1.0, 6.0, 7.0, 12.0, 13.0, 18.0))
     with RowsProgress(100, first=40, description="e2e", bar=bar, stream=stream, clock=lambda: next(times)) as progress:
-        for _ in range(4):
+        for _ in range(6):
             progress.advance(10)
     assert stream.getvalue().splitlines() == [
         "e2e  60 of 100 rows  3.3 rows/s  12.0 s left",
         "e2e  80 of 100 rows  3.3 rows/s  6.00 s left",
+        "e2e  100 of 100 rows  3.3 rows/s",
     ]

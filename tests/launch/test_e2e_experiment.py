@@ -141,6 +141,7 @@ def test_both_methods_train_alike_but_for_what_is_trained_and_its_learning_rate(
     [
         ({"jobs": 0}, "--jobs 0"),
         ({"stop_after": 0.5}, "--stop-after 0.5"),
+        ({"stop_after": float("nan")}, "--stop-after nan"),
         ({"lora_lr": float("nan")}, "--lora-lr nan"),
         ({"shrink": ("preset",)}, "'preset'"),
     ],

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,19 @@ def test_every_metric_is_computed_anew_and_reported(
     assert report["command"] == "python launch/e2e_experiment.py --as-it-was"
     assert (report["jobs"], report["seeds"], report["settings"]["limit"]) == (5, [1], 3)
     assert "| METEOR | 66.67 | - | - |" in (folder / "report.md").read_text(encoding="utf-8")
+
+
+def test_a_copy_shows_the_commands_that_ran(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tasks, "meteor", lambda texts, references: Unavailable("no Java"))
+    ran = json.loads((folder / "report.json").read_text(encoding="utf-8"))["commands"]
+    assert str(folder / "configs" / "base.yaml") in ran[0]
+    copied = tmp_path / "copied"
+    shutil.copytree(folder, copied)
+    assert e2e_rescore.main(["--out", str(copied)]) == 0
+    assert json.loads((copied / "report.json").read_text(encoding="utf-8"))["commands"] == ran
+    text = (copied / "report.md").read_text(encoding="utf-8")
+    assert ran[0] in text
+    assert str(copied) not in text
 
 
 def test_what_is_still_unavailable_stays_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
@@ -249,7 +250,11 @@ def test_a_method_without_memory_has_no_value() -> None:
         (["--gpus", "3"], "--gpus 3: the layouts need an even number of at least 2 processes"),
         (["--gpus", "0"], "--gpus 0: must be at least 1"),
         (["--budget", "0"], "--budget 0.0: must be at least 1"),
+        (["--budget", "nan"], "--budget nan: must be a finite number of at least 1"),
+        (["--budget", "inf"], "--budget inf: must be a finite number of at least 1"),
         (["--proof-layers", "0"], "--proof-layers 0: must be at least 1"),
+        (["--proof-layers", "10"], "--proof-layers 10: the model has 8 layers; give at most that, or leave it out"),
+        (["--proof-layers", "3"], "--proof-layers 3: a proof loads its adapter into a pipeline of 2 stages"),
         (["parallel.tensor=2"], "parallel.tensor=2: the layouts set that themselves; leave it out"),
         (["model.num_layers=10", "--gpus", "4"], "10 layers do not divide among the 4 stages"),
         (["model.vocab_size=null"], "model.vocab_size is not given"),
@@ -270,9 +275,26 @@ def test_bad_input_is_one_line_and_status_2(
 
 def test_a_folder_that_is_not_free_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
-    for folder, told in ((tmp_path / "file", "is a file; choose a folder"), (tmp_path, "is not empty; choose a new")):
+    for folder, told in (
+        (tmp_path / "file", "is a file: choose a folder"),
+        (tmp_path / "file" / "x", "cannot be used (Not a directory): choose another folder"),
+        (tmp_path, "is not empty: choose a new"),
+    ):
         assert one_host.main([*TINY, "--gpus", "2", "--out", str(folder)]) == 2
         assert told in capsys.readouterr().err
+
+
+def test_proof_layers_that_do_not_fit_are_refused_and_all_layers_cut_where_none_were_given(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    huge = ["model.num_layers=16", "--gpus", "2", "--out", str(tmp_path / "out"), "--list"]
+    with patch.object(one_host, "_memory", lambda *_, **__: 4 * 2**20):
+        assert one_host.main([*TINY, *huge, "--proof-layers", "10"]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: --proof-layers 10: by the plan they need "), error
+        assert error.endswith("of a GPU with 4.00 MiB; give fewer, or leave it out\n")
+        assert one_host.main([*TINY, *huge]) == 0
+    assert "model.num_layers=8 parallel.tensor=2" in capsys.readouterr().out
 
 
 def test_the_list_is_of_commands_that_can_be_given_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -92,7 +92,10 @@ def test_times_of_a_profile_are_of_one_step() -> None:
         (["model.vocab_size=null"], "model.vocab_size is not set"),
         (["model.vocab_sise=8"], "unknown key model.vocab_sise: did you mean model.vocab_size?"),
         (["parallel.tensor=2"], "parallel.tensor"),
-        (["train.recompute=full", "train.recompute_unit=2"], "train.recompute_unit = 2 does not divide the 1 layers"),
+        (
+            ["train.recompute=full", "train.recompute_unit=2"],
+            "recompute_unit = 2: a model chunk of this layout has 1 layer; leave",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(

@@ -15,8 +15,9 @@ import pytest
 from lora_megatron.layers import mlp
 from lora_megatron.layers.storage.choose import StorageFormat
 from lora_megatron.parallel.groups import Layout
+from tests.comparison import Mismatch, compare
 from tests.pool import Pool
-from tests.twin import Experiment, Mismatch, Record, compare, train_twin
+from tests.twin import Experiment, Record, train_twin
 
 WIDE = {"num_layers": 2, "hidden_size": 128, "num_attention_heads": 4, "ffn_hidden_size": 256}
 GPT = Experiment(model={"preset": "tiny", **WIDE}, storage=StorageFormat("fp8"), steps=1)

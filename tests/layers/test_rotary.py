@@ -3,12 +3,16 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_bshd
-from torch import Tensor
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.identity_op import IdentityOp
+from torch import Tensor, nn
 
-from lora_megatron.layers.rotary import turn, turned
+from lora_megatron.layers.rotary import RotaryAttention, turn, turned
 
 
 def angles_of(rows: int, rotary: int) -> Tensor:
@@ -60,3 +64,65 @@ def test_bf16_is_rounded_once() -> None:
     x, angles = torch.randn(12, 3, 5, 16).bfloat16(), angles_of(1, 16)
     exact = turned(x.double(), angles.double())
     assert torch.equal(turned(x, angles), exact.bfloat16())
+
+
+def attention_with(norm: nn.Module | None) -> RotaryAttention:
+    """Without weights: what megatron-core computes is patched."""
+    attention = RotaryAttention.__new__(RotaryAttention)
+    nn.Module.__init__(attention)
+    attention.q_layernorm = norm
+    return attention
+
+
+def fused(attention: RotaryAttention, angles: Tensor, *, trained: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(q, k, v, the tensor of which megatron-core gave all three as views), inside a forward with these angles."""
+    with torch.enable_grad():
+        whole = torch.randn(12, 3, 15, 16, generator=torch.Generator().manual_seed(2)).requires_grad_(trained) * 1
+        views = whole.split(5, 2)
+
+    def forward(self: RotaryAttention, hidden: Tensor, mask: None, *, rotary_pos_emb: None) -> tuple[Tensor, ...]:
+        assert rotary_pos_emb is None, "megatron-core would turn again"
+        return self.get_query_key_value_tensors()
+
+    with (
+        patch.object(SelfAttention, "forward", forward),
+        patch.object(SelfAttention, "get_query_key_value_tensors", lambda self: views),
+    ):
+        query, key, value = attention(torch.empty(0), None, rotary_pos_emb=angles)
+    assert torch.equal(query, turned(views[0], angles))
+    assert torch.equal(key, turned(views[1], angles))
+    assert torch.equal(value, views[2])
+    assert attention._angles is None
+    return query, key, value, whole
+
+
+@pytest.mark.parametrize("norm", [None, IdentityOp()], ids=["megatron-core 0.19", "megatron-core 0.16"])
+def test_v_is_copied_exactly_where_a_view_would_keep_q_and_k(norm: nn.Module | None) -> None:
+    attention, angles = attention_with(norm), angles_of(1, 16)
+
+    def is_copy(value: Tensor, whole: Tensor) -> bool:
+        return value.untyped_storage().data_ptr() != whole.untyped_storage().data_ptr()
+
+    _, _, value, whole = fused(attention, angles)
+    assert is_copy(value, whole)
+    assert value.is_contiguous()
+    (grad,) = torch.autograd.grad(value.sum(), whole)
+    assert torch.equal(grad[..., :10, :], torch.zeros(12, 3, 10, 16))
+    assert torch.equal(grad[..., 10:, :], torch.ones(12, 3, 5, 16))
+    assert not is_copy(*fused(attention, angles, trained=False)[2:]), "nothing is kept for a gradient"
+    with torch.no_grad():
+        assert not is_copy(*fused(attention, angles)[2:])
+    assert not is_copy(*fused(attention_with(nn.LayerNorm(16)), angles)[2:]), "the norm keeps the fused tensor anyway"
+
+
+def test_a_forward_that_raised_leaves_no_angles() -> None:
+    attention, angles, seen = attention_with(None), angles_of(1, 16), []
+
+    def forward(self: RotaryAttention, *_: object, **__: object) -> None:
+        seen.append(self._angles)
+        raise RuntimeError("no memory")
+
+    with patch.object(SelfAttention, "forward", forward), pytest.raises(RuntimeError, match="no memory"):
+        attention(torch.empty(0), None, rotary_pos_emb=angles)
+    assert seen == [angles], "there while it ran"
+    assert attention._angles is None

@@ -97,6 +97,14 @@ def test_a_run_that_failed_or_did_nothing_still_has_a_report(tmp_path: Path) -> 
     assert "Training report: lora" in (tmp_path / "report.md").read_text(encoding="utf-8")
 
 
+def test_a_peak_that_was_never_measured_is_missing(tmp_path: Path) -> None:
+    kinds = {"weights": 4096, "gradients": 0, "optimizer": 0, "activations": 0, "peak": 0}
+    write_report(tmp_path, summary(steps=0, peak_memory_bytes=0, memory_by_rank=[{"rank": 1, **kinds}]))
+    cells = {row[0]: row[1:] for row in table_rows((tmp_path / "report.md").read_text(encoding="utf-8"))}
+    assert cells["peak memory of the largest rank"] == ["-"]
+    assert cells["1"] == ["4.00 KiB", "0 B", "0 B", "-", "-"]
+
+
 def test_the_comparison_has_the_promised_keys(tmp_path: Path) -> None:
     full = summary("full", held_out_loss={"before": 3.0, "after": 1.0}, held_out_curve=[[0, 3.0], [9, 0.9], [10, 1.0]])
     stream = io.StringIO()
