@@ -28,6 +28,8 @@ _KINDS = (
 )
 _SPEED = "#0072B2"
 _HATCH = "////"
+_OVER_LINES: dict[str, Any] = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 0.6}
+"""Behind a label, which may stand on the device's line."""
 
 
 def draw_bench(path: Path, rows: Sequence[Row], *, title: str, device_bytes: int | None) -> None:
@@ -94,12 +96,13 @@ def _draw_memory(axes: Axes, rows: Sequence[Row], device_bytes: int | None) -> N
             axes.barh(place - 0.17, row["peak_bytes"] / unit, height=0.3, color="#999999", **_looks(True))
         if row["peak_bytes"]:
             text = f" {show_bytes(row['peak_bytes'])}"
-            axes.text(row["peak_bytes"] / unit, place - 0.17, text, va="center", fontsize=9)
+            axes.text(row["peak_bytes"] / unit, place - 0.17, text, va="center", fontsize=9, bbox=_OVER_LINES)
         if row["planned_by_rank"]:
             planned = max(row["planned_by_rank"], key=lambda rank: rank["peak"])
             _stack(axes, place + 0.17, planned, unit, hatched=True)
             text = f" {show_bytes(planned['peak'])} planned"
-            axes.text(planned["peak"] / unit, place + 0.17, text, va="center", fontsize=9, color="#444444")
+            place_of_text = planned["peak"] / unit, place + 0.17
+            axes.text(*place_of_text, text, va="center", fontsize=9, color="#444444", bbox=_OVER_LINES)
     limit = 1.3 * largest
     if device_bytes is not None and device_bytes < 2 * largest:
         axes.axvline(device_bytes / unit, color="#a00000", linestyle="--", linewidth=1.2)

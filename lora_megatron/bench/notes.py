@@ -127,6 +127,9 @@ def _general(result: Result) -> Iterator[str]:
         f"precision ({result['precision']}), on random numbers, in the same run: forward and dgrad, for a method that "
         "trains the base wgrad too. The share is hardware FLOP/s over it."
     )
+    rows = [row for row in result["rows"] if "ceiling_flops_per_second" in row]
+    if without := sorted({row["method"] for row in rows if row["ceiling_flops_per_second"] is None}):
+        yield f"Frozen weights are multiplied in FP8, which is not timed alone: no ceiling for {', '.join(without)}."
 
 
 def memory_note(result: Result) -> str:

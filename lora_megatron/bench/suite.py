@@ -26,7 +26,7 @@ from lora_megatron.bench.measurement import Case, Effort, Measured, OutOfMemory,
 from lora_megatron.bench.plans import config_of, fits, known_of
 from lora_megatron.bench.results import Known, Row, Scale, extrapolate, headline, ratios, row_of, row_without_memory
 from lora_megatron.bench.slices import most_that_fit, require_equal_layers, two_sizes, unit_of
-from lora_megatron.bench.workload import Load, bench_config, method_of, tokens_per_step
+from lora_megatron.bench.workload import Load, bench_config, method_of, multiplies_in_fp8, tokens_per_step
 from lora_megatron.config import Config
 from lora_megatron.errors import ConfigError
 from lora_megatron.measure.units import show_bytes
@@ -192,8 +192,11 @@ class Suite:
         self.without_room = sorted({*self.without_room, *without_room})
 
     def ceiling_of(self, case: Case) -> float | None:
-        """FLOP/s of the matrix products that a case needs."""
-        method = method_of(bench_config(self.question.config, case.method), self.question.shape)
+        """FLOP/s of the matrix products that a case needs; None for those in FP8, which are not timed alone."""
+        config = bench_config(self.question.config, case.method)
+        if multiplies_in_fp8(config):
+            return None
+        method = method_of(config, self.question.shape)
         products = self.products[0] if len(self.products) == 1 else mean_of(*self.products)
         kinds = TRAINED_PRODUCTS if method.trains_base else FROZEN_PRODUCTS
         return ceiling(products, kinds, layers=case.layers)

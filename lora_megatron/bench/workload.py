@@ -83,6 +83,11 @@ def bench_config(config: Config, method: str) -> Config:
     )
 
 
+def multiplies_in_fp8(config: Config) -> bool:
+    """Whether the frozen linear layers do."""
+    return config.base.storage == "fp8" or config.base.gemm == "fp8"
+
+
 def slice_of(shape: ModelShape, layers: int) -> ModelShape:
     """The same model with its first `layers` layers: embedding, every kind of layer work and head stay."""
     return replace(shape, num_layers=layers, full_attention_layers=min(shape.full_attention_layers, layers))

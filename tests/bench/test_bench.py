@@ -108,6 +108,16 @@ def test_rates_are_counts_over_the_median_step(whole: Path) -> None:
     assert (ratio["method"], ratio["to"], ratio["extrapolated"]) == ("lora", "full", False)
 
 
+def test_products_in_fp8_have_no_ceiling_in_another_precision(pool: Pool, tmp_path: Path) -> None:
+    tree = make_tree(base={"storage": "fp8"})
+    assert pool.run(1, bench, tree=tree, out=str(tmp_path), steps=1, visits=1) == [Outcome()]
+    report = report_of(tmp_path)
+    shares = {method: row_of(report, method, LAYERS)["share_of_ceiling"] for method in ("lora", "full")}
+    assert shares["lora"] is None
+    assert shares["full"] > 0, "nothing of it is frozen"
+    assert "no ceiling for lora" in (tmp_path / "report.md").read_text(encoding="utf-8")
+
+
 def test_the_files_agree(whole: Path) -> None:
     assert names_in(whole) == FILES
     report = report_of(whole)
