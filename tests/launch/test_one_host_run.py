@@ -83,6 +83,7 @@ def workers_of(ranks: WarmRanks) -> list[int]:
     return [int(pid) for pid in Path(f"/proc/{agent}/task/{agent}/children").read_text().split()]
 
 
+@pytest.mark.slow  # a minute of starting processes; the session above runs through the same ranks
 @pytest.mark.timeout(600)
 def test_ranks_outlive_an_error_and_come_back_after_a_loss(ranks: WarmRanks, tmp_path: Path) -> None:
     log = tmp_path / "log"
