@@ -171,7 +171,7 @@ class _Sums(NamedTuple):
     """Places of the longest sum."""
 
 
-@functools.lru_cache(maxsize=256)
+@functools.cache  # without a limit: a CUDA graph reads a table for as long as it lives, and they are tiny
 def _places(parts: tuple[Part, ...], ranks: tuple[int, ...], columns: int, device: torch.device) -> _Places:
     assert 0 < len(parts) <= MOST_PARTS
     counts = tuple(triton.cdiv(part.rows, columns) for part in parts)
@@ -185,7 +185,7 @@ def _places(parts: tuple[Part, ...], ranks: tuple[int, ...], columns: int, devic
     return _Places(torch.tensor(rows, dtype=torch.int32, device=device), counts, aligned, even)
 
 
-@functools.lru_cache(maxsize=256)
+@functools.cache
 def _sums(
     parts: tuple[Part, ...], ranks: tuple[int, ...], counts: tuple[int, ...], tokens: int, step: int,
     device: torch.device,

@@ -70,7 +70,8 @@ def forward_step(batches: Iterator[Batch], model: nn.Module) -> tuple[Tensor, An
     attention_mask = batch["attention_mask"]
     if attention_mask is not None:
         attention_mask = attention_mask.to(device, non_blocking=True)
-    set_first_sample(batch["first_sample"])
+    if batch["first_sample"] is not None:  # a captured step draws no masks, and may not touch the generators
+        set_first_sample(batch["first_sample"])
     output = model(tokens, positions, attention_mask, labels=labels)
     return output, partial(_loss, mask)
 
@@ -85,15 +86,25 @@ def run_microbatches(
     `microbatches` are this data-parallel rank's share of the global batch, the same on every pipeline stage. They are
     taken one at a time, by each chunk of a stage for itself.
     """
+    return reduce_reports(run_passes(ddp_chunks, microbatches, forward_only=forward_only))
+
+
+def run_passes(
+    ddp_chunks: Sequence[DistributedDataParallel], microbatches: Sequence[Batch], *, forward_only: bool = False
+) -> list[Tensor]:
+    """`run_microbatches` up to the report of each microbatch: its loss and tokens, fp64 [2], on the last stage.
+
+    Nothing in here waits for the device, or a CUDA graph could not hold it (`training.cuda_graph`).
+    """
     config = ddp_chunks[0].config
     if not forward_only:
         for chunk in ddp_chunks:
             chunk.zero_grad_buffer()
-    config.finalize_model_grads_func = None if forward_only else finalize_model_grads
-    first = _make(microbatches, 0)
+    config.finalize_model_grads_func = None if forward_only else _finalize
+    first = make(microbatches, 0)
     batch_size, sequence_length = first["tokens"].shape
     iterators = [_one_by_one(first, microbatches) for _ in ddp_chunks]
-    reports = get_forward_backward_func()(
+    reports: list[Tensor] = get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=iterators if len(ddp_chunks) > 1 else iterators[0],
         model=list(ddp_chunks) if len(ddp_chunks) > 1 else ddp_chunks[0],
@@ -103,22 +114,35 @@ def run_microbatches(
         decoder_seq_length=sequence_length,
         forward_only=forward_only,
     )
-    return _reduce(reports)
+    return reports
+
+
+def _finalize(chunks: Sequence[DistributedDataParallel], tokens: Tensor, **megatron: Any) -> None:
+    """megatron-core's reductions of gradients, and its division by the tokens of the global batch (a number on the
+    last stage's device), at which 0.16 looks from the host."""
+    finalize_model_grads(list(chunks), None, **megatron)
+    last = mpu.get_pipeline_model_parallel_last_rank()
+    dist.broadcast(tokens, src=last, group=mpu.get_pipeline_model_parallel_group())
+    dist.all_reduce(tokens, group=mpu.get_data_parallel_group(with_context_parallel=True))
+    scale = 1.0 / tokens.clamp(min=1)
+    for chunk in chunks:
+        chunk.scale_gradients(scale)
 
 
 def _one_by_one(first: Batch, microbatches: Sequence[Batch]) -> Iterator[Batch]:
     """All of `microbatches`, the first of which is made already."""
     yield first
     for index in range(1, len(microbatches)):
-        yield _make(microbatches, index)
+        yield make(microbatches, index)
 
 
-def _make(microbatches: Sequence[Batch], index: int) -> Batch:
+def make(microbatches: Sequence[Batch], index: int) -> Batch:
+    """Ask for one of them, which makes it."""
     with making_data(then="model"):
         return microbatches[index]
 
 
-def _reduce(reports: Sequence[Tensor]) -> StepLoss:
+def reduce_reports(reports: Sequence[Tensor]) -> StepLoss:
     """Sum over microbatches and data-parallel ranks, then tell every pipeline stage."""
     device = torch.cuda.current_device()
     sums = torch.stack(list(reports)).sum(0) if reports else torch.zeros(2, dtype=torch.float64, device=device)

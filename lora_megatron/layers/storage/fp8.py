@@ -108,7 +108,7 @@ def transposed_fp8(codes: Tensor) -> Tensor:
     return codes.view(torch.uint8).t().contiguous().view(FP8)
 
 
-@functools.lru_cache
+@functools.cache  # without a limit, as a CUDA graph reads them for as long as it lives: one for each width there is
 def _ones(length: int, device: torch.device) -> Tensor:
     return torch.ones(length, device=device)
 
