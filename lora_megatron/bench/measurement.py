@@ -131,7 +131,7 @@ def _measure(
     losses: list[float] = []
     seconds: list[StepSeconds] = []
     while len(seconds) < effort.steps:
-        warming = trainer.step < effort.warm_up or _is_metered(trainer)
+        warming = trainer.step < effort.warm_up or _is_metered(trainer) or _is_still_eager(trainer)
         taken, report = timed_step(trainer)
         losses.append(report.loss)
         if not warming:
@@ -161,6 +161,11 @@ def _gather(mine: Communication | None) -> list[Communication]:
 def _is_metered(trainer: Trainer) -> bool:
     """On a CPU the first steps are watched tensor by tensor, which takes time: they only warm up."""
     return trainer.metered and not torch.cuda.is_available()
+
+
+def _is_still_eager(trainer: Trainer) -> bool:
+    """Steps before a CUDA graph is captured, and the one that captures it, are not what a training mostly runs."""
+    return trainer.graph is not None and not trainer.graph.is_captured
 
 
 def _count_parameters(chunks: list[nn.Module]) -> tuple[int, int]:

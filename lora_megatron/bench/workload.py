@@ -28,6 +28,7 @@ from lora_megatron.model.checks import layout_of, options_of
 from lora_megatron.model.names import named_parameters
 from lora_megatron.model.shape import ModelShape
 from lora_megatron.training.choose_optimizer import choose_optimizer
+from lora_megatron.training.cuda_graph import StepGraph
 from lora_megatron.training.loop import Trainer
 from lora_megatron.training.optimizer import wrap_ddp
 
@@ -107,7 +108,8 @@ def build_trainer(config: Config, shape: ModelShape, *, load: Load | None) -> Tr
     method = method_of(config, shape)
     chunks = build(shape, method, layout_of(config), options_of(config))
     draw_weights(chunks, seed=config.base.seed) if load is None else load(chunks)
-    ddp = wrap_ddp(chunks, sharding=config.optimizer.sharding, precision=config.train.precision)
+    graph = StepGraph() if config.train.cuda_graph else None
+    ddp = wrap_ddp(chunks, sharding=config.optimizer.sharding, precision=config.train.precision, graph=graph)
     return Trainer(
         config=config,
         chunks=ddp,
@@ -115,6 +117,7 @@ def build_trainer(config: Config, shape: ModelShape, *, load: Load | None) -> Tr
         data=cast(BatchSource, RandomTokens(config, vocab_size=shape.vocab_size)),  # all that a step asks of it
         held_out=None,
         meter=ActivationMeter(chunks),
+        graph=graph,
     )
 
 

@@ -47,6 +47,7 @@ from lora_megatron.parallel.peers import loss_as_error
 from lora_megatron.parallel.stopping import stop_if_asked
 from lora_megatron.parallel.watchdog import Watchdog
 from lora_megatron.training.choose_optimizer import choose_optimizer
+from lora_megatron.training.cuda_graph import StepGraph
 from lora_megatron.training.length import show_length
 from lora_megatron.training.loop import Trainer
 from lora_megatron.training.optimizer import wrap_ddp
@@ -214,7 +215,8 @@ def _build_trainer(
     together(lambda: base.load(chunks))
     if config.method.start_from is not None:
         load_adapter(Path(config.method.start_from), chunks, method, base.shape, base_fingerprint=base.fingerprint)
-    ddp = wrap_ddp(chunks, sharding=config.optimizer.sharding, precision=config.train.precision)
+    graph = StepGraph() if config.train.cuda_graph else None
+    ddp = wrap_ddp(chunks, sharding=config.optimizer.sharding, precision=config.train.precision, graph=graph)
     return Trainer(
         config=config,
         chunks=ddp,
@@ -223,6 +225,7 @@ def _build_trainer(
         held_out=_source(held_out_table, tokenizer, config, shuffle=False) if held_out_table else None,
         meter=ActivationMeter(chunks),
         selection=together(lambda: open_selection(config, tokenizer)),
+        graph=graph,
     )
 
 

@@ -175,6 +175,9 @@ class TrainSection(Section):
     recompute_unit: int = Field(1, ge=1, le=MOST_LAYERS)
     """With `full` of all layers: how many are rebuilt together. More keep fewer inputs and rebuild more at a time: for
     GPT-3 175B on one GPU 3 are the leanest by the plan."""
+    cuda_graph: bool = False
+    """Launch both passes of a step at once, as a CUDA graph captured in the third step; results do not change. It saves
+    the host's time per kernel and holds the memory of the activations between steps."""
     on_bad_step: Literal["stop", "skip", "rollback"] = "stop"
     """When a loss or gradient is not finite, or the loss is a spike: end with status 5, go on without the update, or
     go back to the newest good checkpoint and leave out the samples since."""

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from lora_megatron.config import Config
 from lora_megatron.errors import ConfigError
 from lora_megatron.layers.storage.choose import StorageFormat
@@ -37,6 +39,8 @@ def options_of(config: Config, *, meta: bool = False) -> BuildOptions:
 def check(config: Config, shape: ModelShape, method: Method, world_size: int) -> None:
     """Raise ConfigError for the first thing that cannot work, this machine's memory included."""
     check_plan(config, shape, method, world_size)
+    if config.train.cuda_graph and not torch.cuda.is_available():
+        raise ConfigError("train.cuda_graph = true: this machine has no CUDA device; set train.cuda_graph=false")
     _check_memory(config, layout_of(config), shape)
 
 
@@ -49,6 +53,7 @@ def check_plan(config: Config, shape: ModelShape, method: Method, world_size: in
     _check_lengths(config, layout, shape)
     _check_storage(config, layout, shape)
     _check_recomputation(config, layout, shape)
+    _check_graph(config)
     _check_targets(config, shape)
     _check_ranks(shape, method)
     has_bias = shape.linear_bias or shape.qkv_bias or shape.proj_bias or shape.normalization == "LayerNorm"
@@ -124,6 +129,28 @@ def _check_recomputation(config: Config, layout: Layout, shape: ModelShape) -> N
         raise ConfigError(
             f"train.recompute_layers = {asked}: a model chunk of this layout has {layers} layer{'s'[: layers > 1]}; "
             f"give at most {layers}, or leave it out to recompute all"
+        )
+
+
+def _check_graph(config: Config) -> None:
+    """A CUDA graph repeats what it has captured, and cannot hold what waits for the host."""
+    if not config.train.cuda_graph:
+        return
+    section, refused = "train.cuda_graph = true", "or train.cuda_graph=false"
+    if config.method.dropout > 0:
+        raise ConfigError(
+            f"{section} with method.dropout = {config.method.dropout:g}: a graph would drop the same values in every "
+            f"step; set method.dropout=0, {refused}"
+        )
+    if config.parallel.pipeline > 1:
+        raise ConfigError(
+            f"{section} with parallel.pipeline = {config.parallel.pipeline}: megatron-core waits for the device after "
+            f"messages between stages, and no graph can hold that; set parallel.pipeline=1, {refused}"
+        )
+    if config.optimizer.sharding == "deepspeed":
+        raise ConfigError(
+            f"{section} with optimizer.sharding = deepspeed: nobody has tried whether DeepSpeed leaves parameters "
+            f"where a graph reads them; set optimizer.sharding=megatron or none, {refused}"
         )
 
 

@@ -86,6 +86,8 @@ def join_world(*, timeout_minutes: float = 30.0) -> None:
     if use_cuda:
         # Kernels start in the order they are launched, so a collective launched before a GEMM overlaps with it.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+        # NCCL registers the buffers of collectives in a CUDA graph, but not those of torch's expandable segments.
+        os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
         torch.cuda.set_device(_own_gpu())
     backend = "nccl" if use_cuda else "gloo"
     if "RANK" not in os.environ:

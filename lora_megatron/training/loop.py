@@ -22,6 +22,7 @@ from lora_megatron.measure.memory import ActivationMeter
 from lora_megatron.parallel.heartbeat import beat
 from lora_megatron.parallel.stopping import stop_if_asked, stop_on
 from lora_megatron.training.bad_steps import ROLLBACK, STOP, BadStep, BadSteps, decide, error_of
+from lora_megatron.training.cuda_graph import StepGraph
 from lora_megatron.training.held_out import held_out_loss
 from lora_megatron.training.length import ends_epoch, total_steps
 from lora_megatron.training.optimizer import Optimizer, gradient_bytes
@@ -45,6 +46,8 @@ class Trainer:
     meter: ActivationMeter
     selection: Selection | None = None
     """What the best evaluation is chosen by; None: none is."""
+    graph: StepGraph | None = None
+    """What runs both passes of a step; None: they run eagerly."""
     step: int = 0
     """Updates of the model so far."""
     consumed_samples: int = 0
@@ -118,6 +121,8 @@ def train(trainer: Trainer, callbacks: Callbacks) -> None:
             evaluate(trainer, callbacks)
         while trainer.step < trainer.steps:
             _run_step(trainer, callbacks)
+        if trainer.graph is not None:
+            trainer.graph.release()  # what comes after training needs memory too
         stop_if_asked()
     except Preempted as preempted:
         if trainer.step != trainer.saved_step:
@@ -193,7 +198,8 @@ def train_step(trainer: Trainer) -> tuple[StepReport, Verdict]:
     optimizer.set_lr(lr)
     optimizer.zero_grad()
     with trainer.meter if trainer.metered else contextlib.nullcontext():
-        loss = run_microbatches(trainer.chunks, batches)
+        run = run_microbatches if trainer.graph is None else trainer.graph.run_microbatches
+        loss = run(trainer.chunks, batches)
         verdict = judge(loss, trainer.chunks, trainer.guard)
         beat("optimizer")
         norm = math.nan if verdict.problem else optimizer.step()

@@ -12,6 +12,7 @@ Frozen parameters appear nowhere: no gradient buffer, no fp32 master copy, no mo
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 
 from lora_megatron.config import OptimizerSection
 from lora_megatron.model.names import Named
+from lora_megatron.training.cuda_graph import StepGraph
 
 STATE_KINDS = ("master", "exp_avg", "exp_avg_sq")
 
@@ -64,18 +66,24 @@ class Optimizer(Protocol):
         ...
 
 
-def wrap_ddp(chunks: Sequence[GPTModel], *, sharding: str, precision: str) -> list[DistributedDataParallel]:
-    """megatron-core's DDP over each chunk: gradient buffers (fp32) for the trained parameters only."""
+def wrap_ddp(
+    chunks: Sequence[GPTModel], *, sharding: str, precision: str, graph: StepGraph | None = None
+) -> list[DistributedDataParallel]:
+    """megatron-core's DDP over each chunk: gradient buffers (fp32) for the trained parameters only.
+
+    `graph`: what will run their steps, where eager ones will not; gradients are summed on its stream.
+    """
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=False,
         use_distributed_optimizer=sharding == "megatron",
         check_for_nan_in_grad=False,  # the guard in `step` sees the norm and speaks in one line
     )
-    return [
-        DistributedDataParallel(chunk.config, config, chunk, disable_bucketing=index > 0)
-        for index, chunk in enumerate(chunks)
-    ]
+    with contextlib.nullcontext() if graph is None else graph.on_its_stream():
+        return [
+            DistributedDataParallel(chunk.config, config, chunk, disable_bucketing=index > 0)
+            for index, chunk in enumerate(chunks)
+        ]
 
 
 def gradient_bytes(ddp_chunks: Sequence[DistributedDataParallel]) -> int:
