@@ -30,6 +30,7 @@ def options_of(config: Config, *, meta: bool = False) -> BuildOptions:
         adapter_seed=config.train.seed,
         label_smoothing=config.train.label_smoothing,
         storage=storage_of(config),
+        tp_comm_overlap=config.parallel.tp_comm_overlap,
         meta=meta,
     )
 
@@ -47,6 +48,11 @@ def check_plan(config: Config, shape: ModelShape, method: Method, world_size: in
     check_world_size(layout, world_size)
     _check_batches(config, layout, world_size)
     _check_lengths(config, layout, shape)
+    if config.parallel.tp_comm_overlap and not layout.sequence:
+        raise ConfigError(
+            "parallel.tp_comm_overlap = true hides the collectives of sequence parallelism, which is off: set "
+            "parallel.sequence=true, or leave it out"
+        )
     _check_storage(config, layout, shape)
     _check_recomputation(config, layout, shape)
     _check_targets(config, shape)
