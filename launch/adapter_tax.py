@@ -87,7 +87,11 @@ def config_of(case: Case, options: argparse.Namespace) -> Config:
             },
             "base": STORAGES[case.storage],
             "method": {"targets": {}, **method},
-            "parallel": {"tensor": options.tensor, "sequence": options.sequence_parallel},
+            "parallel": {
+                "tensor": options.tensor,
+                "sequence": options.sequence_parallel,
+                "tp_comm_overlap": options.sequence_parallel,
+            },
             "optimizer": {"lr": 1e-4, "clip_grad": 1.0},
             "data": {
                 "sequence_length": options.sequence,

@@ -136,7 +136,7 @@ def tax(report: Report) -> list[Value]:
 ONE, TWO, LLAMA = "gpt3_175b_1gpu", "gpt3_175b_2gpu", "llama2_70b_1gpu"
 BF16 = ("base.storage=null", "base.gemm=null", "train.recompute=none")
 LEAN = ("train.recompute=full", "train.recompute_unit=3")
-TENSOR = ("parallel.pipeline=1", "parallel.tensor=2", "parallel.sequence=true")
+TENSOR = ("parallel.pipeline=1", "parallel.tensor=2", "parallel.sequence=true", "parallel.tp_comm_overlap=true")
 PAIRS = ("data.micro_batch_size=2", "data.global_batch_size=4")
 BATCH_4 = ("data.micro_batch_size=4", "data.global_batch_size=16")
 SPARE_4_GIB = 135.0

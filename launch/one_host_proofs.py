@@ -79,6 +79,7 @@ class Proof:
             f"parallel.tensor={tensor}",
             f"parallel.pipeline={pipeline}",
             f"parallel.sequence={'true' if tensor > 1 else 'false'}",
+            f"parallel.tp_comm_overlap={'true' if tensor > 1 else 'false'}",
             TIMEOUT,
             f"data.train={data / 'train.parquet'}",
             f"data.validation={data / 'validation.parquet'}",

@@ -108,6 +108,9 @@ class ParallelSection(Section):
     context: int = Field(1, ge=1, le=MOST_RANKS)
     sequence: bool = False
     """Megatron's sequence parallelism: shard activations between linear layers over the tensor group."""
+    tp_comm_overlap: bool = False
+    """With `sequence`, on GPUs of one host: copy tokens between them behind the products of frozen weights, instead of
+    gathering and scattering them before and after."""
     timeout_minutes: float = Field(30.0, gt=0, le=1e6)
     """Timeout of every process group."""
 

@@ -27,6 +27,7 @@ from lora_megatron.layers.lora import AdapterSet, LoraFactors, seed_from
 from lora_megatron.layers.low_rank import Update, add_low_rank
 from lora_megatron.layers.low_rank_input import low_rank_input
 from lora_megatron.layers.qkv import Part
+from lora_megatron.layers.sequence_shards import SequenceShards
 from lora_megatron.layers.sharding import REPLICATED, Shard, declare
 from lora_megatron.layers.storage.choose import StorageFormat
 from lora_megatron.layers.storage.stored import device_of, hand_over, handle_put_aside
@@ -60,6 +61,8 @@ class LoraColumnParallelLinear(ColumnParallelLinear):
         declare(self.weight, Shard(0, blocks))
         if self.bias is not None:
             declare(self.bias, Shard(0, blocks))
+        overlap = self.sequence_parallel and self.config.tp_comm_overlap
+        self.shards = SequenceShards.over(self.tp_group, overlap=overlap, device=device_of(self.weight))
         self.dropout = adapters.dropout
         self.dropout_seed = seed_from(adapters.seed, "dropout", adapters.name)
         self.parts = {part.name: part for part in parts(self.output_size_per_partition)}
@@ -105,7 +108,7 @@ class LoraColumnParallelLinear(ColumnParallelLinear):
         trained = bias if bias is not None and bias.requires_grad else None  # above a frozen weight: BitFit
         frozen = bias if trained is None else None
         if kwargs["sequence_parallel"]:
-            output = gathered_linear(input, weight, frozen, group=self.tp_group)
+            output = gathered_linear(input, weight, frozen, self.shards)
         else:
             group = self.tp_group if kwargs["allreduce_dgrad"] else None
             output = frozen_linear(input, weight, frozen, sum_input_gradient_over=group)

@@ -25,7 +25,9 @@ from lora_megatron.layers.low_rank import Update
 from lora_megatron.layers.low_rank_input import add_input_gradient
 from lora_megatron.layers.qkv import Part
 from lora_megatron.layers.row import LoraRowParallelLinear
-from lora_megatron.layers.storage.fp8 import Fp8Products, scatter_sum
+from lora_megatron.layers.sequence_shards import SequenceShards
+from lora_megatron.layers.storage.fp8 import Fp8Products, Quantised
+from lora_megatron.layers.storage.product import Product
 from lora_megatron.layers.storage.quantised_activation import activated, activation_gradient
 
 
@@ -37,13 +39,22 @@ class _Plan:
     fc2: Fp8Products
     activation: Activation
     sum_input_gradient_over: dist.ProcessGroup | None
-    sequence: dist.ProcessGroup | None
-    """The ranks that hold sequence shards of input and output."""
+    shards: SequenceShards | None
+    """Where input and output are sequence shards."""
     parts: tuple[Part, ...]
     scales: tuple[float, ...]
     """Of fc1's adapters."""
     dropout: Dropout | None
     """Of fc2's."""
+
+    def of_all(self, product: Product, x: Tensor) -> Tensor:
+        """Of the tokens of all ranks, where x are this rank's own."""
+        parts = product.parts(x.reshape(-1, x.shape[-1]))
+        return product.of(*parts) if self.shards is None else self.shards.product_of_all(product, *parts)
+
+    def summed(self, product: Product, quantised: Quantised) -> Tensor:
+        """This rank's part of a sum; with sequence shards the sum, of its own tokens."""
+        return product.of(*quantised) if self.shards is None else self.shards.sum_of_products(product, *quantised)
 
 
 class _FrozenFp8(torch.autograd.Function):
@@ -52,7 +63,7 @@ class _FrozenFp8(torch.autograd.Function):
         ctx: Any, plan: _Plan, x: Tensor, bias: Tensor | None, u: Tensor | None, a: Tensor | None, *bs: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         fc2 = plan.fc2
-        z = plan.fc1.linear(x.reshape(-1, x.shape[-1]), None, gather=plan.sequence)
+        z = plan.of_all(plan.fc1.forward_product(x.dtype), x)
         if u is not None:
             Update(plan.parts, plan.scales, u, bs).add_to(z)
         ctx.plan = plan
@@ -60,10 +71,7 @@ class _FrozenFp8(torch.autograd.Function):
         quantised, y = activated(
             plan.activation, z, bias, factor=fc2.forward_factor(), group=fc2.forward_group, keep=a is not None
         )
-        output = fc2.linear_of(quantised, None, x.dtype)
-        if plan.sequence is not None:
-            output = scatter_sum(output, plan.sequence)
-        output = output.view(*x.shape[:-1], -1)
+        output = plan.summed(fc2.forward_product(x.dtype), quantised).view(*x.shape[:-1], -1)
         if a is None or y is None:
             return output, None
         return output, _dropped(y.view(-1, *x.shape[1:-1], y.shape[-1]), plan.dropout) @ a.t()
@@ -77,7 +85,7 @@ class _FrozenFp8(torch.autograd.Function):
         grad_x, y, du = None, None, None
         dbs: tuple[Tensor | None, ...] = (None,) * len(bs)
         if needs_x or u is not None:
-            dy = plan.fc2.input_gradient(grad.reshape(-1, grad.shape[-1]), gather=plan.sequence)
+            dy = plan.of_all(plan.fc2.backward_product(grad.dtype), grad)
             if a is not None:
                 dy = add_input_gradient(dy.view(*leading, dy.shape[-1]), du2, a, plan.dropout).view(z.shape[0], -1)
             factor, group = plan.fc1.backward_factor(), plan.fc1.backward_group
@@ -89,10 +97,8 @@ class _FrozenFp8(torch.autograd.Function):
                 du, dbs = Update(plan.parts, plan.scales, u, tuple(bs)).gradients(dz)
             del dz
             if needs_x:
-                grad_x = plan.fc1.input_gradient_of(quantised, grad.dtype)
-                if plan.sequence is not None:
-                    grad_x = scatter_sum(grad_x, plan.sequence)
-                elif plan.sum_input_gradient_over is not None:
+                grad_x = plan.summed(plan.fc1.backward_product(grad.dtype), quantised)
+                if plan.sum_input_gradient_over is not None:
                     dist.all_reduce(grad_x, group=plan.sum_input_gradient_over)
                 grad_x = grad_x.view(*leading, grad_x.shape[-1])
         da = None
@@ -123,7 +129,7 @@ def fp8_mlp(
         *stored,
         activation,
         fc1.tp_group if fc1.allreduce_dgrad else None,
-        fc1.tp_group if fc1.sequence_parallel else None,
+        fc1.shards if fc1.sequence_parallel else None,
         parts=() if update is None else update.parts,
         scales=() if update is None else update.scales,
         dropout=fc2.dropout_now() if fc2.adapters else None,

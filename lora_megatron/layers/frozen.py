@@ -15,14 +15,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.tensor_parallel import (
-    gather_from_sequence_parallel_region,
-    reduce_scatter_to_sequence_parallel_region,
-)
 from torch import Tensor
 from torch.nn import functional
 
-from lora_megatron.layers.storage.fp8 import Fp8Products, scatter_sum
+from lora_megatron.layers.sequence_shards import SequenceShards
+from lora_megatron.layers.storage.product import Product, product_with
 from lora_megatron.layers.storage.stored import Stored, stored_of
 
 
@@ -54,37 +51,51 @@ class _FrozenLinear(torch.autograd.Function):
 
 
 class _GatheredLinear(torch.autograd.Function):
-    """A column layer over sequence shards, whose tokens are gathered in FP8."""
+    """A column layer over sequence shards."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, stored: Fp8Products, bias: Tensor | None, group: dist.ProcessGroup) -> Tensor:
-        ctx.stored, ctx.group = stored, group
-        output = stored.linear(x.reshape(-1, x.shape[-1]), bias, gather=group)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, shards: SequenceShards) -> Tensor:
+        ctx.weight, ctx.shards = weight, shards
+        product = _forward_product(weight, x.dtype, bias)
+        output = shards.product_of_all(product, *product.parts(x.reshape(-1, x.shape[-1])))
         result: Tensor = torch.ops.aten._unsafe_view(output, [-1, *x.shape[1:-1], output.shape[-1]])
         return result
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         grad = grads[0]
-        grad_x = scatter_sum(ctx.stored.input_gradient(grad.reshape(-1, grad.shape[-1])), ctx.group)
+        product = _backward_product(ctx.weight, grad.dtype)
+        grad_x = ctx.shards.sum_of_products(product, *product.parts(grad.reshape(-1, grad.shape[-1])))
         return grad_x.view(-1, *grad.shape[1:-1], grad_x.shape[-1]), None, None, None
 
 
 class _ScatteredLinear(torch.autograd.Function):
-    """A row layer whose output each rank keeps its own tokens of; their gradients are gathered in FP8."""
+    """A row layer whose output each rank keeps its own tokens of."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, stored: Fp8Products, group: dist.ProcessGroup) -> Tensor:
-        ctx.stored, ctx.group = stored, group
-        output = scatter_sum(stored.linear(x.reshape(-1, x.shape[-1]), None), group)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, shards: SequenceShards) -> Tensor:
+        ctx.weight, ctx.shards = weight, shards
+        product = _forward_product(weight, x.dtype)
+        output = shards.sum_of_products(product, *product.parts(x.reshape(-1, x.shape[-1])))
         result: Tensor = torch.ops.aten._unsafe_view(output, [-1, *x.shape[1:-1], output.shape[-1]])
         return result
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         grad = grads[0]
-        grad_x = ctx.stored.input_gradient(grad.reshape(-1, grad.shape[-1]), gather=ctx.group)
+        product = _backward_product(ctx.weight, grad.dtype)
+        grad_x = ctx.shards.product_of_all(product, *product.parts(grad.reshape(-1, grad.shape[-1])))
         return grad_x.view(-1, *grad.shape[1:-1], grad_x.shape[-1]), None, None
+
+
+def _forward_product(weight: Tensor, dtype: torch.dtype, bias: Tensor | None = None) -> Product:
+    stored = stored_of(weight)
+    return product_with(weight.t(), bias) if stored is None else stored.forward_product(dtype, bias)
+
+
+def _backward_product(weight: Tensor, dtype: torch.dtype) -> Product:
+    stored = stored_of(weight)
+    return product_with(weight) if stored is None else stored.backward_product(dtype)
 
 
 class _StoredLinear(torch.autograd.Function):
@@ -129,22 +140,18 @@ def frozen_linear(
     return result
 
 
-def gathered_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, group: dist.ProcessGroup) -> Tensor:
+def gathered_linear(x: Tensor, weight: Tensor, bias: Tensor | None, shards: SequenceShards) -> Tensor:
     """y = x W^T + bias of a column layer under sequence parallelism: x [s/t, b, in], this rank's tokens -> [s, b, out].
 
     weight, bias: this rank's rows, frozen. The gradient of x is summed over the ranks, each of which keeps its tokens.
     """
-    stored = stored_of(weight)
-    if not isinstance(stored, Fp8Products):
-        return frozen_linear(gather_from_sequence_parallel_region(x, group=group), weight, bias)
-    result: Tensor = _GatheredLinear.apply(x, stored, bias, group)
+    assert not weight.requires_grad
+    result: Tensor = _GatheredLinear.apply(x, weight, bias, shards)
     return result
 
 
-def scattered_linear(x: Tensor, weight: Tensor, *, group: dist.ProcessGroup) -> Tensor:
+def scattered_linear(x: Tensor, weight: Tensor, shards: SequenceShards) -> Tensor:
     """y = x W^T of a row layer under sequence parallelism: x [s, b, in/t] -> [s/t, b, out], summed over the ranks."""
-    stored = stored_of(weight)
-    if not isinstance(stored, Fp8Products):
-        return reduce_scatter_to_sequence_parallel_region(frozen_linear(x, weight), group=group)
-    result: Tensor = _ScatteredLinear.apply(x, stored, group)
+    assert not weight.requires_grad
+    result: Tensor = _ScatteredLinear.apply(x, weight, shards)
     return result

@@ -26,6 +26,7 @@ from lora_megatron.layers.lora import AdapterSet, LoraFactors, seed_from
 from lora_megatron.layers.low_rank import Update, add_low_rank
 from lora_megatron.layers.low_rank_input import low_rank_input
 from lora_megatron.layers.qkv import whole
+from lora_megatron.layers.sequence_shards import SequenceShards
 from lora_megatron.layers.sharding import REPLICATED, Shard, declare
 from lora_megatron.layers.storage.choose import StorageFormat
 from lora_megatron.layers.storage.stored import device_of, hand_over, handle_put_aside
@@ -55,6 +56,8 @@ class LoraRowParallelLinear(RowParallelLinear):
         declare(self.weight, Shard(1))
         if self.bias is not None:
             declare(self.bias, REPLICATED, sum_over_sequence_shards=self.sequence_parallel)
+        overlap = self.sequence_parallel and self.config.tp_comm_overlap
+        self.shards = SequenceShards.over(self.tp_group, overlap=overlap, device=device_of(self.weight))
         self.dropout = adapters.dropout
         self.dropout_seed = seed_from(adapters.seed, "dropout", adapters.name)
         self.adapters = self.make_adapters(adapters)
@@ -110,7 +113,7 @@ class LoraRowParallelLinear(RowParallelLinear):
 
     def _without_adapter(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         if self.sequence_parallel and self.skip_bias_add and not self.weight.requires_grad:
-            return scattered_linear(x, self.weight, group=self.tp_group), self.bias
+            return scattered_linear(x, self.weight, self.shards), self.bias
         plain: tuple[Tensor, Tensor | None] = super().forward(x)
         return plain
 

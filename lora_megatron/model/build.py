@@ -49,6 +49,8 @@ class BuildOptions:
     meta: bool = False
     """Build without storage, to count parameters of a model of any size."""
     label_smoothing: float = 0.0
+    tp_comm_overlap: bool = False
+    """Hide the collectives of sequence parallelism behind products (`layers.exchange`)."""
 
 
 NOTHING_RECOMPUTED: dict[str, Any] = {"recompute": "none", "recompute_layers": None, "recompute_unit": 1}
@@ -87,6 +89,7 @@ def megatron_config(shape: ModelShape, layout: Layout, options: BuildOptions) ->
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
         context_parallel_size=layout.context,
         sequence_parallel=layout.sequence and layout.tensor > 1,
+        tp_comm_overlap=options.tp_comm_overlap,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=options.precision == "bf16",

@@ -32,6 +32,7 @@ def options_of(config: Config, *, meta: bool = False) -> BuildOptions:
         adapter_seed=config.train.seed,
         label_smoothing=config.train.label_smoothing,
         storage=storage_of(config),
+        tp_comm_overlap=config.parallel.tp_comm_overlap,
         meta=meta,
     )
 
@@ -51,6 +52,11 @@ def check_plan(config: Config, shape: ModelShape, method: Method, world_size: in
     check_world_size(layout, world_size)
     _check_batches(config, layout, world_size)
     _check_lengths(config, layout, shape)
+    if config.parallel.tp_comm_overlap and not layout.sequence:
+        raise ConfigError(
+            "parallel.tp_comm_overlap = true hides the collectives of sequence parallelism, which is off: set "
+            "parallel.sequence=true, or leave it out"
+        )
     _check_storage(config, layout, shape)
     _check_recomputation(config, layout, shape)
     _check_graph(config)
@@ -134,24 +140,35 @@ def _check_recomputation(config: Config, layout: Layout, shape: ModelShape) -> N
 
 def _check_graph(config: Config) -> None:
     """A CUDA graph repeats what it has captured, and cannot hold what waits for the host."""
-    if not config.train.cuda_graph:
-        return
-    section, refused = "train.cuda_graph = true", "or train.cuda_graph=false"
-    if config.method.dropout > 0:
-        raise ConfigError(
-            f"{section} with method.dropout = {config.method.dropout:g}: a graph would drop the same values in every "
-            f"step; set method.dropout=0, {refused}"
-        )
-    if config.parallel.pipeline > 1:
-        raise ConfigError(
-            f"{section} with parallel.pipeline = {config.parallel.pipeline}: megatron-core waits for the device after "
-            f"messages between stages, and no graph can hold that; set parallel.pipeline=1, {refused}"
-        )
-    if config.optimizer.sharding == "deepspeed":
-        raise ConfigError(
-            f"{section} with optimizer.sharding = deepspeed: nobody has tried whether DeepSpeed leaves parameters "
-            f"where a graph reads them; set optimizer.sharding=megatron or none, {refused}"
-        )
+    method, parallel, sharding = config.method, config.parallel, config.optimizer.sharding
+    for is_asked, what, why, remedy in (
+        (
+            method.dropout > 0,
+            f"method.dropout = {method.dropout:g}",
+            "a graph would drop the same values in every step",
+            "method.dropout=0",
+        ),
+        (
+            parallel.pipeline > 1,
+            f"parallel.pipeline = {parallel.pipeline}",
+            "megatron-core waits for the device after messages between stages, which no graph can hold",
+            "parallel.pipeline=1",
+        ),
+        (
+            parallel.tp_comm_overlap,
+            "parallel.tp_comm_overlap = true",
+            "the memory that GPUs share may move when other shapes run in between, and a graph would not know",
+            "parallel.tp_comm_overlap=false",
+        ),
+        (
+            sharding == "deepspeed",
+            "optimizer.sharding = deepspeed",
+            "nobody has tried whether DeepSpeed leaves parameters where a graph reads them",
+            "optimizer.sharding=megatron or none",
+        ),
+    ):
+        if config.train.cuda_graph and is_asked:
+            raise ConfigError(f"train.cuda_graph = true with {what}: {why}; set {remedy}, or train.cuda_graph=false")
 
 
 def _check_batches(config: Config, layout: Layout, world_size: int) -> None:

@@ -4,7 +4,8 @@
 Weights, gradients and optimizer state are read off the rank's real model, built on the meta device (`weights`).
 Activations and the loss are those of `activations` at the worst moment of the pipeline schedule (`schedule`). On top
 come, on a GPU, tensors that live for the time of one operation; `_workspace` says which. Outside torch's allocator are
-CUDA's context and the communicators' own buffers, which only constants can stand for.
+CUDA's context and the communicators' own buffers, which only constants can stand for, and the boxes of
+`parallel.tp_comm_overlap` (`layers.exchange`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import dataclass, replace
 from megatron.core import parallel_state as mpu
 
 from lora_megatron.config import Config
+from lora_megatron.layers.exchange import bytes_of
 from lora_megatron.layers.vocabulary_loss import tokens_per_chunk
 from lora_megatron.methods.method import Method
 from lora_megatron.model.build import NOTHING_RECOMPUTED, build
@@ -53,7 +55,7 @@ class MemoryPlan:
     workspace: int
     """Tensors that live for one operation: products and their gradients, a chunk of logits, an unpacked weight."""
     context: int
-    """Outside torch's allocator: CUDA's context and NCCL's buffers."""
+    """Outside torch's allocator: CUDA's context, NCCL's buffers and those of `parallel.tp_comm_overlap`."""
 
     @property
     def weights(self) -> int:
@@ -134,8 +136,19 @@ def plan_rank(config: Config, shape: ModelShape, method: Method, weights: Sequen
         logits=round(worst.loss),
         communication=round(_communication(batch, worst)),
         workspace=round(max(in_backward, stepping - worst.bytes)),
-        context=CUDA_CONTEXT + COMMUNICATOR * sum(n > 1 for n in (layout.tensor, layout.pipeline, place.data_size)),
+        context=_outside(config, batch, place),
     )
+
+
+def _outside(config: Config, batch: Microbatch, place: Place) -> int:
+    """What torch's allocator does not know of."""
+    layout = batch.layout
+    communicators = sum(n > 1 for n in (layout.tensor, layout.pipeline, place.data_size))
+    boxes = 0
+    if config.parallel.tp_comm_overlap:
+        own = batch.tokens // layout.tensor
+        boxes = bytes_of(own, batch.shape.hidden_size, layout.tensor, batch.itemsize)
+    return CUDA_CONTEXT + COMMUNICATOR * communicators + boxes
 
 
 def microbatch_of(config: Config, shape: ModelShape) -> Microbatch:

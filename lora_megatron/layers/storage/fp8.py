@@ -31,6 +31,7 @@ try:
     from lora_megatron.layers.storage import kernels
 except ImportError:  # no Triton: the same numbers, from more and slower passes
     kernels = None  # type: ignore[assignment]
+from lora_megatron.layers.storage.product import Product
 from lora_megatron.layers.storage.stored import Stored
 
 FP8 = torch.float8_e4m3fn
@@ -69,27 +70,6 @@ def quantise_tokens(x: Tensor, *, factor: Tensor | None, group: dist.ProcessGrou
     return Quantised(to_fp8(values, scale), scale)
 
 
-def gather_tokens(own: Quantised, group: dist.ProcessGroup) -> Quantised:
-    """The tokens of all ranks, in their order: codes [m, k] and scale [m, 1] -> [t m, k] and [t m, 1].
-
-    A token has a scale of its own, so it is the same whether tokens are quantised before they are gathered or after,
-    and before means half the bytes of bf16.
-    """
-    rows = own.codes.shape[0] * group.size()
-    codes = torch.empty(rows, own.codes.shape[1], dtype=torch.uint8, device=own.codes.device)
-    scale = own.scale.new_empty(rows, 1)
-    dist.all_gather_into_tensor(codes, own.codes.view(torch.uint8), group=group)
-    dist.all_gather_into_tensor(scale, own.scale, group=group)
-    return Quantised(codes.view(FP8), scale)
-
-
-def scatter_sum(partial: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The sum over ranks, of which each keeps its own tokens: [t m, n] -> [m, n]."""
-    own = partial.new_empty(partial.shape[0] // group.size(), partial.shape[1])
-    dist.reduce_scatter_tensor(own, partial, group=group)
-    return own
-
-
 def agree_over(group: dist.ProcessGroup | None) -> Callable[[Tensor], None] | None:
     """What raises tokens' largest magnitudes to those of all ranks of `group`, in place; None without a group."""
     if group is None:
@@ -122,8 +102,10 @@ def multiply(
     *,
     bias: Tensor | None = None,
     fast: bool = False,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """diag(scale_a) a b^T diag(scale_b) + bias: a [m, k], b [n, k] FP8, scales fp32 [m, 1] and [n], bias [n] -> [m, n].
+    """diag(scale_a) a b^T diag(scale_b) + bias: a [m, k], b [n, k] FP8, scales fp32 [m, 1] and [n], bias [n] -> [m, n],
+    written over `out` where that is given.
 
     `fast` adds up in the tensor core's own, shorter registers: good to 14 bits or so, far finer than FP8 itself. It is
     for the forward product; gradients are added up in fp32.
@@ -141,6 +123,7 @@ def multiply(
             bias=bias,
             out_dtype=dtype,
             use_fast_accum=fast,
+            out=out,
         )
     product = a.float() @ b.float().t()
     product *= scale_a
@@ -148,7 +131,7 @@ def multiply(
         product *= scale_b
     if bias is not None:
         product += bias.float()
-    return product.to(dtype)
+    return product.to(dtype) if out is None else out.copy_(product)
 
 
 class Fp8Products(Stored):
@@ -183,31 +166,32 @@ class Fp8Products(Stored):
         """The ranks over which a token of dL/dy is spread."""
         return self.group if self.axis == 0 else None
 
-    def linear_of(self, x: Quantised, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """x W^T + bias of a quantised x: [m, in] -> [m, out] in `dtype`."""
+    def forward_product(self, dtype: torch.dtype, bias: Tensor | None = None) -> Product:
         codes, scale = self.codes_and_scale(transposed=False)
-        after = scale if self.axis == 0 else None
-        return multiply(x.codes, x.scale, codes, after, dtype, bias=bias, fast=True)
+        return self._product(
+            codes, scale if self.axis == 0 else None, dtype, self.forward_factor(), self.forward_group, bias, fast=True
+        )
 
-    def input_gradient_of(self, grad: Quantised, dtype: torch.dtype) -> Tensor:
-        """grad W of a quantised gradient: [m, out] -> [m, in] in `dtype`."""
+    def backward_product(self, dtype: torch.dtype) -> Product:
         codes, scale = self.codes_and_scale(transposed=True)
         after = scale if self.axis == 1 else None
-        return multiply(grad.codes, grad.scale, codes, after, dtype)
+        return self._product(codes, after, dtype, self.backward_factor(), self.backward_group, None, fast=False)
 
-    def linear(self, x: Tensor, bias: Tensor | None, *, gather: dist.ProcessGroup | None = None) -> Tensor:
-        """x W^T + bias; with `gather` x are this rank's own tokens, and the result is that of all ranks' tokens."""
-        quantised = quantise_tokens(x, factor=self.forward_factor(), group=self.forward_group)
-        return self.linear_of(_all(quantised, gather), bias, x.dtype)
+    @staticmethod
+    def _product(
+        codes: Tensor,
+        after: Tensor | None,
+        dtype: torch.dtype,
+        factor: Tensor | None,
+        group: dist.ProcessGroup | None,
+        bias: Tensor | None,
+        *,
+        fast: bool,
+    ) -> Product:
+        def into(out: Tensor, rows: Tensor, scale: Tensor) -> None:
+            multiply(rows, scale, codes, after, dtype, bias=bias, fast=fast, out=out)
 
-    def input_gradient(self, grad: Tensor, *, gather: dist.ProcessGroup | None = None) -> Tensor:
-        """grad W; `gather` as in `linear`."""
-        quantised = quantise_tokens(grad, factor=self.backward_factor(), group=self.backward_group)
-        return self.input_gradient_of(_all(quantised, gather), grad.dtype)
-
-
-def _all(own: Quantised, gather: dist.ProcessGroup | None) -> Quantised:
-    return own if gather is None else gather_tokens(own, gather)
+        return Product(codes.shape[0], dtype, lambda x: quantise_tokens(x, factor=factor, group=group), into)
 
 
 class StoredFp8(Fp8Products):

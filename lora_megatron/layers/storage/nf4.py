@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from lora_megatron.layers.storage.fp8 import FP8, LARGEST, Fp8Products, kernels, scale_of
 from lora_megatron.layers.storage.stored import Stored
@@ -114,12 +113,6 @@ class StoredNf4(Stored):
         weights = self.levels[codes.int()].unflatten(1, (-1, BLOCK)) * ratio.unsqueeze(2)
         values = weights.flatten(1).to(dtype)
         return values.t().contiguous() if transposed else values
-
-    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return functional.linear(x, self.unpacked(x.dtype), bias)
-
-    def input_gradient(self, grad: Tensor) -> Tensor:
-        return grad @ self.unpacked(grad.dtype)
 
 
 class StoredNf4ForFp8(Fp8Products, StoredNf4):

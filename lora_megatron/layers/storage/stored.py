@@ -25,6 +25,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lora_megatron.layers.storage.product import Product, product_with
+
 
 class Stored(nn.Module, ABC):
     """One frozen weight W [out, in] of this rank in some format.
@@ -54,13 +56,23 @@ class Stored(nn.Module, ABC):
     def unpacked(self, dtype: torch.dtype) -> Tensor:
         """W [out, in] as the format remembers it."""
 
-    @abstractmethod
+    def forward_product(self, dtype: torch.dtype, bias: Tensor | None = None) -> Product:
+        """x W^T + bias of rows x [m, in]: bias [out] -> [m, out]."""
+        return product_with(self.unpacked(dtype).t(), bias)
+
+    def backward_product(self, dtype: torch.dtype) -> Product:
+        """grad W of rows grad [m, out] -> [m, in]."""
+        return product_with(self.unpacked(dtype))
+
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x W^T + bias: [m, in], [out] -> [m, out]."""
+        product = self.forward_product(x.dtype, bias)
+        return product.of(*product.parts(x))
 
-    @abstractmethod
     def input_gradient(self, grad: Tensor) -> Tensor:
         """grad W: [m, out] -> [m, in]."""
+        product = self.backward_product(grad.dtype)
+        return product.of(*product.parts(grad))
 
 
 def hand_over(layer: nn.Module, stored: Stored) -> None:

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Collectives behind products: GPUs of one host that copy from and into each other's memory while they multiply.
+
+A collective of NCCL's before or after a product leaves the tensor cores idle, and beside one takes processors from it.
+Here the rows of a product are cut by the rank they belong to, and copy engines move some while others are multiplied:
+
+    product_of_all     own rows first, while the next rank's arrive: copied from the box into which that rank put them
+    sum_of_products    own rows last, while those of the ranks before are on their way into the boxes of their owners;
+                       the owner adds up what it was sent, in rank order and in fp32
+
+One box of each kind is enough, with one barrier for each product: gathers and sums take turns, in a layer's forward
+pass and in its backward pass, and the barrier of the one says that all ranks are done with the box of the other. Where
+two of a kind follow each other another barrier goes between them.
+
+The boxes are torch's symmetric memory, outside the caching allocator (`bytes_of` counts them).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lora_megatron.errors import ConfigError
+from lora_megatron.layers.storage.product import Product
+
+_ALIGNMENT = 256  # bytes between parts of a box
+_made: dict[dist.ProcessGroup, Exchange] = {}
+
+
+def exchange_over(group: dist.ProcessGroup) -> Exchange:
+    """The one exchange of a tensor-parallel group, shared by all its layers.
+
+    Every rank of the group must ask for it at the same time, the first time.
+
+    Raises:
+        ConfigError: the GPUs of the group do not reach each other's memory.
+    """
+    if group not in _made:
+        _made[group] = Exchange(group)
+    return _made[group]
+
+
+def bytes_of(own_tokens: int, width: int, size: int, itemsize: int) -> int:
+    """What both boxes take on each of `size` ranks, whose hidden states are [own_tokens, width]."""
+    return (1 + size) * own_tokens * width * itemsize
+
+
+class Exchange:
+    """What a rank needs to exchange rows with the others of its tensor-parallel group."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group, self.rank, self.size = group, group.rank(), group.size()
+        self.copies = torch.cuda.Stream(priority=-1)
+        self.boxes = {"gather": _Box(group), "sum": _Box(group)}
+        self.last = ""
+        try:
+            for box in self.boxes.values():
+                box.holding(_ALIGNMENT)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise ConfigError(
+                "parallel.tp_comm_overlap = true: the GPUs of a tensor-parallel group do not reach each other's memory "
+                f"({reason}): set parallel.tp_comm_overlap=false, or keep the group inside one host"
+            ) from None
+
+    def product_of_all(self, product: Product, parts: Sequence[Tensor]) -> Tensor:
+        """`parts` of this rank's m rows, of every rank -> [t m, n], all ranks' rows in their order."""
+        main, rows = torch.cuda.current_stream(), parts[0].shape[0]
+        places, total = _places(parts)
+        box = self._box("gather", total)
+        for part, place in zip(parts, places, strict=True):
+            box.at(self.rank, part, place).copy_(part)
+        box.barrier()
+        self.copies.wait_stream(main)
+        out = torch.empty(self.size * rows, product.columns, dtype=product.dtype, device=parts[0].device)
+        received = [[torch.empty_like(part) for part in parts] for _ in range(self.size - 1)]
+        arrivals = []
+        with torch.cuda.stream(self.copies):
+            for owner, copies in zip(self._others(), received, strict=True):
+                for copy, place in zip(copies, places, strict=True):
+                    copy.copy_(box.at(owner, copy, place), non_blocking=True)
+                arrivals.append(self.copies.record_event())
+        product.into(out[self.rank * rows :][:rows], *parts)
+        for owner, copies, arrival in zip(self._others(), received, arrivals, strict=True):
+            main.wait_event(arrival)
+            product.into(out[owner * rows :][:rows], *copies)
+        return out
+
+    def sum_of_products(self, product: Product, parts: Sequence[Tensor]) -> Tensor:
+        """`parts` of all t m rows -> this rank's m rows of the sum over ranks [m, n]."""
+        main, rows = torch.cuda.current_stream(), parts[0].shape[0] // self.size
+        shape = (self.size, rows, product.columns)
+        like = torch.empty(shape, dtype=product.dtype, device="meta")
+        box = self._box("sum", like.numel() * like.element_size())
+        self.copies.wait_stream(main)
+        sent = []  # until the copies have been waited for
+        for owner in self._others():
+            piece = product.of(*(part[owner * rows :][:rows] for part in parts))
+            sent.append(piece)
+            done = main.record_event()
+            with torch.cuda.stream(self.copies):
+                self.copies.wait_event(done)
+                box.at(owner, like)[self.rank].copy_(piece, non_blocking=True)
+        addends = box.at(self.rank, like)
+        product.into(addends[self.rank], *(part[self.rank * rows :][:rows] for part in parts))
+        main.wait_stream(self.copies)
+        box.barrier()
+        return addends.sum(0)
+
+    def _others(self) -> list[int]:
+        """The other ranks, each of which has a different first one."""
+        return [(self.rank + step) % self.size for step in range(1, self.size)]
+
+    def _box(self, kind: str, size: int) -> _Box:
+        """That box, free to be written into."""
+        box = self.boxes[kind]
+        if self.last == kind:
+            box.barrier()
+        self.last = kind
+        box.holding(size)
+        return box
+
+
+def _places(parts: Sequence[Tensor]) -> tuple[list[int], int]:
+    """Where in a box each part begins, and how much they take, in bytes."""
+    places, end = [], 0
+    for part in parts:
+        places.append(end)
+        end += -(-part.numel() * part.element_size() // _ALIGNMENT) * _ALIGNMENT
+    return places, end
+
+
+class _Box:
+    """Memory of the same size on every rank of a group, which all of them can read and write."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+        self.memory: Tensor | None = None
+
+    def holding(self, size: int) -> None:
+        """Make it at least `size` bytes, if it is not: for all ranks at once, as all have tokens of one size."""
+        if self.memory is not None and self.memory.numel() >= size:
+            return
+        # Loaded by those who use it: importing it costs a second.
+        from torch.distributed import _symmetric_memory as symmetric
+
+        if self.memory is not None:  # nobody may still be reading what goes
+            torch.cuda.synchronize()
+            dist.barrier(group=self.group)
+        self.memory = None
+        self.memory = symmetric.empty(size, dtype=torch.uint8, device=torch.device("cuda", torch.cuda.current_device()))
+        self.handle = symmetric.rendezvous(self.memory, self.group.group_name)
+
+    def at(self, rank: int, like: Tensor, place: int = 0) -> Tensor:
+        """The tensor of `like`'s shape and type that lies in rank's box, `place` bytes from its beginning."""
+        found: Tensor = self.handle.get_buffer(rank, like.shape, like.dtype, place // like.element_size())
+        return found
+
+    def barrier(self) -> None:
+        """On the current stream: nothing behind it begins before all ranks have come to it."""
+        self.handle.barrier(channel=0)

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Collectives behind products (`layers.exchange`) against collectives before and after them.
+
+    python -m pytest tests/layers/test_exchange.py -m multigpu
+
+A CPU has no copy engines and runs the plain collectives, which the tests named `rehearsal` hold to the same numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from lora_megatron.config import Config, ModelSection
+from lora_megatron.config.sections import ParallelSection
+from lora_megatron.errors import ConfigError
+from lora_megatron.layers.sequence_shards import SequenceShards
+from lora_megatron.layers.storage.choose import StorageFormat
+from lora_megatron.layers.storage.product import Product, product_with
+from lora_megatron.methods.choose import choose_method
+from lora_megatron.model.checks import check_plan
+from lora_megatron.model.presets import resolve_shape
+from lora_megatron.parallel.groups import Layout
+from tests.comparison import compare, frobenius
+from tests.pool import Pool
+from tests.twin import Experiment, Record, train_twins
+
+GPUS = torch.cuda.device_count()
+several_gpus = [pytest.mark.multigpu, pytest.mark.skipif(GPUS < 2, reason="needs two CUDA devices")]
+
+
+@pytest.fixture
+def nccl() -> Iterator[Pool]:
+    """New processes for each test: torch remembers symmetric memory by a group's name, and names come again."""
+    pool = Pool(min(GPUS, 4), backend="nccl")
+    yield pool
+    pool.close()
+
+
+def device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if GPUS else torch.device("cpu")
+
+
+def products(inner: int, columns: int) -> Iterator[tuple[str, Product]]:
+    """Of the same matrix in fp32, bf16 and FP8."""
+    matrix = torch.randn(inner, columns, generator=torch.Generator().manual_seed(1)).to(device())
+    yield "fp32", product_with(matrix)
+    yield "bf16", product_with(matrix.bfloat16())
+    stored = StorageFormat("fp8").make(columns, inner, device=device(), axis=0, group=None)
+    stored.store(matrix.t())
+    yield "fp8", stored.forward_product(torch.bfloat16)
+
+
+def differences(sizes: list[tuple[int, int, int]], turns: str) -> list[tuple[str, float]]:
+    """Largest relative difference of each of `turns` (g: a gather, s: a sum), with an exchange and without."""
+    group = dist.group.WORLD
+    assert group is not None
+    plain = SequenceShards(group)
+    behind = SequenceShards.over(group, overlap=True, device=device())
+    assert (behind.exchange is None) == (device().type == "cpu")
+    found = []
+    for rows, inner, columns in sizes:  # the boxes grow
+        for name, product in products(inner, columns):
+            for turn, kind in enumerate(turns):
+                generator = torch.Generator().manual_seed(100 * group.rank() + turn)
+                count = rows if kind == "g" else rows * group.size()
+                x = torch.randn(count, inner, generator=generator).to(device(), product.dtype)
+                parts = product.parts(x)
+                call = "product_of_all" if kind == "g" else "sum_of_products"
+                got, want = getattr(behind, call)(product, *parts), getattr(plain, call)(product, *parts)
+                assert got.shape == want.shape
+                found.append((f"{name} {kind}", float((got - want).float().norm() / want.float().norm())))
+    return found
+
+
+def check_differences(pool: Pool, world: int, **what: Any) -> None:
+    for each in pool.run(world, differences, **what):
+        for name, difference in each:
+            rounding = {"fp32": 1e-6, "bf16": 2**-7, "fp8": 2**-7}[name.split()[0]]
+            assert difference <= (rounding if name.endswith("s") else 0.0), name  # a gather changes nothing
+
+
+@pytest.mark.parametrize("world", [pytest.param(2, marks=several_gpus), pytest.param(4, marks=several_gpus)])
+def test_an_exchange_gives_what_collectives_give(nccl: Pool, world: int) -> None:
+    if world > GPUS:
+        pytest.skip(f"needs {world} CUDA devices")
+    check_differences(nccl, world, sizes=[(16, 32, 64), (512, 256, 1024)], turns="gsggsssg")
+
+
+def test_rehearsal_of_the_differences(pool: Pool) -> None:
+    check_differences(pool, 2, sizes=[(16, 32, 64)], turns="gs")
+
+
+EXPERIMENTS = [
+    Experiment(method={"targets": {"q": 4, "k": 1, "v": 2, "o": 3, "fc1": 2, "fc2": 5}, "alpha": 2}),
+    Experiment(model={"preset": "tiny-llama", "num_layers": 4}, recompute="full"),
+]
+FP8 = Experiment(
+    method={"targets": {"q": 4, "v": 4, "o": 3, "fc1": 2, "fc2": 5}, "alpha": 2},
+    model={"preset": "tiny", "num_layers": 2, "hidden_size": 128, "num_attention_heads": 4, "ffn_hidden_size": 256},
+    precision="bf16",
+    steps=2,
+)
+
+
+def train_exactly(experiments: list[Experiment]) -> list[Record | None]:
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    return train_twins(experiments)
+
+
+def check_training(pool: Pool, world: int, *, formats: Sequence[StorageFormat | None]) -> None:
+    """fp32 as exact as without sharding; bf16 and FP8 beside the same layout without overlap."""
+    layout = Layout(tensor=world, sequence=True)
+    stored = [replace(FP8, storage=kind) for kind in formats]
+
+    def record(size: int, **changes: Any) -> list[Record]:
+        experiments = [replace(experiment, **changes) for experiment in (*EXPERIMENTS, *stored)]
+        found: list[Record] = pool.run(size, train_exactly, experiments=experiments)[0]
+        return found
+
+    whole = record(1)
+    plain = record(world, layout=layout)
+    behind = record(world, layout=layout, tp_comm_overlap=True)
+    exact = len(EXPERIMENTS)
+    for got, want in zip(behind[:exact], whole[:exact], strict=True):
+        assert compare(got, want) > 20
+    for got, want, twin in zip(behind[exact:], plain[exact:], whole[exact:], strict=True):
+        assert got["complaints"] == []
+        apart = frobenius(want["grads"][0], twin["grads"][0])  # what sharding alone changes by rounding
+        assert frobenius(got["grads"][0], want["grads"][0]) <= 2 * apart
+        assert got["loss"][0] == pytest.approx(want["loss"][0], abs=2**-8)
+
+
+@pytest.mark.parametrize("world", [pytest.param(2, marks=several_gpus)])
+def test_training_behind_an_exchange(nccl: Pool, world: int) -> None:
+    check_training(nccl, world, formats=[None, StorageFormat("fp8"), StorageFormat("nf4", "fp8")])
+
+
+def test_rehearsal_of_the_training(pool: Pool) -> None:
+    check_training(pool, 2, formats=[StorageFormat("fp8")])
+
+
+def test_without_sequence_parallelism_there_is_nothing_to_overlap() -> None:
+    config = Config(model=ModelSection(preset="gpt2-small"), parallel=ParallelSection(tensor=2, tp_comm_overlap=True))
+    shape = resolve_shape(config.model, tokenizer_vocab_size=100)
+    method = choose_method(config.method, num_layers=shape.num_layers)
+    with pytest.raises(ConfigError, match=r"parallel.tp_comm_overlap = true .* set parallel.sequence=true"):
+        check_plan(config, shape, method, 2)
