@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import functools
 import gc
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -107,11 +108,17 @@ class _Captured:
     """What the graph reads or writes and only a cache of megatron-core's holds, which may let go of it."""
 
 
+@functools.cache
+def _stream() -> torch.cuda.Stream:
+    """Of all graphs of this process, one after the other: cuBLAS keeps a workspace for every stream it has seen."""
+    return torch.cuda.Stream()
+
+
 class StepGraph:
-    """The graph of a trainer's step, and the stream it lives on. Needs a CUDA device."""
+    """The graph of a trainer's step, and the stream it lives on. Needs a CUDA device, which the process stays on."""
 
     def __init__(self) -> None:
-        self._stream = torch.cuda.Stream()
+        self._stream = _stream()
         self._turns = Turns()
         self._inputs: StaticInputs | None = None
         self._captured: _Captured | None = None

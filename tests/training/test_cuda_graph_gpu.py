@@ -12,6 +12,7 @@ itself, before the graph is compared with it. The comparison is rehearsed over g
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -163,6 +164,7 @@ def _has_gradients(record: StepRecord) -> bool:
 
 def compare(case: Tree, *, use_graph: bool = True) -> list[str]:
     """What is wrong on this rank; an eager run stands in for the graph's without `use_graph`."""
+    os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")  # as `join_world` does, which a pool does without
     torch.set_float32_matmul_precision("highest")
     eager = config_of(case, graph=False)
     groups.build_mesh(layout_of(eager), seed=1, timeout_minutes=2)
@@ -186,14 +188,14 @@ LLAMA: Tree = {
 RECOMPUTED: Tree = {"train": {"recompute": "full"}}
 CASES: dict[str, Tree] = {
     "bf16": {},
-    "fp8": FP8,
     "bf16-recomputed": RECOMPUTED,
+    "fp8": FP8,
     "fp8-recomputed": {**FP8, **RECOMPUTED},
-    "nf4-in-fp8": {"base": {"storage": "nf4", "gemm": "fp8"}},
-    "llama-recomputed": {**LLAMA, **RECOMPUTED},
-    "selective": {"train": {"recompute": "selective"}},
     "packed": {"data": {"packing": True}},
     "full": {"method": {"name": "full"}},
+    "selective": {"train": {"recompute": "selective"}},
+    "llama-recomputed": {**LLAMA, **RECOMPUTED},
+    "nf4-in-fp8": {"base": {"storage": "nf4", "gemm": "fp8"}},
 }
 TP2: Tree = {"parallel": {"tensor": 2, "sequence": True}}
 TWO_GPUS: dict[str, Tree] = {
