@@ -153,13 +153,13 @@ ROWS = {
         bench(ONE, *BF16[:2], "train.recompute=full", *BATCH_4, layers=2, methods="full", visits=2), best_regimes
     ),
     "peft": Row(("launch/bench_peft.py", "--layers", "4", "--steps", "8", "--rounds", "2"), rivals),
-    "tax": Row(("launch/adapter_tax.py", "--steps", "10", "--rounds", "3"), tax),
+    "tax": Row(("launch/adapter_tax.py", "--cuda-graph", "--steps", "10", "--rounds", "3"), tax),
     "175b-2gpu": Row(
         bench(TWO, "data.global_batch_size=32", layers=96, steps=2, warm_up=1), speed(1500, SPARE_4_GIB), gpus=2
     ),
     "175b-2gpu-tensor": Row(bench(TWO, *TENSOR, *PAIRS, layers=96, steps=4), speed(1500, SPARE_4_GIB), gpus=2),
     "175b-2gpu-lean": Row(bench(TWO, *TENSOR, *LEAN, layers=96, steps=3), lean(174, 2), gpus=2),
-    "tax-2gpu": Row(("launch/adapter_tax.py", "--tensor", "2", "--sequence-parallel"), tax, gpus=2),
+    "tax-2gpu": Row(("launch/adapter_tax.py", "--cuda-graph", "--tensor", "2", "--sequence-parallel"), tax, gpus=2),
 }
 
 

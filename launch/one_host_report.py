@@ -233,8 +233,8 @@ def _setting_notes(report: Facts) -> Iterator[str]:
         "limit."
     )
     yield (
-        "Communication: time in which kernels of NCCL ran, over the time of the profiled step that follows the "
-        "measured ones; exposed: nothing else ran beside them. Waiting for other ranks counts, such as a pipeline's "
-        "bubble."
+        "Communication: time in which kernels of NCCL, copies between GPUs and barriers ran, over the time of the "
+        "profiled step that follows the measured ones; exposed: nothing else ran beside them. Waiting for other ranks "
+        "counts, such as a pipeline's bubble."
     )
     yield "Planned peaks are those of lora-megatron plan without CUDA's context."

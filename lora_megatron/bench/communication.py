@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a device did during some steps, kernel by kernel, and the share of communication in it.
 
-With C the time in which a collective's kernel ran on this rank, W the same of everything else (other kernels, copies)
-and T the step, all as sets of moments:
+With C the time in which a collective's kernel ran on this rank, or what `layers.exchange` has in place of one (copies
+between GPUs, barriers), W the same of everything else (other kernels, copies) and T the step, all as sets of moments:
 
     share of communication    |C| / T
     of which exposed          (|C u W| - |W|) / T     nothing else ran beside it
@@ -30,6 +30,8 @@ _COLLECTIVES = {
     "broadcast": "broadcast",
     "alltoall": "all-to-all",
 }
+BETWEEN_GPUS = "copies between GPUs"
+_COPY = "Memcpy DtoD"
 _MARKS = ("nccl:", "Context Sync", "Stream Sync", "Event Sync", "Stream Wait Event")
 
 
@@ -76,8 +78,12 @@ class Communication:
 
 
 def collective_of(name: str) -> str | None:
-    """`all-reduce` and so on for the name of a kernel of NCCL; None for any other."""
+    """`all-reduce` and so on for the name of a kernel of NCCL or of torch's symmetric memory; None for any other."""
+    if name == BETWEEN_GPUS:
+        return name
     name = name.lower().replace("_", "")
+    if "barrierkernel" in name:
+        return "barrier"
     if not name.startswith("nccl"):
         return None
     return next((told for part, told in _COLLECTIVES.items() if part in name), "other")
@@ -128,11 +134,19 @@ def watch(step: Callable[[], float], *, steps: int) -> tuple[list[Kernel], float
 
 
 def _kernels(profiler: Any, device: torch.autograd.DeviceType) -> list[Kernel]:
-    """From the raw events: torch's own list of them takes minutes to build from the kernels of a large model."""
+    """From the raw events: torch's own list of them takes minutes to build from the kernels of a large model.
+
+    A copy between GPUs has the name of one inside a GPU; it is told by its stream, on which nothing but copies runs.
+    """
+    events = profiler.profiler.kineto_results.events()
+    events = [event for event in events if event.device_type() == device and not _is_mark(event)]
+    working = {event.device_resource_id() for event in events if not event.name().startswith(_COPY)}
     return [
-        Kernel(event.name(), (event.start_ns(), event.start_ns() + event.duration_ns()))
-        for event in profiler.profiler.kineto_results.events()
-        if event.device_type() == device and not _is_mark(event)
+        Kernel(
+            event.name() if event.device_resource_id() in working else BETWEEN_GPUS,
+            (event.start_ns(), event.start_ns() + event.duration_ns()),
+        )
+        for event in events
     ]
 
 

@@ -75,7 +75,7 @@ def _about_row(row: Row) -> Iterator[str]:
 def communication_text(shares: Sequence[Mapping[str, Any]]) -> str:
     """What the profiled steps said of every rank."""
     parts = (
-        ("kernels of NCCL ran", "share"),
+        ("kernels of NCCL and copies between GPUs ran", "share"),
         ("of a step's time, nothing beside them", "exposed_share"),
         ("and nothing at all", "idle_share"),
     )

@@ -10,7 +10,7 @@ Here the rows of a product are cut by the rank they belong to, and copy engines 
 
 One box of each kind is enough, with one barrier for each product: gathers and sums take turns, in a layer's forward
 pass and in its backward pass, and the barrier of the one says that all ranks are done with the box of the other. Where
-two of a kind follow each other another barrier goes between them.
+two of a kind follow each other, or may have, another barrier goes between them.
 
 The boxes are torch's symmetric memory, outside the caching allocator (`bytes_of` counts them).
 """
@@ -43,6 +43,13 @@ def exchange_over(group: dist.ProcessGroup) -> Exchange:
     return _made[group]
 
 
+def forget_turns() -> None:
+    """To be called around the capture of a CUDA graph and after each launch of one: whose turn it was is then not what
+    this process last asked for, and the next product of each exchange begins with a barrier."""
+    for exchange in _made.values():
+        exchange.last = ""
+
+
 def bytes_of(own_tokens: int, width: int, size: int, itemsize: int) -> int:
     """What both boxes take on each of `size` ranks, whose hidden states are [own_tokens, width]."""
     return (1 + size) * own_tokens * width * itemsize
@@ -55,7 +62,7 @@ class Exchange:
         self.group, self.rank, self.size = group, group.rank(), group.size()
         self.copies = torch.cuda.Stream(priority=-1)
         self.boxes = {"gather": _Box(group), "sum": _Box(group)}
-        self.last = ""
+        self.last = ""  # the kind of the last product; empty where that is not known
         try:
             for box in self.boxes.values():
                 box.holding(_ALIGNMENT)
@@ -117,10 +124,10 @@ class Exchange:
     def _box(self, kind: str, size: int) -> _Box:
         """That box, free to be written into."""
         box = self.boxes[kind]
-        if self.last == kind:
+        box.holding(size)
+        if self.last in ("", kind):
             box.barrier()
         self.last = kind
-        box.holding(size)
         return box
 
 
@@ -139,6 +146,7 @@ class _Box:
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
         self.memory: Tensor | None = None
+        self.older: list[Tensor] = []
 
     def holding(self, size: int) -> None:
         """Make it at least `size` bytes, if it is not: for all ranks at once, as all have tokens of one size."""
@@ -147,10 +155,8 @@ class _Box:
         # Loaded by those who use it: importing it costs a second.
         from torch.distributed import _symmetric_memory as symmetric
 
-        if self.memory is not None:  # nobody may still be reading what goes
-            torch.cuda.synchronize()
-            dist.barrier(group=self.group)
-        self.memory = None
+        if self.memory is not None:
+            self.older.append(self.memory)  # other ranks may still be reading it, and CUDA graphs go on using it
         self.memory = symmetric.empty(size, dtype=torch.uint8, device=torch.device("cuda", torch.cuda.current_device()))
         self.handle = symmetric.rendezvous(self.memory, self.group.group_name)
 

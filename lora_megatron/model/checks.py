@@ -155,12 +155,6 @@ def _check_graph(config: Config) -> None:
             "parallel.pipeline=1",
         ),
         (
-            parallel.tp_comm_overlap,
-            "parallel.tp_comm_overlap = true",
-            "the memory that GPUs share may move when other shapes run in between, and a graph would not know",
-            "parallel.tp_comm_overlap=false",
-        ),
-        (
             sharding == "deepspeed",
             "optimizer.sharding = deepspeed",
             "nobody has tried whether DeepSpeed leaves parameters where a graph reads them",

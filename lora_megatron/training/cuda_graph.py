@@ -37,6 +37,7 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from megatron.core.tensor_parallel import random as megatron_random
 from torch import Tensor
 
+from lora_megatron.layers.exchange import forget_turns
 from lora_megatron.training.step import Batch, StepLoss, make, reduce_reports, run_passes
 
 WARM_UP_STEPS = 2
@@ -164,6 +165,7 @@ class StepGraph:
         if self._captured is None:
             self._captured = self._capture(ddp_chunks, inputs)
         self._captured.graph.replay()
+        forget_turns()
         return self._captured.reports
 
     def _capture(self, ddp_chunks: Sequence[DistributedDataParallel], inputs: StaticInputs) -> _Captured:
@@ -176,6 +178,7 @@ class StepGraph:
         torch.cuda.empty_cache()
         # Thread-local: NCCL's watchdog and a checkpoint's writer go on calling CUDA from threads of theirs.
         capture = torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local")
+        forget_turns()
         with _generators_left_alone(), _keeping_angles(ddp_chunks, kept), capture:
             reports = run_passes(ddp_chunks, inputs.batches)
         kept.extend(mpu.get_global_memory_buffer().buffer.values())  # gathered shards; replaced by larger ones

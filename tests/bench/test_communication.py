@@ -88,6 +88,10 @@ class Event:
     duration: int
     device: Any = torch.autograd.DeviceType.CUDA
     mark: bool = False
+    stream: int = 7
+
+    def device_resource_id(self) -> int:
+        return self.stream
 
     def name(self) -> str:
         return self.text
@@ -151,6 +155,19 @@ def test_only_work_of_the_device_counts() -> None:
     assert (found.whole, found.communicating, found.exposed, found.busy) == (10.0, 2.0, 1.0, 5.0)
 
 
+def test_copies_between_gpus_are_those_of_a_stream_that_only_copies() -> None:
+    copy, barrier = "Memcpy DtoD (Device -> Device)", "c10d::symmetric_memory::barrier_kernel(unsigned int**)"
+    events = [
+        Event(GEMM, 0, 4),
+        Event(copy, 4, 1),  # inside this GPU, between its products
+        Event(copy, 2, 4, stream=9),
+        Event(barrier, 6, 1),
+    ]
+    found, _ = profiled(events)
+    assert (found.communicating, found.exposed, found.busy) == (5.0, 2.0, 7.0)
+    assert found.by_collective == {"copies between GPUs": 4.0, "barrier": 1.0}
+
+
 def test_nothing_seen_and_nothing_asked_is_no_number() -> None:
     assert profiled([]) == (None, 2)
     assert profiled([Event(GEMM, 0, 4)], steps=0) == (None, 0)
@@ -161,7 +178,7 @@ def test_the_sentence_of_a_report() -> None:
     one = communication_of([kernel(GEMM, 0, 6), kernel(REDUCE, 5, 8)], steps=1, whole=10.0).facts()
     other = communication_of([kernel(GEMM, 0, 6), kernel(REDUCE, 6, 10)], steps=1, whole=10.0).facts()
     assert communication_text([one, other]) == (
-        "under the profiler kernels of NCCL ran 30.0% to 40.0% of a step's time, nothing beside them 20.0% to 40.0%, "
-        "and nothing at all 0.0% to 20.0%; waiting for other ranks included."
+        "under the profiler kernels of NCCL and copies between GPUs ran 30.0% to 40.0% of a step's time, nothing "
+        "beside them 20.0% to 40.0%, and nothing at all 0.0% to 20.0%; waiting for other ranks included."
     )
     assert range_text([0.25]) == "25.0%"

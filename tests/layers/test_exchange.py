@@ -82,7 +82,7 @@ def check_differences(pool: Pool, world: int, **what: Any) -> None:
     for each in pool.run(world, differences, **what):
         for name, difference in each:
             rounding = {"fp32": 1e-6, "bf16": 2**-7, "fp8": 2**-7}[name.split()[0]]
-            assert difference <= (rounding if name.endswith("s") else 0.0), name  # a gather changes nothing
+            assert difference <= rounding, name  # of a gather too: a library multiplies fewer rows in another order
 
 
 @pytest.mark.parametrize("world", [pytest.param(2, marks=several_gpus), pytest.param(4, marks=several_gpus)])

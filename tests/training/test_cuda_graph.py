@@ -59,11 +59,6 @@ def complain(config: Config, world_size: int, *, plan: bool = True) -> str:
     [
         ({"method": {"dropout": 0.1}}, 1, ("method.dropout = 0.1", "set method.dropout=0")),
         ({"parallel": {"pipeline": 2}}, 2, ("parallel.pipeline = 2", "set parallel.pipeline=1")),
-        (
-            {"parallel": {"tensor": 2, "sequence": True, "tp_comm_overlap": True}},
-            2,
-            ("parallel.tp_comm_overlap = true", "set parallel.tp_comm_overlap=false"),
-        ),
         ({"optimizer": {"sharding": "deepspeed"}}, 1, ("optimizer.sharding = deepspeed", "megatron or none")),
     ],
 )

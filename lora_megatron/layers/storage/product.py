@@ -2,7 +2,8 @@
 """One of the two products of a frozen weight, x W^T or dL/dy W, over rows that may come from other ranks and in pieces.
 
 Rows are made ready once, where they are (`parts`: a matrix itself, or its FP8 codes and scales), and multiplied
-anywhere (`into`): a row's result depends on that row alone, so the pieces and their order change nothing.
+anywhere (`into`): a row's result depends on that row alone, so pieces and their order change no more than the rounding
+of a library that multiplies fewer rows in another way.
 """
 
 from __future__ import annotations
