@@ -137,6 +137,7 @@ ONE, TWO, LLAMA = "gpt3_175b_1gpu", "gpt3_175b_2gpu", "llama2_70b_1gpu"
 BF16 = ("base.storage=null", "base.gemm=null", "train.recompute=none")
 LEAN = ("train.recompute=full", "train.recompute_unit=3")
 TENSOR = ("parallel.pipeline=1", "parallel.tensor=2", "parallel.sequence=true", "parallel.tp_comm_overlap=true")
+GRAPH = "train.cuda_graph=true"
 PAIRS = ("data.micro_batch_size=2", "data.global_batch_size=4")
 BATCH_4 = ("data.micro_batch_size=4", "data.global_batch_size=16")
 SPARE_4_GIB = 135.0
@@ -157,7 +158,7 @@ ROWS = {
     "175b-2gpu": Row(
         bench(TWO, "data.global_batch_size=32", layers=96, steps=2, warm_up=1), speed(1500, SPARE_4_GIB), gpus=2
     ),
-    "175b-2gpu-tensor": Row(bench(TWO, *TENSOR, *PAIRS, layers=96, steps=4), speed(1500, SPARE_4_GIB), gpus=2),
+    "175b-2gpu-tensor": Row(bench(TWO, *TENSOR, *PAIRS, GRAPH, layers=96, steps=4), speed(1500, SPARE_4_GIB), gpus=2),
     "175b-2gpu-lean": Row(bench(TWO, *TENSOR, *LEAN, layers=96, steps=3), lean(174, 2), gpus=2),
     "tax-2gpu": Row(("launch/adapter_tax.py", "--cuda-graph", "--tensor", "2", "--sequence-parallel"), tax, gpus=2),
 }

@@ -30,8 +30,7 @@ _COLLECTIVES = {
     "broadcast": "broadcast",
     "alltoall": "all-to-all",
 }
-BETWEEN_GPUS = "copies between GPUs"
-_COPY = "Memcpy DtoD"
+_COPY = "Memcpy PtoP"  # between two devices; one inside a device is DtoD
 _MARKS = ("nccl:", "Context Sync", "Stream Sync", "Event Sync", "Stream Wait Event")
 
 
@@ -79,8 +78,8 @@ class Communication:
 
 def collective_of(name: str) -> str | None:
     """`all-reduce` and so on for the name of a kernel of NCCL or of torch's symmetric memory; None for any other."""
-    if name == BETWEEN_GPUS:
-        return name
+    if name.startswith(_COPY):
+        return "copies between GPUs"
     name = name.lower().replace("_", "")
     if "barrierkernel" in name:
         return "barrier"
@@ -134,19 +133,11 @@ def watch(step: Callable[[], float], *, steps: int) -> tuple[list[Kernel], float
 
 
 def _kernels(profiler: Any, device: torch.autograd.DeviceType) -> list[Kernel]:
-    """From the raw events: torch's own list of them takes minutes to build from the kernels of a large model.
-
-    A copy between GPUs has the name of one inside a GPU; it is told by its stream, on which nothing but copies runs.
-    """
-    events = profiler.profiler.kineto_results.events()
-    events = [event for event in events if event.device_type() == device and not _is_mark(event)]
-    working = {event.device_resource_id() for event in events if not event.name().startswith(_COPY)}
+    """From the raw events: torch's own list of them takes minutes to build from the kernels of a large model."""
     return [
-        Kernel(
-            event.name() if event.device_resource_id() in working else BETWEEN_GPUS,
-            (event.start_ns(), event.start_ns() + event.duration_ns()),
-        )
-        for event in events
+        Kernel(event.name(), (event.start_ns(), event.start_ns() + event.duration_ns()))
+        for event in profiler.profiler.kineto_results.events()
+        if event.device_type() == device and not _is_mark(event)
     ]
 
 

@@ -26,6 +26,11 @@ from torch import Tensor
 from lora_megatron.errors import ConfigError
 from lora_megatron.layers.storage.product import Product
 
+try:
+    from lora_megatron.layers import exchange_kernels as kernels
+except ImportError:  # no Triton
+    kernels = None  # type: ignore[assignment]
+
 _ALIGNMENT = 256  # bytes between parts of a box
 _made: dict[dist.ProcessGroup, Exchange] = {}
 
@@ -115,7 +120,7 @@ class Exchange:
         product.into(addends[self.rank], *(part[self.rank * rows :][:rows] for part in parts))
         main.wait_stream(self.copies)
         box.barrier()
-        return addends.sum(0)
+        return addends.sum(0) if kernels is None else kernels.sum_in_order(addends)
 
     def _others(self) -> list[int]:
         """The other ranks, each of which has a different first one."""

@@ -72,6 +72,7 @@ def test_shares_of_a_step_of_ten_seconds() -> None:
         ("ncclKernel_New", "other"),
         (GEMM, None),
         ("Memcpy DtoD (Device -> Device)", None),
+        ("Memcpy PtoP (Device -> Device)", "copies between GPUs"),
         ("void at::native::all_reduce_like_nccl_kernel", None),
     ],
 )
@@ -88,10 +89,6 @@ class Event:
     duration: int
     device: Any = torch.autograd.DeviceType.CUDA
     mark: bool = False
-    stream: int = 7
-
-    def device_resource_id(self) -> int:
-        return self.stream
 
     def name(self) -> str:
         return self.text
@@ -155,13 +152,12 @@ def test_only_work_of_the_device_counts() -> None:
     assert (found.whole, found.communicating, found.exposed, found.busy) == (10.0, 2.0, 1.0, 5.0)
 
 
-def test_copies_between_gpus_are_those_of_a_stream_that_only_copies() -> None:
-    copy, barrier = "Memcpy DtoD (Device -> Device)", "c10d::symmetric_memory::barrier_kernel(unsigned int**)"
+def test_what_an_exchange_does_is_communication() -> None:
     events = [
         Event(GEMM, 0, 4),
-        Event(copy, 4, 1),  # inside this GPU, between its products
-        Event(copy, 2, 4, stream=9),
-        Event(barrier, 6, 1),
+        Event("Memcpy DtoD (Device -> Device)", 4, 1),  # inside this GPU
+        Event("Memcpy PtoP (Device -> Device)", 2, 4),
+        Event("c10d::symmetric_memory::barrier_kernel(unsigned int**)", 6, 1),
     ]
     found, _ = profiled(events)
     assert (found.communicating, found.exposed, found.busy) == (5.0, 2.0, 7.0)
