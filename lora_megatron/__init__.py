@@ -4,6 +4,8 @@
 import logging
 import warnings
 
+from lora_megatron.parallel import without_compiler
+
 __version__ = "0.1.0"
 
 # megatron-core announces the absence of optional libraries at every import, once per rank; where it matters, our own
@@ -18,3 +20,4 @@ for _notice in (
 ):
     warnings.filterwarnings("ignore", message=_notice)
 logging.getLogger("megatron.core").setLevel(logging.ERROR)
+without_compiler.install()

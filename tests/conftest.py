@@ -19,3 +19,21 @@ def pool() -> Iterator[Pool]:
     pool = Pool(4)
     yield pool
     pool.close()
+
+
+LONGEST = (
+    "test_quickstart.py",
+    "launch/test_slurm.py",
+    "test_readme.py",
+    "launch/test_one_host_run.py",
+    "launch/test_two_agents.py",
+    "test_oracle.py",
+)
+"""Files that take longest, most of them one test that starts many processes: at the end of a run the others' workers
+would wait for them."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first, everything else in its order."""
+    here = Path(__file__).parent
+    items.sort(key=lambda item: str(item.path.relative_to(here)) not in LONGEST)

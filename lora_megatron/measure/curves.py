@@ -13,9 +13,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-
 from lora_megatron.measure.atomic import write_bytes
 
 Point = Sequence[float | None]
@@ -53,6 +50,9 @@ def draw_losses(
 
     base_loss: a dashed line at the held-out loss before any training.
     """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # a second to load, at the end of a run
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(10, 6), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()

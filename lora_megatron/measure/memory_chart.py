@@ -8,9 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-
 from lora_megatron.measure.atomic import write_bytes
 
 # Okabe and Ito's, which colour-blind readers can tell apart; what is held all the time comes first.
@@ -31,6 +28,9 @@ def draw_memory(
     path: Path, methods: Sequence[Bars], *, groups: Sequence[str], title: str, limit: float, limit_label: str
 ) -> None:
     """Write a PNG (1650 pixels wide): for every group a bar a method, stacked by kind; `limit` is in bytes."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # a second to load, at the end of a run
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(11, 6.2), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()

@@ -5,8 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rouge_score.rouge_scorer import RougeScorer
-
 from lora_megatron.metrics.sums import Sums, average
 
 TYPES = {"rouge1": "rouge1", "rouge2": "rouge2", "rouge_l": "rougeL"}
@@ -14,6 +12,8 @@ TYPES = {"rouge1": "rouge1", "rouge2": "rouge2", "rouge_l": "rougeL"}
 
 def rouge(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, Sums]:
     """F1 of each, 0 to 100, with Porter's stemmer; of the reference that fits best where there are several."""
+    from rouge_score.rouge_scorer import RougeScorer  # loads NLTK, which no training needs
+
     scorer = RougeScorer(list(TYPES.values()), use_stemmer=True)
     found = [
         scorer.score_multi(list(texts), prediction) for prediction, texts in zip(predictions, references, strict=True)

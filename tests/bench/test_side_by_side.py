@@ -150,13 +150,13 @@ def dgrads(arguments: list[str], adapted: bool) -> list[tuple[int, int]]:
     config = adapter_tax.config_of(adapter_tax.Case("fp8", 2, adapted), options)
     groups.build_mesh(adapter_tax.layout_of(config), seed=1)
     seen: list[tuple[int, int]] = []
-    multiply = Fp8Products.input_gradient_of
+    multiply = Fp8Products.backward_product
 
     def noted(stored: Any, *factors: Any) -> Any:
         seen.append(stored.shape)
         return multiply(stored, *factors)
 
-    with patch.object(Fp8Products, "input_gradient_of", noted):
+    with patch.object(Fp8Products, "backward_product", noted):
         visit(
             Case("lora", 2),
             config,
