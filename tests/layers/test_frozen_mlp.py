@@ -50,8 +50,8 @@ def train_both(experiments: list[Experiment]) -> list[tuple[Record | None, Recor
 
 def _layer_by_layer(experiment: Experiment) -> Record | None:
     with (
-        mock.patch.object(mlp, "_fp8_pair", return_value=None) as asked,
-        mock.patch.object(mlp, "fp8_mlp", side_effect=AssertionError("not this way")),
+        mock.patch.object(mlp, "_multiplies_in_fp8", return_value=False) as asked,
+        mock.patch.object(mlp, "frozen_mlp", side_effect=AssertionError("not this way")),
     ):
         record = train_twin(experiment)
     assert asked.called
@@ -70,14 +70,14 @@ def test_one_function_is_its_layers_one_after_the_other(pool: Pool, layout: str,
 
 def train_broken(fault: str) -> tuple[Record | None, Record | None]:
     """`gpt` as one function that has a fault, and layer by layer."""
-    original: Any = mlp.fp8_mlp.__globals__[fault]
+    original: Any = mlp.frozen_mlp.__globals__[fault]
 
     def unscaled(*args: Any, **kwargs: Any) -> Any:
         if fault == "Update":
             return original(args[0], tuple(2 * scale for scale in args[1]), *args[2:])
         return args[0]  # du A is never added
 
-    with mock.patch.dict(mlp.fp8_mlp.__globals__, {fault: unscaled}):
+    with mock.patch.dict(mlp.frozen_mlp.__globals__, {fault: unscaled}):
         broken = train_twin(GPT)
     return broken, _layer_by_layer(GPT)
 
