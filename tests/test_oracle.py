@@ -15,9 +15,9 @@ import pytest
 from lora_megatron.config import parse_config
 from lora_megatron.errors import ConfigError
 from lora_megatron.methods.choose import choose_method
-from lora_megatron.model.build import NOTHING_RECOMPUTED
 from lora_megatron.model.checks import check
 from lora_megatron.model.presets import resolve_shape
+from lora_megatron.model.recomputation import NOTHING_RECOMPUTED
 from lora_megatron.parallel.groups import Layout
 from tests.comparison import Mismatch, compare, frobenius
 from tests.pool import Pool
@@ -33,6 +33,7 @@ QWEN3 = Experiment(  # everything trains, so that q's and k's norms do: their gr
     method={"name": "full"},
     steps=2,
 )
+MLP: dict[str, Any] = {"recompute": "selective", "recompute_modules": ("mlp",)}
 VARIANTS: dict[str, Experiment] = {
     "gpt": GPT,
     "llama": LLAMA,
@@ -44,8 +45,14 @@ VARIANTS: dict[str, Experiment] = {
     "gpt-two-layers-recomputed-together": replace(GPT, recompute="full", recompute_unit=2, steps=2),
     "gpt-selective-recompute": replace(GPT, recompute="selective", steps=2),
     "llama-full-recompute": replace(LLAMA, recompute="full", steps=2),
+    "gpt-mlp-recompute": replace(GPT, **MLP, steps=2),
+    "neox-mlp-recompute": replace(NEOX, **MLP, recompute_layers=1, steps=2),
+    "llama-mlp-and-attention-recompute": replace(
+        LLAMA, recompute="selective", recompute_modules=("core_attn", "mlp"), steps=2
+    ),
     "dropout": DROPOUT,
     "dropout-full-recompute": replace(DROPOUT, recompute="full"),
+    "dropout-mlp-recompute": replace(DROPOUT, **MLP),
     "llama-dropout-micro-batch-2": replace(LLAMA, dropout=0.3, steps=2, micro_batch_size=2),
     "label-smoothing": replace(GPT, label_smoothing=0.1, steps=2),
     "label-smoothing-full": replace(GPT, label_smoothing=0.1, method={"name": "full"}, steps=2),
@@ -67,9 +74,12 @@ RECOMPUTE = (
     "gpt-selective-recompute",
     "llama-full-recompute",
     "neox-full-recompute",
+    "gpt-mlp-recompute",
+    "neox-mlp-recompute",
+    "llama-mlp-and-attention-recompute",
 )
 TOGETHER = "gpt-two-layers-recomputed-together"
-DROPOUTS = ("dropout", "dropout-full-recompute", "llama-dropout-micro-batch-2")
+DROPOUTS = ("dropout", "dropout-full-recompute", "dropout-mlp-recompute", "llama-dropout-micro-batch-2")
 # Name of a layout -> world size, layout, the variants that run on it.
 LAYOUTS: dict[str, tuple[int, Layout, tuple[str, ...]]] = {
     "one": (1, Layout(), ALL),
@@ -89,7 +99,11 @@ LAYOUTS: dict[str, tuple[int, Layout, tuple[str, ...]]] = {
     "vpp2": (2, Layout(pipeline=2, virtual_pipeline=2), (*MAIN, *RECOMPUTE, *DROPOUTS)),
     "dp2": (2, Layout(), (*MAIN, "dropout", "gpt-full-recompute")),
     "tp2-pp2": (4, Layout(tensor=2, pipeline=2), (*MAIN, "packing")),
-    "tp2-sp-pp2": (4, Layout(tensor=2, pipeline=2, sequence=True), (*MAIN, "dropout-full-recompute")),
+    "tp2-sp-pp2": (
+        4,
+        Layout(tensor=2, pipeline=2, sequence=True),
+        (*MAIN, "dropout-full-recompute", "dropout-mlp-recompute"),
+    ),
     "tp2-sp-vpp2": (4, Layout(tensor=2, pipeline=2, virtual_pipeline=2, sequence=True), (*MAIN, "dropout")),
     "tp2-sp-dp2": (4, Layout(tensor=2, sequence=True), (*MAIN, "dropout")),
     "pp2-dp2": (4, Layout(pipeline=2), MAIN),
@@ -121,7 +135,7 @@ def test_layout_equals_unsharded(pool: Pool, layout: str, variant: str) -> None:
     assert compare(records(pool, layout)[variant], twin(pool, variant)) >= 20
 
 
-@pytest.mark.parametrize("variant", [*RECOMPUTE, TOGETHER, "dropout-full-recompute"])
+@pytest.mark.parametrize("variant", [*RECOMPUTE, TOGETHER, "dropout-full-recompute", "dropout-mlp-recompute"])
 def test_recompute_equals_stored_activations(pool: Pool, variant: str) -> None:
     """The same forward, bit for bit; the backward adds up a layer's gradients in another order."""
     recomputed, stored = records(pool, "one")[variant], twin(pool, variant)

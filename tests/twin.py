@@ -48,6 +48,7 @@ class Experiment:
     )
     precision: str = "fp32"
     recompute: str = "none"
+    recompute_modules: tuple[str, ...] = ("core_attn",)
     recompute_layers: int | None = None
     recompute_unit: int = 1
     storage: StorageFormat | None = None
@@ -107,6 +108,7 @@ def build_chunks(experiment: Experiment) -> tuple[list[Any], Record | None]:
         experiment.dropout,
         adapter_seed=7,
         storage=experiment.storage,
+        recompute_modules=experiment.recompute_modules,
         recompute_layers=experiment.recompute_layers,
         recompute_unit=experiment.recompute_unit,
         label_smoothing=experiment.label_smoothing,

@@ -26,6 +26,7 @@ from lora_megatron.methods.method import Method
 from lora_megatron.model.build import build
 from lora_megatron.model.checks import layout_of, options_of
 from lora_megatron.model.names import named_parameters
+from lora_megatron.model.recomputation import without_mlp
 from lora_megatron.model.shape import ModelShape
 from lora_megatron.training.choose_optimizer import choose_optimizer
 from lora_megatron.training.cuda_graph import StepGraph
@@ -70,9 +71,11 @@ class RandomTokens:
 def bench_config(config: Config, method: str) -> Config:
     """The same run with `method`, at a constant learning rate from the first step.
 
-    Full fine-tuning has no frozen weights to keep in another format: it runs in `train.precision`.
+    Full fine-tuning has no frozen weights to keep in another format: it runs in `train.precision`. Nor can it rebuild
+    frozen MLPs.
     """
     whole = {"storage": None, "gemm": None} if method == "full" else {}
+    config = without_mlp(config) if method == "full" else config
     return config.model_copy(
         update={
             "base": config.base.model_copy(update=whole),

@@ -21,8 +21,9 @@ from lora_megatron.errors import CheckpointError
 from lora_megatron.methods.choose import choose_method
 from lora_megatron.methods.lora import Lora
 from lora_megatron.methods.method import Method
-from lora_megatron.model.build import NOTHING_RECOMPUTED, build
+from lora_megatron.model.build import build
 from lora_megatron.model.checks import check_decoding, layout_of, options_of
+from lora_megatron.model.recomputation import NOTHING_RECOMPUTED
 from lora_megatron.parallel import groups
 from lora_megatron.parallel.agree import is_main, require_equal, together
 from lora_megatron.parallel.groups import Ranks

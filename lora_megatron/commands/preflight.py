@@ -148,6 +148,7 @@ def settle_recomputation(config: Config, shape: ModelShape, method: Method, say:
     settled = settle_here(config, shape, method, free=free_for_this_rank())
     if config.train.recompute == "auto":
         share = f"{settled.train.recompute_layers or 0} of the {chunk_layers(config, shape)} layers"
+        share = f"fc1's output in {share}" if settled.train.recompute == "selective" else share
         say(f"train.recompute = auto recomputes {share} of each model chunk")
     return settled
 

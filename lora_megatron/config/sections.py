@@ -171,10 +171,14 @@ class TrainSection(Section):
     """The newest ones to keep; with 1 also the one before it, as no step was taken from the newest yet."""
     precision: Literal["fp32", "bf16"] = "fp32"
     recompute: Literal["none", "selective", "full", "auto"] = "none"
-    """Activations rebuilt in the backward pass: none, core attention's, whole layers', or those of as few layers as
-    the memory allows: `auto` becomes `none`, or `full` with `recompute_layers`, when a run starts."""
+    """Activations rebuilt in the backward pass: none, those of `recompute_modules`, whole layers', or as few as the
+    memory allows: `auto` becomes `none`, `selective` of `[mlp]` or `full`, with `recompute_layers`, when a run
+    starts."""
+    recompute_modules: tuple[Literal["core_attn", "mlp"], ...] = Field(("core_attn",), min_length=1)
+    """With `selective`: `core_attn`, core attention, of all layers; `mlp`, of a frozen MLP the output of fc1, its
+    largest activation, at the price of one more product."""
     recompute_layers: int | None = Field(None, ge=1, le=MOST_LAYERS)
-    """With `full`: the first so many layers of each model chunk; all where not given."""
+    """With `full`, or `mlp` of `selective`: of the first so many layers of each model chunk; of all where not given."""
     recompute_unit: int = Field(1, ge=1, le=MOST_LAYERS)
     """With `full` of all layers: how many are rebuilt together. More keep fewer inputs and rebuild more at a time: for
     GPT-3 175B on one GPU 3 are the leanest by the plan."""

@@ -59,6 +59,11 @@ class Activation:
             return kernels.activate_gradient(x.contiguous(), bias, grad.contiguous(), self.name, gated=self.gated)
         return None
 
+    def gradient(self, x: Tensor, bias: Tensor | None, grad: Tensor) -> Tensor:
+        """dL/dx from dL/dy, where the bias does not train."""
+        found = self.input_gradient(x, grad, bias)
+        return self.exact_gradient(x, bias, grad).to(x.dtype) if found is None else found
+
     def exactly(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """y before it is rounded, in fp32 (or better); the reference that kernels are held to."""
         values = x if x.dtype == torch.float64 else x.float()

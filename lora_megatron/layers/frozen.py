@@ -56,7 +56,7 @@ class _GatheredLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, shards: SequenceShards) -> Tensor:
         ctx.weight, ctx.shards = weight, shards
-        product = _forward_product(weight, x.dtype, bias)
+        product = forward_product(weight, x.dtype, bias)
         output = shards.product_of_all(product, *product.parts(x.reshape(-1, x.shape[-1])))
         result: Tensor = torch.ops.aten._unsafe_view(output, [-1, *x.shape[1:-1], output.shape[-1]])
         return result
@@ -64,7 +64,7 @@ class _GatheredLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         grad = grads[0]
-        product = _backward_product(ctx.weight, grad.dtype)
+        product = backward_product(ctx.weight, grad.dtype)
         grad_x = ctx.shards.sum_of_products(product, *product.parts(grad.reshape(-1, grad.shape[-1])))
         return grad_x.view(-1, *grad.shape[1:-1], grad_x.shape[-1]), None, None, None
 
@@ -75,7 +75,7 @@ class _ScatteredLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, shards: SequenceShards) -> Tensor:
         ctx.weight, ctx.shards = weight, shards
-        product = _forward_product(weight, x.dtype)
+        product = forward_product(weight, x.dtype)
         output = shards.sum_of_products(product, *product.parts(x.reshape(-1, x.shape[-1])))
         result: Tensor = torch.ops.aten._unsafe_view(output, [-1, *x.shape[1:-1], output.shape[-1]])
         return result
@@ -83,17 +83,19 @@ class _ScatteredLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         grad = grads[0]
-        product = _backward_product(ctx.weight, grad.dtype)
+        product = backward_product(ctx.weight, grad.dtype)
         grad_x = ctx.shards.product_of_all(product, *product.parts(grad.reshape(-1, grad.shape[-1])))
         return grad_x.view(-1, *grad.shape[1:-1], grad_x.shape[-1]), None, None
 
 
-def _forward_product(weight: Tensor, dtype: torch.dtype, bias: Tensor | None = None) -> Product:
+def forward_product(weight: Tensor, dtype: torch.dtype, bias: Tensor | None = None) -> Product:
+    """x W^T + bias of rows x [m, in] in `dtype`, whatever format the weight is kept in."""
     stored = stored_of(weight)
     return product_with(weight.t(), bias) if stored is None else stored.forward_product(dtype, bias)
 
 
-def _backward_product(weight: Tensor, dtype: torch.dtype) -> Product:
+def backward_product(weight: Tensor, dtype: torch.dtype) -> Product:
+    """grad W of rows grad [m, out]; likewise."""
     stored = stored_of(weight)
     return product_with(weight) if stored is None else stored.backward_product(dtype)
 

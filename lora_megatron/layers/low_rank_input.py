@@ -20,16 +20,15 @@ import torch
 from torch import Tensor
 
 from lora_megatron.layers.dropout import Dropout
-from lora_megatron.layers.rebuilt import recipe_of
+from lora_megatron.layers.rebuilt import recipe_or_itself
 
 
 class _LowRankInput(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dropout: Dropout | None, *factors: Tensor) -> tuple[Tensor, Tensor]:
-        recipe = recipe_of(x)
-        ctx.step, ctx.dropout = None if recipe is None else recipe.step, dropout
-        kept = (x,) if recipe is None else recipe.ingredients
-        ctx.save_for_backward(*factors, *kept)
+        recipe = recipe_or_itself(x)
+        ctx.step, ctx.dropout = recipe.step, dropout
+        ctx.save_for_backward(*factors, *recipe.ingredients)
         ctx.set_materialize_grads(False)
         return torch.matmul(x if dropout is None else dropout(x), stacked(factors).t()), x
 
@@ -42,7 +41,7 @@ class _LowRankInput(torch.autograd.Function):
             return grad_x, None, *(None for _ in factors)
         if ctx.needs_input_grad[0]:
             grad_x = add_input_gradient(grad_x, du, stacked(factors), ctx.dropout)
-        x = kept[0] if ctx.step is None else ctx.step.value(*kept)
+        x = ctx.step.value(*kept)
         x = x if ctx.dropout is None else ctx.dropout(x)
         grad_a = du.reshape(-1, du.shape[-1]).t() @ x.reshape(-1, x.shape[-1])  # [sum of r, in]
         return grad_x, None, *grad_a.split([factor.shape[0] for factor in factors])

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""fc2(act(fc1(x))): megatron-core's MLP with our activation, and one function of it all where both weights are FP8.
+"""fc2(act(fc1(x))): megatron-core's MLP with our activation, and one function of it all where that does more.
 
 A frozen MLP that multiplies in FP8 needs neither the activation's output nor the gradient of its input as such, only
-their FP8 codes: they are computed and quantised in one pass (`fp8_mlp`).
+their FP8 codes: they are computed and quantised in one pass (`frozen_mlp`). And a frozen MLP of any format can leave
+fc1's output to be made again in the backward pass.
 """
 
 from __future__ import annotations
@@ -18,13 +19,19 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from torch import Tensor
 
 from lora_megatron.layers.activation import Activation
-from lora_megatron.layers.fp8_mlp import fp8_mlp
+from lora_megatron.layers.frozen_mlp import frozen_mlp
 from lora_megatron.layers.low_rank import add_low_rank
 from lora_megatron.layers.storage.fp8 import Fp8Products
+from lora_megatron.layers.storage.stored import stored_of
 
 
 class Mlp(MLP):
-    """megatron-core's MLP; `activation` is applied to fc1's output and bias."""
+    """megatron-core's MLP; `activation` is applied to fc1's output and bias.
+
+    Args:
+        rebuild: where the weights are frozen, make fc1's output again in the backward pass instead of keeping it.
+        The rest is megatron-core's.
+    """
 
     def __init__(
         self,
@@ -32,12 +39,13 @@ class Mlp(MLP):
         submodules: MLPSubmodules,
         *,
         activation: Activation,
+        rebuild: bool = False,
         tp_group: dist.ProcessGroup | None = None,
         **megatron: Any,
     ) -> None:
         group = tp_group or mpu.get_tensor_model_parallel_group()
         super().__init__(config, submodules, tp_group=group)
-        self.activation = activation
+        self.activation, self.rebuild = activation, rebuild
 
     def forward(
         self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **megatron: Any
@@ -45,24 +53,24 @@ class Mlp(MLP):
         """[s or s/t, b, h] -> the same shape, and fc2's bias, which is added with the residual."""
         assert per_token_scale is None, "for experts, which this stack has not"
         fc1, fc2 = self.linear_fc1, self.linear_fc2
-        pair = _fp8_pair(fc1, fc2)
-        if pair is None:
+        if not (_is_frozen(fc1, fc2) and (self.rebuild or _multiplies_in_fp8(fc1, fc2))):
             y = self.activation(*fc1(hidden_states))
             result: tuple[Tensor, Tensor | None] = fc2(y)
             return result
-        output, u = fp8_mlp(hidden_states, fc1, fc2, pair, self.activation)
+        output, u = frozen_mlp(hidden_states, fc1, fc2, self.activation, rebuild=self.rebuild)
         if not fc2.sequence_parallel:
             output = reduce_from_tensor_model_parallel_region(output, group=self.tp_group)
         return output if u is None else add_low_rank(output, fc2.low_rank_update(u)), fc2.bias
 
 
-def _fp8_pair(fc1: Any, fc2: Any) -> tuple[Fp8Products, Fp8Products] | None:
-    """Both weights, if they are frozen and multiply in FP8, and no bias between them trains."""
-    first, second = getattr(fc1, "stored", None), getattr(fc2, "stored", None)
-    if not (isinstance(first, Fp8Products) and isinstance(second, Fp8Products)):
-        return None
-    trains = fc1.bias is not None and fc1.bias.requires_grad
-    return None if trains else (first, second)
+def _is_frozen(fc1: Any, fc2: Any) -> bool:
+    """Whether neither weight trains, nor the bias between them."""
+    between = fc1.bias is not None and fc1.bias.requires_grad
+    return not (fc1.weight.requires_grad or fc2.weight.requires_grad or between)
+
+
+def _multiplies_in_fp8(*linears: Any) -> bool:
+    return all(isinstance(stored_of(linear.weight), Fp8Products) for linear in linears)
 
 
 @dataclass

@@ -49,6 +49,22 @@ def recipe_of(y: Tensor) -> Recipe | None:
     return getattr(y, "recipe", None)
 
 
+@dataclass(frozen=True)
+class _Itself:
+    """The step of a tensor that nobody knows how to make: it is kept."""
+
+    def value(self, x: Tensor, *parameters: Tensor | None) -> Tensor:
+        return x
+
+    def input_gradient(self, x: Tensor, grad: Tensor, *parameters: Tensor | None) -> Tensor | None:
+        return grad
+
+
+def recipe_or_itself(y: Tensor) -> Recipe:
+    """How to have the values of `y` again: made as they were made, or, where nobody knows how, kept."""
+    return recipe_of(y) or Recipe(_Itself(), (y.detach(),))
+
+
 @contextlib.contextmanager
 def passing_graph() -> Iterator[None]:
     """Within, autograd records a graph that lives for one operation only: a meter of what is kept for the backward

@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from megatron.core import parallel_state as mpu
@@ -24,6 +23,7 @@ from lora_megatron.layers.storage.choose import StorageFormat
 from lora_megatron.methods.method import Method
 from lora_megatron.model.gpt import Gpt
 from lora_megatron.model.names import EMBEDDING, OUTPUT, POSITIONS, named_parameters
+from lora_megatron.model.recomputation import CORE_ATTENTION, rebuilds_attention, rebuilt_mlps
 from lora_megatron.model.shape import ModelShape
 from lora_megatron.model.spec import block_spec
 from lora_megatron.parallel.groups import Layout
@@ -42,8 +42,10 @@ class BuildOptions:
     adapter_seed: int = 0
     storage: StorageFormat | None = None
     """Format of the linear weights that are frozen; None keeps them in `precision`."""
+    recompute_modules: tuple[str, ...] = CORE_ATTENTION
+    """With recompute `selective`: of which parts (`model.recomputation`)."""
     recompute_layers: int | None = None
-    """With recompute `full`: of each chunk the first so many; None is all."""
+    """With recompute `full`, or `selective` of `mlp`: of each chunk the first so many; None is all."""
     recompute_unit: int = 1
     """With recompute `full` of all layers: how many are rebuilt together."""
     meta: bool = False
@@ -51,10 +53,6 @@ class BuildOptions:
     label_smoothing: float = 0.0
     tp_comm_overlap: bool = False
     """Hide the collectives of sequence parallelism behind products (`layers.exchange`)."""
-
-
-NOTHING_RECOMPUTED: dict[str, Any] = {"recompute": "none", "recompute_layers": None, "recompute_unit": 1}
-"""Of `BuildOptions`, for what has no backward pass, or is not run."""
 
 
 class _ShapesOnly(Gpt):
@@ -110,12 +108,12 @@ def megatron_config(shape: ModelShape, layout: Layout, options: BuildOptions) ->
 
 
 def _recomputation(options: BuildOptions) -> dict[str, object]:
-    """megatron-core's words for which activations are rebuilt."""
-    if options.recompute == "none":
+    """megatron-core's words for which activations it rebuilds; fc1's output is `layers.frozen_mlp`'s to make again."""
+    assert options.recompute != "auto", "it is settled before anything is built"
+    if rebuilds_attention(options.recompute, options.recompute_modules):
+        return {"recompute_granularity": "selective", "recompute_modules": list(CORE_ATTENTION)}
+    if options.recompute != "full":
         return {}
-    if options.recompute == "selective":
-        return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
-    assert options.recompute == "full", "auto is settled before anything is built"
     unit = options.recompute_unit
     if options.recompute_layers is None:
         return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": unit}
@@ -169,6 +167,9 @@ def build(shape: ModelShape, method: Method, layout: Layout, options: BuildOptio
                     dropout=options.dropout,
                     seed=options.adapter_seed,
                     storage=options.storage,
+                    rebuilt_mlps=rebuilt_mlps(
+                        options.recompute, options.recompute_modules, options.recompute_layers, len(layers)
+                    ),
                 ),
                 vocab_size=padded,
                 max_sequence_length=shape.max_position_embeddings,

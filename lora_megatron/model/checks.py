@@ -11,6 +11,7 @@ from lora_megatron.layers.storage.choose import StorageFormat
 from lora_megatron.layers.storage.nf4 import BLOCK
 from lora_megatron.methods.method import Method
 from lora_megatron.model.build import BuildOptions
+from lora_megatron.model.recomputation import check_recomputation
 from lora_megatron.model.shape import ModelShape
 from lora_megatron.parallel.groups import Layout, check_world_size, device_memory_bytes
 
@@ -26,6 +27,7 @@ def options_of(config: Config, *, meta: bool = False) -> BuildOptions:
     return BuildOptions(
         precision=config.train.precision,
         recompute=config.train.recompute,
+        recompute_modules=config.train.recompute_modules,
         recompute_layers=config.train.recompute_layers,
         recompute_unit=config.train.recompute_unit,
         dropout=config.method.dropout,
@@ -58,7 +60,7 @@ def check_plan(config: Config, shape: ModelShape, method: Method, world_size: in
             "parallel.sequence=true, or leave it out"
         )
     _check_storage(config, layout, shape)
-    _check_recomputation(config, layout, shape)
+    check_recomputation(config, layout, shape, method)
     _check_graph(config)
     _check_targets(config, shape)
     _check_ranks(shape, method)
@@ -107,35 +109,6 @@ def _check_layout(layout: Layout, shape: ModelShape) -> None:
 def _divisors(shape: ModelShape) -> list[int]:
     sizes = (shape.num_attention_heads, shape.num_query_groups, shape.ffn_hidden_size)
     return [n for n in range(1, shape.num_query_groups + 1) if all(size % n == 0 for size in sizes)]
-
-
-def _check_recomputation(config: Config, layout: Layout, shape: ModelShape) -> None:
-    asked, how, unit = config.train.recompute_layers, config.train.recompute, config.train.recompute_unit
-    layers = shape.num_layers // (layout.pipeline * layout.virtual_pipeline)
-    if unit > 1 and (how != "full" or asked is not None):
-        raise ConfigError(
-            f"train.recompute_unit = {unit} goes with train.recompute = full of all layers: leave it out, or set "
-            "train.recompute=full without train.recompute_layers"
-        )
-    if layers == 1 < unit:
-        raise ConfigError(f"train.recompute_unit = {unit}: a model chunk of this layout has 1 layer; leave it out")
-    if layers % unit:
-        raise ConfigError(
-            f"train.recompute_unit = {unit} does not divide the {layers} layers of a model chunk of this layout: give "
-            f"one of {', '.join(str(n) for n in range(1, layers + 1) if layers % n == 0)}"
-        )
-    if asked is None:
-        return
-    if how != "full":
-        raise ConfigError(
-            f"train.recompute_layers = {asked} goes with train.recompute = full, not {how}: leave it out, or set "
-            "train.recompute=full"
-        )
-    if asked > layers:
-        raise ConfigError(
-            f"train.recompute_layers = {asked}: a model chunk of this layout has {layers} layer{'s'[: layers > 1]}; "
-            f"give at most {layers}, or leave it out to recompute all"
-        )
 
 
 def _check_graph(config: Config) -> None:

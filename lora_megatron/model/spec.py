@@ -44,10 +44,17 @@ def _fc1_rows(rows: int, *, gated: bool) -> tuple[Part, ...]:
 
 
 def layer_spec(
-    shape: ModelShape, method: Method, layer: int, *, dropout: float, seed: int, storage: StorageFormat | None
+    shape: ModelShape,
+    method: Method,
+    layer: int,
+    *,
+    dropout: float,
+    seed: int,
+    storage: StorageFormat | None,
+    rebuild_mlp: bool,
 ) -> ModuleSpec:
     """One transformer layer, `layer` being its global index; `dropout` and `seed` are the adapters', `storage` that
-    of frozen weights."""
+    of frozen weights; `rebuild_mlp` as in `layers.mlp`."""
 
     def adapters(linear: str, *projections: str) -> AdapterSet:
         chosen = tuple(adapter for name in projections for adapter in method.adapters(layer, name))
@@ -111,17 +118,38 @@ def layer_spec(
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
-            mlp=MlpSpec(mlp, {"activation": Activation(shape.activation, gated=shape.gated_mlp)}),
+            mlp=MlpSpec(
+                mlp, {"activation": Activation(shape.activation, gated=shape.gated_mlp), "rebuild": rebuild_mlp}
+            ),
             mlp_bda=get_bias_dropout_add,
         ),
     )
 
 
 def block_spec(
-    shape: ModelShape, method: Method, layers: range, *, dropout: float, seed: int, storage: StorageFormat | None = None
+    shape: ModelShape,
+    method: Method,
+    layers: range,
+    *,
+    dropout: float,
+    seed: int,
+    storage: StorageFormat | None = None,
+    rebuilt_mlps: int = 0,
 ) -> TransformerBlockSubmodules:
-    """The layers `layers` (global indices) of one model chunk and the final norm's class."""
+    """The layers `layers` (global indices) of one model chunk and the final norm's class; the first `rebuilt_mlps` of
+    them make fc1's output again."""
     return TransformerBlockSubmodules(
-        layer_specs=[layer_spec(shape, method, layer, dropout=dropout, seed=seed, storage=storage) for layer in layers],
+        layer_specs=[
+            layer_spec(
+                shape,
+                method,
+                layer,
+                dropout=dropout,
+                seed=seed,
+                storage=storage,
+                rebuild_mlp=layer - layers.start < rebuilt_mlps,
+            )
+            for layer in layers
+        ],
         layer_norm=norm_class(shape.normalization),
     )

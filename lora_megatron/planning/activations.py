@@ -13,10 +13,11 @@ element, q = heads x head_dim, k = groups x head_dim, a layer keeps, in bytes pe
 | q, k, v as projected                       | e (q + 2 k) / t     | q, k or v needs a gradient; so for the next four  |
 | q anew, where heads share k and v          | e q / t             | learned positions, or norms over heads            |
 | q and k anew                               | e (q + k) / t       | norms over heads                                  |
-| attention's output and log-sum-exp         | (e q + 4 heads) / t | unless recompute is selective                     |
-| fc1's output, gated [gate; up]             | e f / t, 2 e f / t  | it needs a gradient, or fc2's adapter reads it    |
+| attention's output and log-sum-exp         | (e q + 4 heads) / t | unless core_attn is recomputed                    |
+| fc1's output, gated [gate; up]             | e f / t, 2 e f / t  | it needs a gradient, or fc2's adapter reads it,   |
+|                                            |                     | unless mlp is recomputed                          |
 | input of a linear layer                    | e in (*)            | its weight trains                                 |
-| input of the projection behind attention   | e q / t             | it has an adapter, and recompute is selective     |
+| input of the projection behind attention   | e q / t             | it has an adapter, and core_attn is recomputed    |
 | u = x A^T                                  | e r (**)            | adapters of summed rank r                         |
 | the mask of core attention                 | e s                 | packing, or a window shorter than the sequence    |
 
@@ -27,7 +28,8 @@ computed again (`layers.rebuilt`), and dropout masks are drawn again: neither ke
 Rotary positions keep their angles, 4 s rotary_dim bytes once a chunk (`layers.rotary`).
 
 Full recomputation keeps only a layer's input, e h (*), and during backward the tensors above of one layer at a time; or
-the input of every `recompute_unit` layers, and the tensors of so many.
+the input of every `recompute_unit` layers, and the tensors of so many. Where mlp is recomputed, fc1's output is made
+again from the norm's input within one function of the backward pass: no tensor kept, but `ChunkBytes.made_again`.
 Behind the last layer come the final norm and the loss (`layers.vocabulary_loss`). Where the output weight is frozen it
 keeps its gradient to the hidden states, e h (*), and the loss mask, 4. Where that weight trains: the layer's input,
 e h (*), the logits, e vocabulary / t, and 20 for labels, maxima, sums and the loss mask.
@@ -44,6 +46,7 @@ from dataclasses import dataclass
 from lora_megatron.methods.method import Method
 from lora_megatron.model.build import padded_vocabulary
 from lora_megatron.model.names import EMBEDDING, OUTPUT, POSITIONS
+from lora_megatron.model.recomputation import CORE_ATTENTION, rebuilds_attention, rebuilt_layers, rebuilt_mlps
 from lora_megatron.model.shape import ModelShape
 from lora_megatron.parallel.groups import Layout
 from lora_megatron.planning.gradients import LayerFlow, LinearFlow, NormFlow
@@ -66,11 +69,13 @@ class Microbatch:
     """Bytes per element in train.precision."""
     recompute: str = "none"
     recompute_layers: int | None = None
-    """With `full`: of each chunk the first so many layers; None is all."""
+    """With `full`, or `selective` of `mlp`: of each chunk the first so many layers; None is all."""
     dropout: float = 0.0
     packing: bool = False
     recompute_unit: int = 1
     """With `full` of all layers: how many are rebuilt together."""
+    recompute_modules: tuple[str, ...] = CORE_ATTENTION
+    """With `selective`: which parts."""
 
     @property
     def tokens(self) -> int:
@@ -96,39 +101,29 @@ class Microbatch:
         return padded_vocabulary(self.shape.vocab_size, self.tensor) // self.tensor
 
 
-def recomputed_layers(recompute: str, asked: int | None, layers: int) -> int:
-    """How many of a chunk's `layers`, from the first, are recomputed; `asked` is `train.recompute_layers`."""
-    if recompute != "full":
-        return 0
-    return layers if asked is None else min(asked, layers)
+def layer_bytes(flow: LayerFlow, batch: Microbatch, *, layer: int, without_fc1_output: bool = False) -> float:
+    """Bytes that global layer `layer` keeps of one microbatch when it is not recomputed as a whole."""
+    again = fc1_output_bytes(flow, batch) if without_fc1_output else 0.0
+    attends = flow.norm1.output_needs or flow.qkv.rank > 0
+    feeds = flow.norm2.output_needs or flow.fc1.rank > 0 or again > 0  # z, too, is made again from the norm's input
+    norms = attends + feeds - (batch.shape.parallel_residual and attends and feeds)  # both may read the same tensor
+    kept = norms * batch.hidden_bytes + _column_input(flow.qkv, batch) + _attention(flow, batch, layer)
+    return kept + _column_input(flow.fc1, batch) + _mlp(flow, batch) - again
 
 
-def layer_bytes(flow: LayerFlow, batch: Microbatch, *, layer: int) -> float:
-    """Bytes that global layer `layer` keeps of one microbatch when it is not recomputed."""
-    kept = _norm(flow.norm1, batch, batch.shape.hidden_size)
-    kept += _column_input(flow.qkv, flow.norm1, batch) + _attention(flow, batch, layer)
-    kept += _norm(flow.norm2, batch, batch.shape.hidden_size)
-    if batch.shape.parallel_residual and _keeps(flow.qkv, flow.norm1) and _keeps(flow.fc1, flow.norm2):
-        kept -= batch.hidden_bytes  # both norms read the same tensor
-    return kept + _column_input(flow.fc1, flow.norm2, batch) + _mlp(flow, batch)
+def fc1_output_bytes(flow: LayerFlow, batch: Microbatch) -> float:
+    """What a layer keeps of fc1's output and could make again; 0 where the MLP trains."""
+    return _fc1_output(flow, batch) if flow.mlp_is_frozen else 0.0
 
 
-def _keeps(linear: LinearFlow, norm: NormFlow) -> bool:
-    """Whether the input of the norm before a column layer is kept: for the norm, or to rebuild what adapters read."""
-    return norm.output_needs or linear.rank > 0
+def _norm(norm: NormFlow, batch: Microbatch) -> float:
+    """The input of a norm: the rest is computed again."""
+    return batch.hidden_bytes if norm.output_needs else 0.0
 
 
-def _norm(norm: NormFlow, batch: Microbatch, width: int) -> float:
-    """The input of a norm over the hidden width: the rest is computed again."""
-    return batch.itemsize * width * batch.tokens / batch.sharded if norm.output_needs else 0.0
-
-
-def _column_input(linear: LinearFlow, norm: NormFlow, batch: Microbatch) -> float:
-    """What qkv or fc1 and their adapters keep of their input, which comes from `norm`."""
-    one = batch.hidden_bytes
-    kept = one if linear.weight else 0.0
-    if linear.rank and not norm.output_needs:
-        kept += one  # of the norm's input, from which adapters compute theirs again
+def _column_input(linear: LinearFlow, batch: Microbatch) -> float:
+    """What qkv or fc1 keep of their input, beside that of the norm before them, and their adapters of u."""
+    kept = batch.hidden_bytes if linear.weight else 0.0
     return kept + batch.itemsize * linear.rank * batch.tokens
 
 
@@ -143,7 +138,7 @@ def _attention(flow: LayerFlow, batch: Microbatch, layer: int) -> float:
     """Core attention with what comes before and after it; the projection's input is its output."""
     shape, e = batch.shape, batch.itemsize
     queries, keys = shape.projection("q")[0] / batch.tensor, shape.projection("k")[0] / batch.tensor
-    selective = batch.recompute == "selective"
+    again = rebuilds_attention(batch.recompute, batch.recompute_modules)
     if not flow.attention_needs:
         return _row_input(flow.proj, batch, queries, is_kept=False)
     heads = shape.num_attention_heads / batch.tensor
@@ -158,18 +153,22 @@ def _attention(flow: LayerFlow, batch: Microbatch, layer: int) -> float:
     if batch.packing or 0 < shape.window(layer) < batch.sequence_length:
         rows = batch.samples if batch.packing else 1
         kept += e * rows * batch.sequence_length**2
-    if not selective:
+    if not again:
         kept += (e * queries + _LOG_SUM_EXP * heads) * batch.tokens
-    return kept + _row_input(flow.proj, batch, queries, is_kept=not selective)
+    return kept + _row_input(flow.proj, batch, queries, is_kept=not again)
 
 
 def _mlp(flow: LayerFlow, batch: Microbatch) -> float:
     """From fc1's output to fc2's input."""
-    shape, width = batch.shape, batch.shape.ffn_hidden_size / batch.tensor
-    one = batch.itemsize * width * batch.tokens
-    columns = 2 if shape.gated_mlp else 1
-    kept = columns * one if flow.fc1.output_needs or flow.fc2.rank else 0.0  # of fc1's output
-    return kept + _row_input(flow.fc2, batch, width, is_kept=not flow.fc2.weight)
+    width = batch.shape.ffn_hidden_size / batch.tensor
+    return _fc1_output(flow, batch) + _row_input(flow.fc2, batch, width, is_kept=not flow.fc2.weight)
+
+
+def _fc1_output(flow: LayerFlow, batch: Microbatch) -> float:
+    if not (flow.fc1.output_needs or flow.fc2.rank):
+        return 0.0
+    columns = (2 if batch.shape.gated_mlp else 1) * batch.shape.ffn_hidden_size / batch.tensor
+    return batch.itemsize * columns * batch.tokens
 
 
 def head_bytes(method: Method, batch: Microbatch, *, input_needs: bool) -> tuple[float, float]:
@@ -180,7 +179,7 @@ def head_bytes(method: Method, batch: Microbatch, *, input_needs: bool) -> tuple
     norm = NormFlow(
         input_needs, method.is_trainable(f"{name}.weight"), has_bias and method.is_trainable(f"{name}.bias")
     )
-    kept = _norm(norm, batch, shape.hidden_size)
+    kept = _norm(norm, batch)
     loss = float(_LOSS_MASK * batch.tokens)
     if trains_output(method, shape):
         kept += batch.hidden_bytes
@@ -213,12 +212,19 @@ class ChunkBytes:
     """The most that recomputation adds while its backward pass runs, over what the chunk holds then."""
     once: float = 0.0
     """Shared by all microbatches under way: angles of rotary positions."""
+    made_again: float = 0.0
+    """The most that an output of fc1, made again, adds to all that a chunk holds when its backward pass begins: by the
+    time of a layer's the layers behind it are gone. It lives within one function, which autograd knows nothing of."""
 
 
 def chunk_bytes(flows: Sequence[LayerFlow], layers: range, batch: Microbatch) -> ChunkBytes:
     """The layers `layers` of one chunk; embedding and head come on top."""
-    stored = [layer_bytes(flow, batch, layer=layer) for flow, layer in zip(flows, layers, strict=True)]
-    count = recomputed_layers(batch.recompute, batch.recompute_layers, len(stored))
+    count = rebuilt_layers(batch.recompute, batch.recompute_layers, len(layers))
+    mlps = rebuilt_mlps(batch.recompute, batch.recompute_modules, batch.recompute_layers, len(layers))
+    stored = [
+        layer_bytes(flow, batch, layer=layer, without_fc1_output=index < mlps)
+        for index, (flow, layer) in enumerate(zip(flows, layers, strict=True))
+    ]
     inputs = batch.hidden_bytes
     turns = count > 0 or any(flow.attention_needs for flow in flows)
     rotary = 4 * batch.shape.rotary_dim * batch.sequence_length if turns and batch.shape.position == "rope" else 0
@@ -226,4 +232,5 @@ def chunk_bytes(flows: Sequence[LayerFlow], layers: range, batch: Microbatch) ->
     units = [sum(stored[start : start + unit]) for start in range(0, count, unit)]
     # While unit i is rebuilt, the inputs of units 0 .. i are held still, and its own is what its first norm keeps.
     most = max((i * inputs + kept for i, kept in enumerate(units)), default=0.0)
-    return ChunkBytes(len(units) * inputs + sum(stored[count:]), 0.0, most, rotary)
+    again = (fc1_output_bytes(flow, batch) - sum(stored[i + 1 :]) for i, flow in enumerate(flows[:mlps]))
+    return ChunkBytes(len(units) * inputs + sum(stored[count:]), 0.0, most, rotary, max([0.0, *again]))

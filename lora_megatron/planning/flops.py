@@ -12,7 +12,9 @@ mask (packing, a short window) torch's kernels look at all s keys.
 | counted          | dgrad                              | attention            | recomputation      | vocabulary |
 |------------------|------------------------------------|----------------------|--------------------|------------|
 | model FLOPs      | where a parameter below trains     | keys seen, 1 + 2     | never              | true       |
-| hardware FLOPs   | also down to each stage's input    | as executed, 1 + 2.5 | another forward    | padded     |
+| hardware FLOPs   | also down to each stage's input    | as executed, 1 + 2.5 | as executed        | padded     |
+
+Recomputation is another forward pass of a whole layer; of core attention; or of fc1, whose adapters' u is kept.
 
 Utilisation from model FLOPs tells how fast training is, from hardware FLOPs how busy the GPU was.
 """
@@ -20,6 +22,7 @@ Utilisation from model FLOPs tells how fast training is, from hardware FLOPs how
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -28,8 +31,8 @@ from lora_megatron.methods.method import Method
 from lora_megatron.model.build import padded_vocabulary
 from lora_megatron.model.checks import layout_of
 from lora_megatron.model.names import EMBEDDING, OUTPUT
+from lora_megatron.model.recomputation import rebuilds_attention, rebuilt_layers, rebuilt_mlps
 from lora_megatron.model.shape import ModelShape
-from lora_megatron.planning.activations import recomputed_layers
 from lora_megatron.planning.gradients import LayerFlow, LinearFlow, first_input_needs, layer_flow, layer_flows
 
 _BACKWARD_NEEDS, _BACKWARD_EXECUTES = 2.0, 2.5  # of attention, in units of its forward pass
@@ -71,12 +74,10 @@ def stage_flops(config: Config, shape: ModelShape, method: Method, stage: int) -
     for chunk in range(layout.virtual_pipeline):
         position = chunk * layout.pipeline + stage
         layers = range(position * count, (position + 1) * count)
-        rebuilt = recomputed_layers(config.train.recompute, config.train.recompute_layers, count)
         executed = first_input_needs(method, recompute=config.train.recompute) if position == 0 else True
-        hardware += sum(
-            _executed(flow, config, shape, layer, rebuilt=layer - layers.start < rebuilt)
-            for flow, layer in zip(layer_flows(shape, method, layers, input_needs=executed), layers, strict=True)
-        )
+        flows = layer_flows(shape, method, layers, input_needs=executed)
+        hardware += sum(_executed(*pair, config, shape) for pair in zip(flows, layers, strict=True))
+        hardware += _rebuilt(flows, layers, config, shape)
         needed = layers.start > lowest or first_input_needs(method, recompute="none")
         model += sum(
             _needed(flow, config, shape, layer)
@@ -104,14 +105,32 @@ def _needed(flow: LayerFlow, config: Config, shape: ModelShape, layer: int) -> f
     return sum(_forward(linear, shape) + _backward(linear, shape) for linear in flow.linears) + passes * attention
 
 
-def _executed(flow: LayerFlow, config: Config, shape: ModelShape, layer: int, *, rebuilt: bool) -> float:
-    attention = 4 * _keys_looked_at(config, shape, layer) * shape.projection("q")[0]
-    forward = sum(_forward(linear, shape) for linear in flow.linears)
-    total = forward + attention + sum(_backward(linear, shape) for linear in flow.linears)
-    if flow.attention_needs:
-        total += _BACKWARD_EXECUTES * attention
-        total += attention if config.train.recompute == "selective" else 0
-    return total + (forward + attention if rebuilt else 0)
+def _executed(flow: LayerFlow, layer: int, config: Config, shape: ModelShape) -> float:
+    passes = 1 + (_BACKWARD_EXECUTES if flow.attention_needs else 0)
+    products = sum(_forward(linear, shape) + _backward(linear, shape) for linear in flow.linears)
+    return products + passes * _attention(config, shape, layer)
+
+
+def _attention(config: Config, shape: ModelShape, layer: int) -> float:
+    return 4 * _keys_looked_at(config, shape, layer) * shape.projection("q")[0]
+
+
+def _rebuilt(flows: Sequence[LayerFlow], layers: range, config: Config, shape: ModelShape) -> float:
+    """What is executed a second time in the backward pass of one chunk."""
+    how, modules, asked = config.train.recompute, config.train.recompute_modules, config.train.recompute_layers
+    whole = rebuilt_layers(how, asked, len(layers))
+    total = 0.0
+    for flow, layer in zip(flows[:whole], layers, strict=False):
+        total += sum(_forward(linear, shape) for linear in flow.linears) + _attention(config, shape, layer)
+    if rebuilds_attention(how, modules):
+        total += sum(
+            _attention(config, shape, layer) for flow, layer in zip(flows, layers, strict=True) if flow.attention_needs
+        )
+    for flow in flows[: rebuilt_mlps(how, modules, asked, len(layers))]:
+        if flow.mlp_is_frozen and (flow.fc1.output_needs or flow.fc2.rank):
+            updates = sum(2 * adapter.rank * shape.projection(adapter.target)[0] for adapter in flow.fc1.adapters)
+            total += 2 * _weights(flow.fc1, shape) + updates
+    return total
 
 
 def _forward(linear: LinearFlow, shape: ModelShape) -> float:

@@ -77,6 +77,11 @@ class LayerFlow:
         return self.qkv.output_needs or self.qk_norm
 
     @property
+    def mlp_is_frozen(self) -> bool:
+        """Adapters aside; then fc1's output can be made again (`model.recomputation`)."""
+        return not (self.fc1.weight or self.fc1.bias or self.fc2.weight)
+
+    @property
     def output_needs(self) -> bool:
         return self.input_needs or self.proj.output_needs or self.fc2.output_needs
 

@@ -19,8 +19,9 @@ from lora_megatron.config import Config
 from lora_megatron.layers.exchange import bytes_of
 from lora_megatron.layers.vocabulary_loss import tokens_per_chunk
 from lora_megatron.methods.method import Method
-from lora_megatron.model.build import NOTHING_RECOMPUTED, build
+from lora_megatron.model.build import build
 from lora_megatron.model.checks import layout_of, options_of
+from lora_megatron.model.recomputation import NOTHING_RECOMPUTED
 from lora_megatron.model.shape import ModelShape
 from lora_megatron.planning.activations import ChunkBytes, Microbatch, chunk_bytes, embedding_bytes, head_bytes
 from lora_megatron.planning.gradients import first_input_needs, layer_flows
@@ -164,6 +165,7 @@ def microbatch_of(config: Config, shape: ModelShape) -> Microbatch:
         config.method.dropout,
         config.data.packing,
         recompute_unit=config.train.recompute_unit,
+        recompute_modules=config.train.recompute_modules,
     )
 
 
@@ -187,7 +189,7 @@ def chunks_of(shape: ModelShape, method: Method, batch: Microbatch, stage: int) 
         extra = embedding_bytes(method, batch) if first else 0.0
         norm, loss = head_bytes(method, batch, input_needs=flows[-1].output_needs) if last else (0.0, 0.0)
         recomputed = chunk.recomputed + extra if chunk.recomputed else 0.0
-        chunks.append(ChunkBytes(chunk.held + extra + norm, loss, recomputed, chunk.once))
+        chunks.append(ChunkBytes(chunk.held + extra + norm, loss, recomputed, chunk.once, chunk.made_again))
     return chunks
 
 
@@ -197,7 +199,8 @@ def _workspace(
     """Bytes on top of what is kept, at the worst moment of forward and backward.
 
     Either at the loss: one chunk of logits in train.precision and in fp32, and its part of the hidden states' gradient.
-    Or in a layer's MLP, by when the loss is gone: the gradients of fc1's output and of fc2's input, and a hidden state.
+    Or in a layer's MLP, by when the loss is gone: the gradients of fc1's output and of fc2's input, and a hidden state;
+    and fc1's output itself, where it is made again and nothing has gone yet that made room for it.
     Full fine-tuning adds the gradient of one weight in train.precision, packed storage one unpacked weight.
     """
     e, shape = batch.itemsize, batch.shape
@@ -207,7 +210,7 @@ def _workspace(
     at_loss = chunk * ((e + in_fp32) * batch.vocabulary + 2 * e * shape.hidden_size) if loss else 0.0
     gated = 2 if shape.gated_mlp else 1
     wide = (1 + gated) * shape.ffn_hidden_size / batch.tensor
-    in_layer = e * batch.tokens * (wide + shape.hidden_size) - loss
+    in_layer = e * batch.tokens * (wide + shape.hidden_size) + max(each.made_again for each in chunks) - loss
     weight = max((w.size * w.itemsize for w in weights if w.trained), default=0)
     unpacked = largest_unpacked_bytes(weights, storage=storage)
     return max(at_loss, in_layer, 0.0) + max(weight, unpacked) + 2 * CUBLAS_WORKSPACE

@@ -17,6 +17,7 @@ from lora_megatron.methods.method import Method
 from lora_megatron.model.build import DTYPES
 from lora_megatron.model.checks import check_plan, layout_of
 from lora_megatron.model.names import adapter_key
+from lora_megatron.model.recomputation import without_mlp
 from lora_megatron.model.shape import ModelShape
 from lora_megatron.parallel.fake_world import fake_world
 from lora_megatron.parallel.groups import Layout
@@ -118,10 +119,10 @@ class Plan:
 
 
 def full_config(config: Config) -> Config:
-    """The same run as full fine-tuning, for which weights are neither frozen nor packed."""
+    """The same run as full fine-tuning, for which weights are neither frozen nor packed, nor MLPs rebuilt as frozen."""
     base = config.base.model_copy(update={"storage": None, "gemm": None})
     method = config.method.model_copy(update={"name": "full", "dropout": 0.0})
-    return config.model_copy(update={"base": base, "method": method})
+    return without_mlp(config.model_copy(update={"base": base, "method": method}))
 
 
 def plan_training(
@@ -158,7 +159,7 @@ def _settled(
     def plan(settled: Config) -> MethodPlan:
         return plan_method(settled, shape, method, stages, data_size=data_size)
 
-    settled = settle(config, shape, lambda tried: plan(tried).fits(SHARE * memory))
+    settled = settle(config, shape, method, lambda tried: plan(tried).fits(SHARE * memory))
     return plan(settled), settled
 
 

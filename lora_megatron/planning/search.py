@@ -2,7 +2,7 @@
 """Layouts that fit: all of so many GPUs, the nearest to a configuration, and the fewest GPUs.
 
 Tried are tensor x pipeline sizes with what is left for data parallelism, sequence parallelism on and off, no, selective
-or as little full recomputation as fits, and micro-batch sizes in powers of two; the interleaved schedule is not. The
+or as little other recomputation as fits, and micro-batch sizes in powers of two; the interleaved schedule is not. The
 tensor size stays within a node. What `model.checks` refuses is left out. Every size is that of a model really built.
 """
 
@@ -17,6 +17,7 @@ from lora_megatron.config import Config
 from lora_megatron.errors import ConfigError
 from lora_megatron.methods.method import Method
 from lora_megatron.model.checks import check_plan, layout_of
+from lora_megatron.model.recomputation import CORE_ATTENTION
 from lora_megatron.model.shape import ModelShape
 from lora_megatron.planning.gpus import NODE, Gpu
 from lora_megatron.planning.memory import MemoryPlan, Place, plan_rank
@@ -171,6 +172,7 @@ def _of_grid(problem: Problem, grid: _Grid, *, recompute: Sequence[str]) -> Iter
 
 
 def _with(config: Config, grid: _Grid, *, sequence: bool, recompute: str, samples: int) -> Config:
+    modules = config.train.recompute_modules if recompute == config.train.recompute else CORE_ATTENTION
     cut = {
         "tensor": grid.tensor,
         "pipeline": grid.pipeline,
@@ -181,7 +183,9 @@ def _with(config: Config, grid: _Grid, *, sequence: bool, recompute: str, sample
     return config.model_copy(
         update={
             "parallel": config.parallel.model_copy(update=cut),
-            "train": config.train.model_copy(update={"recompute": recompute, **_ALL_LAYERS}),
+            "train": config.train.model_copy(
+                update={"recompute": recompute, "recompute_modules": modules, **_ALL_LAYERS}
+            ),
             "data": config.data.model_copy(update={"micro_batch_size": samples}),
         }
     )
@@ -212,7 +216,7 @@ def _if_it_fits(problem: Problem, config: Config, grid: _Grid, built: dict[int, 
                 return None
         return fitting
 
-    settled = settle(config, shape, lambda tried: plans(tried, SHARE * problem.memory) is not None)
+    settled = settle(config, shape, method, lambda tried: plans(tried, SHARE * problem.memory) is not None)
     if (fitting := plans(settled, problem.memory)) is None:
         return None
     speed = estimate_speed(settled, shape, method, fitting, gpu=problem.gpu, world_size=grid.world_size)

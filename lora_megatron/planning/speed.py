@@ -12,14 +12,15 @@ and data parallelism adds the reduction of the gradients. Data loading, launches
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lora_megatron.config import Config
 from lora_megatron.methods.method import Method
 from lora_megatron.model.checks import layout_of
+from lora_megatron.model.recomputation import rebuilt_layers, rebuilt_mlps
 from lora_megatron.model.shape import ModelShape
-from lora_megatron.planning.activations import recomputed_layers
 from lora_megatron.planning.flops import stage_flops
 from lora_megatron.planning.gpus import NODE, Gpu
 from lora_megatron.planning.memory import MemoryPlan, chunk_layers, microbatch_of
@@ -79,16 +80,23 @@ def _microbatch_seconds(
     peak = gpu.tflops_16bit if config.train.precision == "bf16" else gpu.tflops_fp32
     products = flops_per_token * batch.tokens / layout.tensor / (peak * 1e12 * EFFICIENCY)
     layers = chunk_layers(config, shape)
-    rebuilt = recomputed_layers(batch.recompute, batch.recompute_layers, layers) / layers
-    passes = 2 + rebuilt  # forward, dgrad, and forward again
-    reading = (passes * plan.weights + plan.gradients) / (gpu.bandwidth_gbs * 1e9)
+    passes = 2 + rebuilt_layers(batch.recompute, batch.recompute_layers, layers) / layers  # forward again, and dgrad
+    mlps = rebuilt_mlps(batch.recompute, batch.recompute_modules, batch.recompute_layers, layers) / layers
+    reading = ((passes + mlps * _share_of_fc1(shape)) * plan.weights + plan.gradients) / (gpu.bandwidth_gbs * 1e9)
     whole_hidden = batch.hidden_bytes * batch.sharded
-    reductions = 2 * passes * shape.num_layers / layout.pipeline
+    gathered = mlps / 2 if layout.sequence else 0.0  # fc1's input once more, which is half an all-reduce
+    reductions = (2 * passes + gathered) * shape.num_layers / layout.pipeline
     tensor = reductions * _all_reduce(
         whole_hidden, layout.tensor, gpu.link_gbs if layout.tensor <= NODE else gpu.network_gbs
     )
     messages = 2 * layout.virtual_pipeline if layout.pipeline > 1 else 0
     return max(products, reading) + tensor + messages * batch.hidden_bytes / (_bandwidth(gpu, world_size) * 1e9)
+
+
+def _share_of_fc1(shape: ModelShape) -> float:
+    """Of a layer's weights."""
+    sizes = {name: math.prod(shape.projection(name)) for name in shape.projections}
+    return sum(sizes.get(name, 0) for name in ("fc1", "gate", "up")) / sum(sizes.values())
 
 
 def _bandwidth(gpu: Gpu, ranks: int) -> float:

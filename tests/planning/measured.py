@@ -14,7 +14,7 @@ from lora_megatron.config import parse_config
 from lora_megatron.measure.memory import ActivationMeter, weight_bytes
 from lora_megatron.methods.choose import choose_method
 from lora_megatron.model.build import BuildOptions, build
-from lora_megatron.model.checks import layout_of
+from lora_megatron.model.checks import layout_of, storage_of
 from lora_megatron.model.initialise import initialise_base
 from lora_megatron.model.presets import resolve_shape
 from lora_megatron.parallel.groups import build_mesh
@@ -79,6 +79,8 @@ def _one(case: Case) -> tuple[Tree, Tree]:
         train.recompute,
         config.method.dropout,
         adapter_seed=1,
+        storage=storage_of(config),
+        recompute_modules=train.recompute_modules,
         recompute_layers=train.recompute_layers,
         recompute_unit=train.recompute_unit,
     )

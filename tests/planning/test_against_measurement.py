@@ -31,6 +31,11 @@ def recompute(choice: str) -> Tree:
     return {"train": {"recompute": choice}}
 
 
+def mlp(layers: int | None = None, *modules: str) -> Tree:
+    """fc1's output recomputed, and what else `modules` name."""
+    return {"train": {"recompute": "selective", "recompute_modules": [*modules, "mlp"], "recompute_layers": layers}}
+
+
 def sharding(kind: str) -> Tree:
     return {"optimizer": {"sharding": kind}, "data": {"global_batch_size": 12}}
 
@@ -71,6 +76,19 @@ GROUPS = {
         case(EVERY_TARGET, BF16, {"train": {"recompute": "full", "recompute_unit": 2}}),
         case({"train": {"recompute": "full", "recompute_unit": 4}}),
     ],
+    "recomputed MLPs": [
+        case(mlp()),
+        case(EVERY_TARGET, BF16, mlp(1)),
+        case(EVERY_TARGET, BF16, mlp(3, "core_attn")),
+        case(LLAMA, EVERY_TARGET, BF16, mlp(2)),
+        case(LLAMA, mlp(None, "core_attn")),
+        case({"method": {"targets": {"fc2": 3}}}, mlp()),  # layer 0 keeps the norm's input for it
+        case({"method": {"targets": {"fc2": 3}}}, mlp(), model(parallel_residual=True)),
+        case({"method": {"layers": {"0-1": {"q": 0, "v": 0}}}}, mlp(3)),
+        case({"method": {"name": "ft_top2"}}, mlp()),
+        case(LLAMA, EVERY_TARGET, BF16, mlp(), {"base": {"storage": "fp8"}}),
+        case(EVERY_TARGET, mlp(2), {"base": {"storage": "nf4"}}),
+    ],
     "architectures": [
         case(LLAMA),
         case(LLAMA, EVERY_TARGET, BF16),
@@ -98,12 +116,15 @@ GROUPS = {
         tensor(LLAMA, EVERY_TARGET, BF16),
         tensor(recompute("full")),
         tensor({"method": {"dropout": 0.1}}, EVERY_TARGET),
+        tensor(LLAMA, EVERY_TARGET, BF16, mlp(3)),
+        tensor({"method": {"targets": {"fc2": 3}}}, mlp(), sequence=False),
     ],
-    "pipeline": [pipeline(), pipeline(recompute("full")), pipeline(FULL, sharding("megatron"))],
+    "pipeline": [pipeline(), pipeline(recompute("full")), pipeline(FULL, sharding("megatron")), pipeline(mlp(1))],
     "interleaved": [
         pipeline(BF16, virtual_pipeline=2),
         pipeline(recompute("full"), virtual_pipeline=2),
         pipeline({"train": {"recompute": "full", "recompute_layers": 1}}, virtual_pipeline=2),
+        pipeline(EVERY_TARGET, mlp(1), virtual_pipeline=2),
     ],
     "four stages": [pipeline(stages=4)],
     "tensor and pipeline": [case(LLAMA, BF16, world=4, tensor=2, pipeline=2, sequence=True)],

@@ -49,6 +49,22 @@ def test_executed_flops_of_gpt3(method: dict[str, Any], recompute: str, tera: fl
     assert gpt3(method, recompute).hardware / 1e12 == pytest.approx(tera, abs=6e-4)
 
 
+def test_a_rebuilt_mlp_is_one_more_product_of_fc1() -> None:
+    """With its adapters' B, but not A: u is kept. Core attention's recomputation comes on top."""
+    model, method = {"preset": "tiny", "vocab_size": 128}, {"targets": {"q": 2, "fc1": 3}}
+
+    def executed(**train: Any) -> float:
+        found = token_flops(*resolved(model=model, method=method, train=train, data={"sequence_length": 32}))
+        return found.hardware
+
+    none, fc1 = executed(), 2 * 64 * 256 + 2 * 3 * 256
+    mlp = {"recompute": "selective", "recompute_modules": ["mlp"]}
+    assert executed(**mlp, recompute_layers=1) - none == fc1
+    assert executed(**mlp) - none == 2 * fc1
+    both = {"recompute": "selective", "recompute_modules": ["mlp", "core_attn"]}
+    assert executed(**both) - none == 2 * fc1 + executed(recompute="selective") - none
+
+
 def test_recomputation_is_the_papers_ratio_of_speeds() -> None:
     """43.1 / 32.5 tokens/s = 1.326 is what 4N + 2N against 6N + 2N gives."""
     assert gpt3(FULL, "full").hardware / gpt3(LORA, "full").hardware == pytest.approx(43.1 / 32.5, rel=0.005)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The MLP of two FP8 weights as one function gives what its layers give one after the other, adapters included.
+"""A frozen MLP as one function gives what its layers give one after the other, adapters included.
 
-In fp32 the codes are made of the same numbers either way, so nothing but the order of a few sums may differ.
+Of FP8 weights, in fp32, the codes are made of the same numbers either way, so nothing but the order of a few sums may
+differ. And fc1's output made again in the backward pass is what was not kept: nothing differs at all, in any format.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 
 from lora_megatron.layers import mlp
 from lora_megatron.layers.storage.choose import StorageFormat
 from lora_megatron.parallel.groups import Layout
 from tests.comparison import Mismatch, compare
 from tests.pool import Pool
-from tests.twin import Experiment, Record, train_twin
+from tests.twin import Experiment, Record, train_twin, train_twins
 
 WIDE = {"num_layers": 2, "hidden_size": 128, "num_attention_heads": 4, "ffn_hidden_size": 256}
 GPT = Experiment(model={"preset": "tiny", **WIDE}, storage=StorageFormat("fp8"), steps=1)
@@ -50,8 +52,8 @@ def train_both(experiments: list[Experiment]) -> list[tuple[Record | None, Recor
 
 def _layer_by_layer(experiment: Experiment) -> Record | None:
     with (
-        mock.patch.object(mlp, "_fp8_pair", return_value=None) as asked,
-        mock.patch.object(mlp, "fp8_mlp", side_effect=AssertionError("not this way")),
+        mock.patch.object(mlp, "_multiplies_in_fp8", return_value=False) as asked,
+        mock.patch.object(mlp, "frozen_mlp", side_effect=AssertionError("not this way")),
     ):
         record = train_twin(experiment)
     assert asked.called
@@ -68,16 +70,44 @@ def test_one_function_is_its_layers_one_after_the_other(pool: Pool, layout: str,
     assert compare(together, apart, tolerance=1e-5) > 0
 
 
+MLP: dict[str, Any] = {"recompute": "selective", "recompute_modules": ("mlp",)}
+NF4 = StorageFormat("nf4")
+KEPT = {
+    "whole": replace(GPT, storage=None, steps=2),
+    "whole, bf16": replace(LLAMA, storage=None, precision="bf16", steps=2),
+    "nf4": replace(LLAMA, storage=NF4, steps=2),
+    "nf4, bf16, dropout": replace(GPT, storage=NF4, precision="bf16", dropout=0.3),
+    "fp8": replace(GPT, dropout=0.3, steps=2),
+    "nf4 in fp8, bf16": replace(LLAMA, precision="bf16", steps=2),
+    "q alone": replace(LLAMA, storage=None, method={"targets": {"q": 2}}),
+    "fc1 alone": replace(GPT, storage=None, method={"targets": {"fc1": 2}}),
+    "fc2 alone": replace(GPT, method=FC2),
+    "fc2 alone, whole": replace(LLAMA, storage=None, method=FC2),
+}
+
+
+@pytest.mark.parametrize("cut", [Layout(), Layout(tensor=2), Layout(tensor=2, sequence=True)], ids=["one", "tp2", "sp"])
+def test_what_is_made_again_is_what_was_kept(pool: Pool, cut: Layout) -> None:
+    """To the bit: losses, gradients and parameters of every step."""
+    kept = [replace(experiment, layout=cut) for experiment in KEPT.values()]
+    found = pool.run(cut.tensor, train_twins, experiments=[*kept, *(replace(one, **MLP) for one in kept)])[0]
+    for name, record, again in zip(KEPT, found, found[len(kept) :], strict=False):
+        assert again["loss"] == record["loss"], name
+        for kind in ("grads", "values"):
+            for want, got in zip(record[kind], again[kind], strict=True):
+                assert [one for one in want if not torch.equal(got[one], want[one])] == [], (name, kind)
+
+
 def train_broken(fault: str) -> tuple[Record | None, Record | None]:
     """`gpt` as one function that has a fault, and layer by layer."""
-    original: Any = mlp.fp8_mlp.__globals__[fault]
+    original: Any = mlp.frozen_mlp.__globals__[fault]
 
     def unscaled(*args: Any, **kwargs: Any) -> Any:
         if fault == "Update":
             return original(args[0], tuple(2 * scale for scale in args[1]), *args[2:])
         return args[0]  # du A is never added
 
-    with mock.patch.dict(mlp.fp8_mlp.__globals__, {fault: unscaled}):
+    with mock.patch.dict(mlp.frozen_mlp.__globals__, {fault: unscaled}):
         broken = train_twin(GPT)
     return broken, _layer_by_layer(GPT)
 
