@@ -4,7 +4,7 @@
 import logging
 import warnings
 
-from lora_megatron.parallel import without_compiler
+from lora_megatron import without_compiler
 
 __version__ = "0.1.0"
 
