@@ -99,6 +99,7 @@ def test_rehearsal_of_the_differences(pool: Pool) -> None:
 EXPERIMENTS = [
     Experiment(method={"targets": {"q": 4, "k": 1, "v": 2, "o": 3, "fc1": 2, "fc2": 5}, "alpha": 2}),
     Experiment(model={"preset": "tiny-llama", "num_layers": 4}, recompute="full"),
+    Experiment(recompute="selective", recompute_modules=("mlp",), steps=2),  # two gathers in a row
 ]
 FP8 = Experiment(
     method={"targets": {"q": 4, "v": 4, "o": 3, "fc1": 2, "fc2": 5}, "alpha": 2},

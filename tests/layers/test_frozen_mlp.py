@@ -86,16 +86,31 @@ KEPT = {
 }
 
 
-@pytest.mark.parametrize("cut", [Layout(), Layout(tensor=2), Layout(tensor=2, sequence=True)], ids=["one", "tp2", "sp"])
-def test_what_is_made_again_is_what_was_kept(pool: Pool, cut: Layout) -> None:
-    """To the bit: losses, gradients and parameters of every step."""
-    kept = [replace(experiment, layout=cut) for experiment in KEPT.values()]
+def check_bits(pool: Pool, cut: Layout, experiments: dict[str, Experiment]) -> None:
+    """Losses, gradients and parameters of every step."""
+    kept = [replace(experiment, layout=cut) for experiment in experiments.values()]
     found = pool.run(cut.tensor, train_twins, experiments=[*kept, *(replace(one, **MLP) for one in kept)])[0]
-    for name, record, again in zip(KEPT, found, found[len(kept) :], strict=False):
+    for name, record, again in zip(experiments, found, found[len(kept) :], strict=False):
         assert again["loss"] == record["loss"], name
         for kind in ("grads", "values"):
             for want, got in zip(record[kind], again[kind], strict=True):
                 assert [one for one in want if not torch.equal(got[one], want[one])] == [], (name, kind)
+
+
+@pytest.mark.parametrize("cut", [Layout(), Layout(tensor=2), Layout(tensor=2, sequence=True)], ids=["one", "tp2", "sp"])
+def test_what_is_made_again_is_what_was_kept(pool: Pool, cut: Layout) -> None:
+    check_bits(pool, cut, KEPT)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_it_is_on_a_gpu() -> None:
+    """Of FP8 weights, whose MLP is the same function either way."""
+    pool = Pool(1, backend="nccl")
+    try:
+        check_bits(pool, Layout(), {name: KEPT[name] for name in ("fp8", "nf4 in fp8, bf16", "fc2 alone")})
+    finally:
+        pool.close()
 
 
 def train_broken(fault: str) -> tuple[Record | None, Record | None]:
@@ -117,3 +132,19 @@ def test_a_fault_in_the_one_function_shows(pool: Pool, fault: str) -> None:
     """So the runs above do take it, with adapters on both of its layers."""
     with pytest.raises(Mismatch):
         compare(*pool.run(1, train_broken, fault=fault)[0], tolerance=1e-5)
+
+
+def train_from_another_x() -> tuple[Record | None, Record | None]:
+    """`gpt` with fc1's output made again from twice its input, and kept."""
+    original: Any = mlp.frozen_mlp.__globals__["recipe_or_itself"]
+    with mock.patch.dict(mlp.frozen_mlp.__globals__, {"recipe_or_itself": lambda x: original(2 * x)}):
+        broken = train_twin(replace(GPT, **MLP))
+    return broken, train_twin(GPT)
+
+
+def test_what_is_made_of_another_input_shows(pool: Pool) -> None:
+    """So the runs above do make it again; the forward pass knows nothing of it."""
+    broken, kept = pool.run(1, train_from_another_x)[0]
+    assert broken["loss"] == kept["loss"]
+    with pytest.raises(Mismatch):
+        compare(broken, kept, tolerance=1e-5)

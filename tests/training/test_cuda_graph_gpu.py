@@ -186,6 +186,7 @@ LLAMA: Tree = {
     "model": {"preset": "tiny-llama", "num_layers": 2, "hidden_size": 128, "max_position_embeddings": LENGTH}
 }
 RECOMPUTED: Tree = {"train": {"recompute": "full"}}
+MLP_RECOMPUTED: Tree = {"train": {"recompute": "selective", "recompute_modules": ["mlp"]}}
 CASES: dict[str, Tree] = {
     "bf16": {},
     "bf16-recomputed": RECOMPUTED,
@@ -195,6 +196,8 @@ CASES: dict[str, Tree] = {
     "full": {"method": {"name": "full"}},
     "selective": {"train": {"recompute": "selective"}},
     "llama-recomputed": {**LLAMA, **RECOMPUTED},
+    "fp8-mlp-recomputed": {**FP8, **MLP_RECOMPUTED},
+    "llama-mlp-recomputed": {**LLAMA, **MLP_RECOMPUTED},
     "nf4-in-fp8": {"base": {"storage": "nf4", "gemm": "fp8"}},
 }
 TP2: Tree = {"parallel": {"tensor": 2, "sequence": True}}
@@ -202,6 +205,7 @@ TWO_GPUS: dict[str, Tree] = {
     "tp2-sp-bf16": TP2,
     "tp2-sp-fp8-recomputed": {**TP2, **FP8, **RECOMPUTED},
     "tp2-sp-fp8-overlap": {"parallel": {"tensor": 2, "sequence": True, "tp_comm_overlap": True}, **FP8},
+    "tp2-sp-fp8-mlp-recomputed": {**TP2, **FP8, **MLP_RECOMPUTED},
     "tp2-fp8": {"parallel": {"tensor": 2}, **FP8},
     "dp2-sharded": {"optimizer": {"sharding": "megatron"}, "data": {"global_batch_size": 8}},
 }
