@@ -59,14 +59,15 @@ class _Plan:
 
     def z(self, x: Tensor, u: Tensor | None, bs: tuple[Tensor, ...]) -> Tensor:
         """fc1's output without its bias [m, f/t or 2 f/t], of the tokens of all ranks."""
-        product = forward_product(self.fc1, x.dtype)
-        z = self.of_all(product, product.parts(x.reshape(-1, x.shape[-1])))
+        z = self.of_all(forward_product(self.fc1, x.dtype), x)
         if u is not None:
             Update(self.parts, self.scales, u, bs).add_to(z)
         return z
 
-    def of_all(self, product: Product, rows: _Rows) -> Tensor:
-        """Of the tokens of all ranks, where `rows` are this rank's own."""
+    def of_all(self, product: Product, x: Tensor) -> Tensor:
+        """Of the tokens of all ranks, where x are this rank's own. A product may hold an unpacked weight: it is not to
+        outlive the call."""
+        rows = product.parts(x.reshape(-1, x.shape[-1]))
         return product.of(*rows) if self.shards is None else self.shards.product_of_all(product, *rows)
 
     def summed(self, product: Product, rows: _Rows) -> Tensor:
@@ -130,8 +131,7 @@ class _FrozenMlp(torch.autograd.Function):
         grad_x, y, du = None, None, None
         dbs: tuple[Tensor | None, ...] = (None,) * len(bs)
         if needs_x or u is not None:
-            product = backward_product(plan.fc2, grad.dtype)
-            dy = plan.of_all(product, product.parts(grad.reshape(-1, grad.shape[-1])))
+            dy = plan.of_all(backward_product(plan.fc2, grad.dtype), grad)
             if a is not None:
                 dy = add_input_gradient(dy.view(*leading, dy.shape[-1]), du2, a, plan.dropout).view(z.shape[0], -1)
             rows, dz, y = plan.gradient(z, bias, dy, keep=u is not None, keep_y=a is not None)
