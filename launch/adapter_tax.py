@@ -37,7 +37,7 @@ from lora_megatron.bench import measurement
 from lora_megatron.bench.measurement import Effort, Measured, OutOfMemory, outcome_text
 from lora_megatron.bench.plans import known_of
 from lora_megatron.config import Config, parse_config
-from lora_megatron.errors import ConfigError, LostRankError, UserError
+from lora_megatron.errors import ConfigError
 from lora_megatron.measure.environment import describe_environment
 from lora_megatron.measure.markdown import table
 from lora_megatron.measure.units import MISSING, show_bytes, show_seconds
@@ -47,7 +47,7 @@ from lora_megatron.model.presets import resolve_shape
 from lora_megatron.model.shape import ModelShape
 from lora_megatron.parallel import groups
 from lora_megatron.parallel.agree import is_main, together
-from lora_megatron.parallel.peers import loss_as_error
+from lora_megatron.parallel.world import in_world
 
 KIND = "adapter_tax"
 STORAGES: dict[str, dict[str, str]] = {
@@ -247,16 +247,8 @@ def run(options: argparse.Namespace) -> None:
     sizes = side.sizes_of(options.layers, flag="--layers")
     storages = side.names_of(options.storage, tuple(STORAGES), flag="--storage")
     cases = [Case(name, size, adapted) for name in storages for size in sizes for adapted in (True, False)]
-    groups.join_world()
-    try:
-        with loss_as_error():
-            _run(options, cases, sizes, storages)
-    except LostRankError:  # whatever waits for the others would wait for ever
-        raise
-    except UserError:  # all ranks are here, so none waits for another
-        groups.stop()
-        raise
-    groups.stop()
+    with in_world():
+        _run(options, cases, sizes, storages)
 
 
 def _run(options: argparse.Namespace, cases: Sequence[Case], sizes: Sequence[int], storages: Sequence[str]) -> None:

@@ -232,6 +232,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         names = names_of(options.rows, list(ROWS), flag="--rows")
         make_folder(options.out)
+        for name in names:
+            if (options.out / name).is_file():
+                raise ConfigError(f"--out {options.out}: {name} in it is a file, and a row's folder is to go there")
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status

@@ -129,16 +129,16 @@ def rows_for(gpus: int, layers: int) -> list[Row]:
         ),
     ]
     if half > 1:
-        common = {"microbatches": 4, "steps": 4, "warm_up": 1}
         chunks = chunks_of(layers, 2)
         what = f"bf16, TP={half} x PP=2, {chunks} chunks a stage"
+        halves = {"tensor": half, "pipeline": 2, "virtual": chunks}
         rows += [
-            Row(f"bf16-tp{half}-pp2", what, 60, tensor=half, pipeline=2, virtual=chunks, most=4, **common),  # type: ignore[arg-type]
+            Row(f"bf16-tp{half}-pp2", what, 60, **halves, most=4, microbatches=4, steps=4, warm_up=1),
             Row(f"fp8-tp2-dp{half}", f"FP8, TP=2 x DP={half}", 50, tensor=2, storage="fp8", goals={"speed": 1300}),
         ]
     what = f"bf16, PP={gpus}, interleaved, {interleaved} chunks a stage"
-    deep = {"virtual": interleaved, "microbatches": 2 * gpus, "most": 1, "steps": 3, "warm_up": 1}
-    return [*rows, Row(f"bf16-pp{gpus}", what, 60, pipeline=gpus, **deep)]  # type: ignore[arg-type]
+    sizes = {"pipeline": gpus, "virtual": interleaved, "microbatches": 2 * gpus}
+    return [*rows, Row(f"bf16-pp{gpus}", what, 60, **sizes, most=1, steps=3, warm_up=1)]
 
 
 def shape_of(config: Config) -> ModelShape:

@@ -31,7 +31,7 @@ from lora_megatron.bench.communication import Kernel, communication_of, watch
 from lora_megatron.bench.timing import TimedOptimizer, spread, timed_step
 from lora_megatron.bench.workload import bench_config, build_trainer, free, method_of, slice_of
 from lora_megatron.config import Config, ModelSection, load_config
-from lora_megatron.errors import ConfigError, LostRankError, UserError
+from lora_megatron.errors import ConfigError
 from lora_megatron.measure.environment import describe_environment
 from lora_megatron.measure.markdown import table
 from lora_megatron.measure.units import MISSING, show_seconds
@@ -40,7 +40,7 @@ from lora_megatron.model.presets import resolve_shape
 from lora_megatron.model.shape import ModelShape
 from lora_megatron.parallel import groups
 from lora_megatron.parallel.agree import is_main, together
-from lora_megatron.parallel.peers import loss_as_error
+from lora_megatron.parallel.world import in_world
 from lora_megatron.training.optimizer import Optimizer
 
 KIND = "profile_step"
@@ -151,16 +151,8 @@ def run(options: argparse.Namespace) -> None:
     side.require_positive(options, "steps", "top")
     sizes = side.sizes_of(options.layers, flag="--layers")
     config = load_config(options.config, options.overrides)
-    groups.join_world(timeout_minutes=config.parallel.timeout_minutes)
-    try:
-        with loss_as_error():
-            _run(options, config, sizes)
-    except LostRankError:  # whatever waits for the others would wait for ever
-        raise
-    except UserError:
-        groups.stop()
-        raise
-    groups.stop()
+    with in_world(timeout_minutes=config.parallel.timeout_minutes):
+        _run(options, config, sizes)
 
 
 def _run(options: argparse.Namespace, config: Config, sizes: Sequence[int]) -> None:

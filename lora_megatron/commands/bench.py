@@ -22,7 +22,7 @@ from lora_megatron.checkpoint.folder import disk_errors
 from lora_megatron.commands.base import RANDOM, check_shape, stored_base, tokenizer_of
 from lora_megatron.config import Config, ModelSection
 from lora_megatron.data.tokenizer import load_tokenizer
-from lora_megatron.errors import ConfigError, LostRankError, UserError
+from lora_megatron.errors import ConfigError
 from lora_megatron.measure.atomic import write_json, write_text
 from lora_megatron.measure.console import TrainingProgress
 from lora_megatron.measure.environment import describe_environment
@@ -35,7 +35,7 @@ from lora_megatron.model.shape import ModelShape
 from lora_megatron.parallel import groups
 from lora_megatron.parallel.agree import is_main, require_equal, together
 from lora_megatron.parallel.groups import device_memory_bytes
-from lora_megatron.parallel.peers import loss_as_error
+from lora_megatron.parallel.world import in_world
 from lora_megatron.training.loop import StepReport
 
 
@@ -64,16 +64,8 @@ def run_bench(
         NumericalError: a step made no update.
     """
     methods = _checked(methods, Effort(steps, warm_up, profiled))
-    groups.join_world(timeout_minutes=config.parallel.timeout_minutes)
-    try:
-        with loss_as_error():
-            _bench(config, methods, Effort(steps, warm_up, profiled), layers, visits, ceiling, Path(out))
-    except LostRankError:  # whatever waits for the others would wait for ever
-        raise
-    except UserError:
-        groups.stop()
-        raise
-    groups.stop()
+    with in_world(timeout_minutes=config.parallel.timeout_minutes):
+        _bench(config, methods, Effort(steps, warm_up, profiled), layers, visits, ceiling, Path(out))
 
 
 def _bench(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A command as one of the ranks that torchrun started: how it joins them, and how it leaves whatever happens."""
+"""A command as one of the ranks that torchrun started, which can be told to stop."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ import contextlib
 from collections.abc import Iterator
 
 from lora_megatron.config import Config
-from lora_megatron.errors import LostRankError, Preempted, UserError
-from lora_megatron.parallel import groups, stopping
+from lora_megatron.parallel import stopping
 from lora_megatron.parallel.agree import require_equal
-from lora_megatron.parallel.peers import loss_as_error
+from lora_megatron.parallel.world import in_world
 
 
 @contextlib.contextmanager
@@ -20,15 +19,6 @@ def joined(config: Config, **advice: str) -> Iterator[None]:
     All ranks have the same configuration, or all raise. A rank that is lost, or is out of memory, is a LostRankError;
     advice: see `loss_as_error`.
     """
-    with stopping.listening():
-        groups.join_world(timeout_minutes=config.parallel.timeout_minutes)
-        try:
-            with loss_as_error(**advice):
-                require_equal("the configuration", config.model_dump_json())
-                yield
-        except LostRankError:  # whatever waits for the others would wait for ever
-            raise
-        except (UserError, Preempted):  # all ranks are here, so none waits for another
-            groups.stop()
-            raise
-        groups.stop()
+    with stopping.listening(), in_world(timeout_minutes=config.parallel.timeout_minutes, **advice):
+        require_equal("the configuration", config.model_dump_json())
+        yield

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The GPUs a plan can be made for, in their vendor's numbers."""
+"""The GPUs a plan can be made for, in their vendor's numbers but for memory that was read off a card."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ NODE = 8
 
 @dataclass(frozen=True)
 class Gpu:
-    """Data sheet values of one GPU; rates are dense, without sparsity."""
+    """Data sheet values of one GPU; rates are dense, without sparsity.
+
+    Memory is what programs can have, where that was read off a card: an H200, sold as 141 GB, gives them 139.8 GiB.
+    """
 
     name: str
     memory_gb: float
@@ -41,7 +44,7 @@ _GPUS = (
     Gpu("a100-40gb", 40, 312, 19.5, 1555, 300, 25),
     Gpu("l40s", 48, 362, 91.6, 864, 32, 25),
     Gpu("h100", 80, 989, 67, 3350, 450, 50),
-    Gpu("h200", 141, 989, 67, 4800, 450, 50),
+    Gpu("h200", 150, 989, 67, 4800, 450, 50),
     Gpu("b200", 180, 2250, 75, 8000, 900, 50),
 )
 GPUS = {gpu.name: gpu for gpu in _GPUS}
