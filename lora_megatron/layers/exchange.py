@@ -120,7 +120,7 @@ class Exchange:
         product.into(addends[self.rank], *(part[self.rank * rows :][:rows] for part in parts))
         main.wait_stream(self.copies)
         box.barrier()
-        return addends.sum(0) if kernels is None else kernels.sum_in_order(addends)
+        return addends.sum(0) if kernels is None or not addends.is_cuda else kernels.sum_in_order(addends)
 
     def _others(self) -> list[int]:
         """The other ranks, each of which has a different first one."""

@@ -3,7 +3,7 @@
 
     python -m pytest tests/layers/test_exchange.py -m multigpu
 
-A CPU has no copy engines and runs the plain collectives, which the tests named `rehearsal` hold to the same numbers.
+Processes of a CPU exchange through files (`shared_boxes`).
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from lora_megatron.model.checks import check_plan
 from lora_megatron.model.presets import resolve_shape
 from lora_megatron.parallel.groups import Layout
 from tests.comparison import compare, frobenius
+from tests.layers.shared_boxes import DELAY_S, NO_BARRIER, NO_TURNS, exchanging
 from tests.pool import Pool
 from tests.twin import Experiment, Record, train_twins
 
@@ -56,44 +57,61 @@ def products(inner: int, columns: int) -> Iterator[tuple[str, Product]]:
     yield "fp8", stored.forward_product(torch.bfloat16)
 
 
-def differences(sizes: list[tuple[int, int, int]], turns: str) -> list[tuple[str, float]]:
-    """Largest relative difference of each of `turns` (g: a gather, s: a sum), with an exchange and without."""
+def differences(
+    sizes: list[tuple[int, int, int]], turns: str, delay: float = 0.0, fault: str = ""
+) -> list[tuple[str, float]]:
+    """Relative difference of each of `turns` (g: a gather, s: a sum), with an exchange and without."""
     group = dist.group.WORLD
     assert group is not None
-    plain = SequenceShards(group)
-    behind = SequenceShards.over(group, overlap=True, device=device())
-    assert (behind.exchange is None) == (device().type == "cpu")
     found = []
-    for rows, inner, columns in sizes:  # the boxes grow
-        for name, product in products(inner, columns):
-            for turn, kind in enumerate(turns):
-                generator = torch.Generator().manual_seed(100 * group.rank() + turn)
-                count = rows if kind == "g" else rows * group.size()
-                x = torch.randn(count, inner, generator=generator).to(device(), product.dtype)
-                parts = product.parts(x)
-                call = "product_of_all" if kind == "g" else "sum_of_products"
-                got, want = getattr(behind, call)(product, *parts), getattr(plain, call)(product, *parts)
-                assert got.shape == want.shape
-                found.append((f"{name} {kind}", float((got - want).float().norm() / want.float().norm())))
+    with exchanging(delay=delay, fault=fault):
+        behind = SequenceShards.over(group, overlap=True, device=device())
+        assert behind.exchange is not None
+        for rows, inner, columns in sizes:  # the boxes grow
+            for name, product in products(inner, columns):
+                asked = [(kind, _parts(product, kind, rows, inner, turn)) for turn, kind in enumerate(turns)]
+                got = [getattr(behind, CALLS[kind])(product, *parts) for kind, parts in asked]
+                dist.barrier()
+                for (kind, parts), one in zip(asked, got, strict=True):
+                    want = getattr(SequenceShards(group), CALLS[kind])(product, *parts)
+                    assert one.shape == want.shape
+                    found.append((f"{name} {kind}", float((one - want).float().norm() / want.float().norm())))
     return found
 
 
-def check_differences(pool: Pool, world: int, **what: Any) -> None:
-    for each in pool.run(world, differences, **what):
-        for name, difference in each:
-            rounding = {"fp32": 1e-6, "bf16": 2**-7, "fp8": 2**-7}[name.split()[0]]
-            assert difference <= rounding, name  # of a gather too: a library multiplies fewer rows in another order
+CALLS = {"g": "product_of_all", "s": "sum_of_products"}
+
+
+def _parts(product: Product, kind: str, rows: int, inner: int, turn: int) -> tuple[torch.Tensor, ...]:
+    """Random rows of this rank, others at every turn."""
+    generator = torch.Generator().manual_seed(100 * dist.get_rank() + turn)
+    count = rows if kind == "g" else rows * dist.get_world_size()
+    return product.parts(torch.randn(count, inner, generator=generator).to(device(), product.dtype))
+
+
+def wrong(pool: Pool, world: int, **what: Any) -> list[str]:
+    """Which differ by more than rounding, on any rank: of a gather too a library multiplies fewer rows in another
+    order."""
+    rounding = {"fp32": 1e-6, "bf16": 2**-7, "fp8": 2**-7}
+    each = pool.run(world, differences, **what)
+    return [name for found in each for name, difference in found if not difference <= rounding[name.split()[0]]]
 
 
 @pytest.mark.parametrize("world", [pytest.param(2, marks=several_gpus), pytest.param(4, marks=several_gpus)])
 def test_an_exchange_gives_what_collectives_give(nccl: Pool, world: int) -> None:
     if world > GPUS:
         pytest.skip(f"needs {world} CUDA devices")
-    check_differences(nccl, world, sizes=[(16, 32, 64), (512, 256, 1024)], turns="gsggsssg")
+    assert wrong(nccl, world, sizes=[(16, 32, 64), (512, 256, 1024)], turns="gsggsssg") == []
 
 
-def test_rehearsal_of_the_differences(pool: Pool) -> None:
-    check_differences(pool, 2, sizes=[(16, 32, 64)], turns="gs")
+@pytest.mark.parametrize("world", [2, 4])
+def test_it_does_through_files_too(pool: Pool, world: int) -> None:
+    assert wrong(pool, world, sizes=[(8, 32, 16), (16, 32, 64)], turns="gsggsssg", delay=DELAY_S) == []
+
+
+@pytest.mark.parametrize(("fault", "turns"), [(NO_BARRIER, "g"), (NO_BARRIER, "s"), (NO_TURNS, "gg"), (NO_TURNS, "ss")])
+def test_a_missing_barrier_is_missed(pool: Pool, fault: str, turns: str) -> None:
+    assert wrong(pool, 2, sizes=[(8, 32, 16)], turns=turns, delay=DELAY_S, fault=fault)
 
 
 EXPERIMENTS = [
@@ -112,7 +130,8 @@ FP8 = Experiment(
 def train_exactly(experiments: list[Experiment]) -> list[Record | None]:
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
-    return train_twins(experiments)
+    with exchanging():
+        return train_twins(experiments)
 
 
 def check_training(pool: Pool, world: int, *, formats: Sequence[StorageFormat | None]) -> None:
@@ -143,7 +162,7 @@ def test_training_behind_an_exchange(nccl: Pool, world: int) -> None:
     check_training(nccl, world, formats=[None, StorageFormat("fp8"), StorageFormat("nf4", "fp8")])
 
 
-def test_rehearsal_of_the_training(pool: Pool) -> None:
+def test_training_through_files(pool: Pool) -> None:
     check_training(pool, 2, formats=[StorageFormat("fp8")])
 
 
