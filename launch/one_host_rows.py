@@ -48,8 +48,6 @@ class Row:
     tensor: int = 1
     pipeline: int = 1
     virtual: int = 1
-    overlap: bool = True
-    """Of its collectives with products, under tensor parallelism."""
     storage: str | None = None
     microbatches: int = 1
     """Of a step, on each replica."""
@@ -72,7 +70,7 @@ class Row:
         return [
             f"parallel.tensor={self.tensor}",
             f"parallel.sequence={'true' if self.tensor > 1 else 'false'}",
-            f"parallel.tp_comm_overlap={'true' if self.tensor > 1 and self.overlap else 'false'}",
+            f"parallel.tp_comm_overlap={'true' if self.tensor > 1 else 'false'}",
             f"parallel.pipeline={self.pipeline}",
             f"parallel.virtual_pipeline={self.virtual}",
             TIMEOUT,

@@ -26,6 +26,7 @@ from lora_megatron.model.names import named_parameters
 from lora_megatron.model.shape import ModelShape
 from lora_megatron.parallel.agree import gather_text
 from lora_megatron.parallel.groups import device_memory_bytes
+from lora_megatron.training.cuda_graph import WARM_UP_STEPS
 from lora_megatron.training.loop import StepReport, Trainer
 from lora_megatron.training.optimizer import Optimizer, gradient_bytes
 
@@ -165,7 +166,8 @@ def _is_metered(trainer: Trainer) -> bool:
 
 def _is_still_eager(trainer: Trainer) -> bool:
     """Steps before a CUDA graph is captured, and the one that captures it, are not what a training mostly runs."""
-    return trainer.graph is not None and not trainer.graph.is_captured
+    graph = trainer.graph
+    return graph is not None and not graph.is_captured and trainer.steps_run <= WARM_UP_STEPS
 
 
 def _count_parameters(chunks: list[nn.Module]) -> tuple[int, int]:

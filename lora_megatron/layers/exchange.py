@@ -18,6 +18,7 @@ The boxes are torch's symmetric memory, outside the caching allocator (`bytes_of
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -68,15 +69,8 @@ class Exchange:
         self.copies = torch.cuda.Stream(priority=-1)
         self.boxes = {"gather": _Box(group), "sum": _Box(group)}
         self.last = ""  # the kind of the last product; empty where that is not known
-        try:
-            for box in self.boxes.values():
-                box.holding(_ALIGNMENT)
-        except RuntimeError as error:
-            reason = str(error).splitlines()[0]
-            raise ConfigError(
-                "parallel.tp_comm_overlap = true: the GPUs of a tensor-parallel group do not reach each other's memory "
-                f"({reason}): set parallel.tp_comm_overlap=false, or keep the group inside one host"
-            ) from None
+        for box in self.boxes.values():
+            box.holding(_ALIGNMENT)
 
     def product_of_all(self, product: Product, parts: Sequence[Tensor]) -> Tensor:
         """`parts` of this rank's m rows, of every rank -> [t m, n], all ranks' rows in their order."""
@@ -110,14 +104,14 @@ class Exchange:
         self.copies.wait_stream(main)
         sent = []  # until the copies have been waited for
         for owner in self._others():
-            piece = product.of(*(part[owner * rows :][:rows] for part in parts))
+            piece = product.of(*(_rows(part, owner * rows, rows) for part in parts))
             sent.append(piece)
             done = main.record_event()
             with torch.cuda.stream(self.copies):
                 self.copies.wait_event(done)
                 box.at(owner, like)[self.rank].copy_(piece, non_blocking=True)
         addends = box.at(self.rank, like)
-        product.into(addends[self.rank], *(part[self.rank * rows :][:rows] for part in parts))
+        product.into(addends[self.rank], *(_rows(part, self.rank * rows, rows) for part in parts))
         main.wait_stream(self.copies)
         box.barrier()
         return addends.sum(0) if kernels is None or not addends.is_cuda else kernels.sum_in_order(addends)
@@ -136,6 +130,12 @@ class Exchange:
         return box
 
 
+def _rows(part: Tensor, start: int, count: int) -> Tensor:
+    """That many rows from `start`; a copy where they begin at a place from which a library's product cannot read."""
+    rows = part[start:][:count]
+    return rows if rows.data_ptr() % 16 == 0 else rows.clone()
+
+
 def _places(parts: Sequence[Tensor]) -> tuple[list[int], int]:
     """Where in a box each part begins, and how much they take, in bytes."""
     places, end = [], 0
@@ -151,19 +151,35 @@ class _Box:
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
         self.memory: Tensor | None = None
-        self.older: list[Tensor] = []
+        self.handle: Any = None
+        self.older: list[tuple[Tensor, Any]] = []
 
     def holding(self, size: int) -> None:
-        """Make it at least `size` bytes, if it is not: for all ranks at once, as all have tokens of one size."""
-        if self.memory is not None and self.memory.numel() >= size:
-            return
+        """Make it at least `size` bytes, if it is not: for all ranks at once, as all have tokens of one size.
+
+        Raises:
+            torch.OutOfMemoryError: this GPU has no room for it.
+            ConfigError: the GPUs do not reach each other's memory.
+        """
+        if self.memory is not None:
+            if self.memory.numel() >= size:
+                return
+            # Other ranks may still be reading the old one, and CUDA graphs go on using it. Twice its size at least, so
+            # that all old ones together are no larger than the new one, however often it grows.
+            self.older.append((self.memory, self.handle))
+            size = max(size, 2 * self.memory.numel())
+        self.memory = _symmetric(size)
         # Loaded by those who use it: importing it costs a second.
         from torch.distributed import _symmetric_memory as symmetric
 
-        if self.memory is not None:
-            self.older.append(self.memory)  # other ranks may still be reading it, and CUDA graphs go on using it
-        self.memory = symmetric.empty(size, dtype=torch.uint8, device=torch.device("cuda", torch.cuda.current_device()))
-        self.handle = symmetric.rendezvous(self.memory, self.group.group_name)
+        try:
+            self.handle = symmetric.rendezvous(self.memory, self.group.group_name)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise ConfigError(
+                "parallel.tp_comm_overlap = true: the GPUs of a tensor-parallel group do not reach each other's memory "
+                f"({reason}): set parallel.tp_comm_overlap=false, or keep the group inside one host"
+            ) from None
 
     def at(self, rank: int, like: Tensor, place: int = 0) -> Tensor:
         """The tensor of `like`'s shape and type that lies in rank's box, `place` bytes from its beginning."""
@@ -173,3 +189,20 @@ class _Box:
     def barrier(self) -> None:
         """On the current stream: nothing behind it begins before all ranks have come to it."""
         self.handle.barrier(channel=0)
+
+
+def _symmetric(size: int) -> Tensor:
+    """Bytes that other GPUs can be let at. They lie outside torch's allocator, which does not give way by itself."""
+    from torch.distributed import _symmetric_memory as symmetric
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    try:
+        return symmetric.empty(size, dtype=torch.uint8, device=device)
+    except RuntimeError:
+        torch.cuda.empty_cache()
+    try:
+        return symmetric.empty(size, dtype=torch.uint8, device=device)
+    except RuntimeError as error:
+        raise torch.OutOfMemoryError(
+            f"no room for {size:,} bytes that GPUs share (parallel.tp_comm_overlap)"
+        ) from error

@@ -54,7 +54,8 @@ class MemoryPlan:
     communication: int
     """Tensors of pipeline neighbours in flight, and sequence shards gathered."""
     workspace: int
-    """Tensors that live for one operation: products and their gradients, a chunk of logits, an unpacked weight."""
+    """Tensors that live for one operation: products and their gradients, a chunk of logits, an unpacked weight. With
+    `train.cuda_graph` also those of the optimizer's step, and the inputs of all microbatches."""
     context: int
     """Outside torch's allocator: CUDA's context, NCCL's buffers and those of `parallel.tp_comm_overlap`."""
 
@@ -128,6 +129,9 @@ def plan_rank(config: Config, shape: ModelShape, method: Method, weights: Sequen
     worst = peak(place.stage, layout.pipeline, chunks, count)
     stepping = trained.optimizer // (12 if config.train.precision == "bf16" else 8) * ADAMW_TEMPORARY
     in_backward = _workspace(batch, chunks, weights, config.base.storage)
+    at_most = max(in_backward, stepping - worst.bytes)
+    if config.train.cuda_graph:  # what the passes had stays the graph's while the optimizer steps
+        at_most = in_backward + stepping + count * _inputs(config, batch)
     return MemoryPlan(
         frozen_weights=frozen_bytes(weights, storage=config.base.storage),
         trained_weights=trained.weights,
@@ -136,9 +140,14 @@ def plan_rank(config: Config, shape: ModelShape, method: Method, weights: Sequen
         activations=round(worst.activations + sum(chunk.once for chunk in chunks)),
         logits=round(worst.loss),
         communication=round(_communication(batch, worst)),
-        workspace=round(max(in_backward, stepping - worst.bytes)),
+        workspace=round(at_most),
         context=_outside(config, batch, place),
     )
+
+
+def _inputs(config: Config, batch: Microbatch) -> int:
+    """A microbatch on the GPU: tokens, labels and positions in int64, the loss mask in fp32, a mask of attention."""
+    return batch.tokens * (3 * 8 + 4 + (config.data.sequence_length if config.data.packing else 0))
 
 
 def _outside(config: Config, batch: Microbatch, place: Place) -> int:

@@ -15,10 +15,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed import _symmetric_memory as symmetric
 
 from lora_megatron.config import Config, ModelSection
 from lora_megatron.config.sections import ParallelSection
 from lora_megatron.errors import ConfigError
+from lora_megatron.layers import exchange
 from lora_megatron.layers.sequence_shards import SequenceShards
 from lora_megatron.layers.storage.choose import StorageFormat
 from lora_megatron.layers.storage.product import Product, product_with
@@ -27,7 +29,7 @@ from lora_megatron.model.checks import check_plan
 from lora_megatron.model.presets import resolve_shape
 from lora_megatron.parallel.groups import Layout
 from tests.comparison import compare, frobenius
-from tests.layers.shared_boxes import DELAY_S, NO_BARRIER, NO_TURNS, exchanging
+from tests.layers.shared_boxes import DELAY_S, NO_BARRIER, NO_TURNS, SharedBox, exchanging
 from tests.pool import Pool
 from tests.twin import Experiment, Record, train_twins
 
@@ -164,6 +166,55 @@ def test_training_behind_an_exchange(nccl: Pool, world: int) -> None:
 
 def test_training_through_files(pool: Pool) -> None:
     check_training(pool, 2, formats=[StorageFormat("fp8")])
+
+
+def barriers_of(turns: str) -> list[int]:
+    """Of a gather or a sum each; `.` stands for a CUDA graph that was launched in between."""
+    group = dist.group.WORLD
+    assert group is not None
+    with exchanging():
+        shards = SequenceShards.over(group, overlap=True, device=device())
+        (product,) = (product for name, product in products(32, 16) if name == "fp32")
+        counted, before = [], SharedBox.barriers
+        for turn in turns:
+            if turn == ".":
+                exchange.forget_turns()
+                continue
+            getattr(shards, CALLS[turn])(product, *_parts(product, turn, 8, 32, 0))
+            counted.append(SharedBox.barriers - before)
+            before = SharedBox.barriers
+        return counted
+
+
+@pytest.mark.skipif(GPUS > 0, reason="counts the barriers of the boxes that stand in for a GPU's")
+def test_one_barrier_a_product_where_gathers_and_sums_take_turns(pool: Pool) -> None:
+    for counted in pool.run(2, barriers_of, turns="gsgssg.s.sg"):
+        assert counted == [2, 1, 1, 1, 2, 1, 2, 2, 1]
+
+
+class Group:
+    """Of GPUs that are not there."""
+
+    group_name = "none"
+
+
+def test_gpus_apart_and_full_ones_are_told_from_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("CUDA driver error: something\nwith a trace")
+
+    box = exchange._Box(Group())  # type: ignore[arg-type]  # it asks for the name alone
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(symmetric, "rendezvous", fail)
+    monkeypatch.setattr(symmetric, "empty", lambda size, dtype, device: torch.empty(size, dtype=dtype))
+    with pytest.raises(
+        ConfigError, match=r"do not reach each other's memory \(CUDA driver error: something\): set"
+    ) as one:
+        box.holding(16)
+    assert "\n" not in str(one.value)
+    monkeypatch.setattr(symmetric, "empty", fail)
+    with pytest.raises(torch.OutOfMemoryError, match="no room for 1,024 bytes that GPUs share"):
+        exchange._Box(Group()).holding(1024)  # type: ignore[arg-type]  # the same
 
 
 def test_without_sequence_parallelism_there_is_nothing_to_overlap() -> None:

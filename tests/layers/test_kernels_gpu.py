@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from torch import Tensor
@@ -153,3 +155,14 @@ def test_the_activation_and_its_gradient_beside_their_fp8_codes(
                 if mine is not None:
                     assert mine.dtype == torch.bfloat16
                     assert off(mine, want) < 2e-3
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sums_over_ranks_are_rounded_once(ranks: int, dtype: torch.dtype) -> None:
+    addends = torch.randn(ranks, 37, 129, generator=torch.Generator().manual_seed(1)).to("cuda", dtype)
+    from lora_megatron.layers import exchange_kernels  # needs Triton
+
+    got = exchange_kernels.sum_in_order(addends)
+    want = functools.reduce(torch.add, addends.float().unbind()).to(dtype)
+    assert torch.equal(got, want)

@@ -128,6 +128,27 @@ def test_too_few_gpus_name_the_fewest_that_do(capsys: pytest.CaptureFixture[str]
     assert "the fewest GPUs that do are 6 with parallel.tensor=2 parallel.pipeline=3" in line
 
 
+def test_what_gpus_share_is_planned(capsys: pytest.CaptureFixture[str]) -> None:
+    """One rank's tokens in one box, all ranks' in the other, outside torch's allocator."""
+    config = "launch/configs/gpt3_175b_8gpu.yaml"
+    shared, alone = (
+        plan(capsys, config, f"parallel.tp_comm_overlap={value}")["totals"]["memory"] for value in ("true", "false")
+    )
+    assert shared["context"] - alone["context"] == 8 * (1 + 8) * (8 * 2048 // 8) * 12288 * 2  # on 8 ranks
+    assert {kind for kind in shared if shared[kind] != alone[kind]} == {"context", "total"}
+
+
+def test_a_graph_keeps_what_the_optimizer_could_have_used(capsys: pytest.CaptureFixture[str]) -> None:
+    config = "launch/configs/gpt3_175b_8gpu.yaml"
+    graph, eager = (
+        plan(capsys, config, f"train.cuda_graph={value}")["totals"]["memory"] for value in ("true", "false")
+    )
+    stepping = eager["optimizer"] // 12 * 4  # one temporary of fp32 beside masters and moments
+    inputs = 8 * 128 * 2048 * (3 * 8 + 4)  # of the whole batch on each of 8 ranks
+    assert graph["workspace"] - eager["workspace"] == stepping + inputs
+    assert {kind for kind in graph if graph[kind] != eager[kind]} == {"workspace", "allocated", "total"} & set(graph)
+
+
 def test_packed_weights_are_planned_and_trained(capsys: pytest.CaptureFixture[str], tmp_path: Path, pool: Pool) -> None:
     bf16 = plan(capsys, "launch/configs/gpt3_175b_1gpu.yaml", "base.storage=bf16", "base.gemm=null")
     nf4 = plan(capsys, "launch/configs/gpt3_175b_1gpu.yaml", "--gpu", "h200")
