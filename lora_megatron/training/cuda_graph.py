@@ -179,10 +179,23 @@ class StepGraph:
         # Thread-local: NCCL's watchdog and a checkpoint's writer go on calling CUDA from threads of theirs.
         capture = torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local")
         forget_turns()
-        with _generators_left_alone(), _keeping_angles(ddp_chunks, kept), capture:
-            reports = run_passes(ddp_chunks, inputs.batches)
+        try:
+            with _generators_left_alone(), _keeping_angles(ddp_chunks, kept), capture:
+                reports = run_passes(ddp_chunks, inputs.batches)
+        except RuntimeError as error:
+            raise reason_of(error) from error
         kept.extend(mpu.get_global_memory_buffer().buffer.values())  # gathered shards; replaced by larger ones
         return _Captured(graph, reports, kept)
+
+
+def reason_of(error: BaseException) -> BaseException:
+    """Why a capture has failed: it ends with an error of its own where a pass under it ran out of memory."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, torch.OutOfMemoryError):
+            return seen
+        seen = seen.__context__
+    return error
 
 
 @contextlib.contextmanager

@@ -28,6 +28,7 @@ from lora_megatron.training.cuda_graph import (
     Turn,
     Turns,
     _generators_left_alone,
+    reason_of,
     shapes_of,
 )
 from tests.commands.runs import attempt, make_corpus, make_tree
@@ -200,3 +201,15 @@ def both_reductions(experiment: Experiment) -> None:
 def test_the_reduction_of_gradients_is_megatrons(pool: Pool, layout: dict[str, Any]) -> None:
     """Data parallelism takes what is left of four ranks."""
     pool.run(4, both_reductions, experiment=Experiment(layout=Layout(**layout)))
+
+
+def test_a_capture_that_ran_out_of_memory_says_so() -> None:
+    try:
+        try:
+            raise torch.OutOfMemoryError("no room")
+        finally:
+            raise RuntimeError("the capture was invalidated")
+    except RuntimeError as error:
+        assert str(reason_of(error)) == "no room"
+    other = RuntimeError("something else")
+    assert reason_of(other) is other
