@@ -2,9 +2,9 @@
 """`train.recompute = auto`: as few recomputed layers as the memory allows, found by the plan.
 
 First of a frozen MLP the output of fc1 alone, the largest tensor that a layer keeps, for one product more: fewer FLOPs
-for a byte than anything else (by count, for Llama 2 70B at 8192 tokens 6.1 ms for a GB, a whole layer 8.4). Where even all of these
-are not enough, whole layers: such a layer keeps its input alone (Chen et al. 2016; megatron-core's method "block") and
-costs a second forward pass. There is no mixture of the two.
+for a byte than anything else (by count, for Llama 2 70B at 8192 tokens, 6.1 ms for a GB, a whole layer 8.4). Where even
+all of these are not enough, whole layers: such a layer keeps its input alone (Chen et al. 2016; megatron-core's method
+"block") and costs a second forward pass. There is no mixture of the two.
 
 The first layers of a chunk are the ones to take: when their backward pass comes, the others' tensors are gone.
 """

@@ -204,12 +204,14 @@ def test_the_reduction_of_gradients_is_megatrons(pool: Pool, layout: dict[str, A
 
 
 def test_a_capture_that_ran_out_of_memory_says_so() -> None:
-    try:
+    def capture() -> None:
         try:
             raise torch.OutOfMemoryError("no room")
         finally:
             raise RuntimeError("the capture was invalidated")
-    except RuntimeError as error:
-        assert str(reason_of(error)) == "no room"
+
+    with pytest.raises(RuntimeError, match="invalidated") as caught:
+        capture()
+    assert str(reason_of(caught.value)) == "no room"
     other = RuntimeError("something else")
     assert reason_of(other) is other
