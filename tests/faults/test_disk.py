@@ -74,8 +74,12 @@ def limit_files(size: int) -> None:
     state.save_tensors = save_tensors
 
 
+SHARES = [0.01, pytest.param(0.5, marks=pytest.mark.slow), 0.99]
+"""Of a file, or of a checkpoint, that still can be written; the middle of it takes half a minute more."""
+
+
 @pytest.mark.parametrize(("layout", "victim"), [("TP2", 0), ("PP2", 1)])
-@pytest.mark.parametrize("share", [0.01, 0.5, 0.99])
+@pytest.mark.parametrize("share", SHARES)
 def test_a_file_that_cannot_grow(
     corpus: Path, tmp_path: Path, undisturbed: Undisturbed, layout: str, victim: int, share: float
 ) -> None:
@@ -117,7 +121,7 @@ def blocks_of(folder: Path) -> int:
 
 
 @pytest.mark.parametrize("layout", ["TP2", "PP2"])
-@pytest.mark.parametrize("share", [0.01, 0.5, 0.99])
+@pytest.mark.parametrize("share", SHARES)
 def test_a_disk_that_is_full_while_training_goes_on(
     corpus: Path, tmp_path: Path, undisturbed: Undisturbed, layout: str, share: float
 ) -> None:

@@ -24,7 +24,7 @@ from lora_megatron.layers import exchange
 from lora_megatron.layers.sequence_shards import SequenceShards
 from lora_megatron.parallel import cpu_backend
 
-DELAY_S = 0.02
+DELAY_S = 0.005
 NO_BARRIER, NO_TURNS = "no barrier", "no turns"
 """Faults that a test of the exchange must notice."""
 

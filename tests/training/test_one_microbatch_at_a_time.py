@@ -29,9 +29,12 @@ def attempt_and_count(tree: Tree) -> tuple[Outcome, int, int]:
         return batch
 
     batches.BatchSource._collate = collate  # type: ignore[method-assign]
+    gc.collect()
+    gc.freeze()  # what this process has gathered before need not be looked through at every microbatch
     try:
         return attempt(tree), *seen
     finally:
+        gc.unfreeze()
         batches.BatchSource._collate = original  # type: ignore[method-assign]
 
 
