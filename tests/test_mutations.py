@@ -25,6 +25,7 @@ from lora_megatron.layers.sharding import REPLICATED, Shard
 from lora_megatron.layers.vocabulary_loss import VocabularyShard
 from lora_megatron.model import build, gpt, spec
 from lora_megatron.parallel.groups import Layout
+from lora_megatron.training import step
 from tests.comparison import Mismatch, compare
 from tests.pool import Pool
 from tests.twin import Experiment, Record, train_twin, train_twins
@@ -119,10 +120,10 @@ def hidden_gradient_of_own_columns() -> Any:
 
 
 def gradient_not_divided_by_tokens() -> Any:
-    original = build.TransformerConfig
-    return mock.patch.object(
-        build, "TransformerConfig", lambda **kwargs: original(**{**kwargs, "calculate_per_token_loss": False})
-    )
+    def finalize(chunks: Any, tokens: Tensor, **megatron: Any) -> None:
+        step.finalize_model_grads(list(chunks), None, **megatron)
+
+    return mock.patch.object(step, "_finalize", finalize)
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,7 @@ FAULTS: dict[str, Fault] = {
     ),
     "dropout drawn per rank": Fault(dropout_per_rank, on(TP2, dropout=0.5), COLUMN_A),
     "dropout of sequence shards alike": Fault(dropout_without_a_cut, on(SP2, dropout=0.5), "loss of step 0"),
-    "loss averaged per microbatch": Fault(gradient_not_divided_by_tokens, on(Layout()), "norm of step 0"),
+    "gradient not divided by tokens": Fault(gradient_not_divided_by_tokens, on(Layout()), "norm of step 0"),
 }
 
 
