@@ -185,14 +185,22 @@ def test_the_command_refuses_in_one_line(tmp_path: Path) -> None:
     assert done.stderr.startswith("error: --out ")
 
 
-def test_a_small_one_end_to_end_and_once_more(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_small_one_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "quick start"  # a space must not matter
     run_quickstart(out, SEED, settings=SMALL)
-    first = check_report(out)
+    check_report(out)
     printed = capsys.readouterr()
     assert "trainable parameters" in printed.out
     for stage in STAGES:
         assert f"{stage}  step 4/4" in printed.err  # every training shows how far it is
+
+
+@pytest.mark.slow
+def test_once_more_it_gives_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    run_quickstart(out, SEED, settings=SMALL)
+    first = check_report(out)
+    capsys.readouterr()
     run_quickstart(out, SEED, settings=SMALL)
     assert "replacing the earlier quickstart" in capsys.readouterr().err
     again = check_report(out)
