@@ -137,6 +137,7 @@ def test_fp8_on_two_gpus_equals_one(nccl: Pool, layout: str) -> None:
     check_fp8(nccl, LAYOUTS[layout])
 
 
+@pytest.mark.slow  # `test_oracle` compares the same over gloo, in every run
 def test_rehearsal_of_the_comparison(pool: Pool) -> None:
     check_fp8(pool, LAYOUTS["tp2-sp"])
     check_fp32(pool, LAYOUTS["tp2-sp"])
