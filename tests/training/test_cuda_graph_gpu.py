@@ -90,6 +90,7 @@ def randomise_b(trainer: Trainer) -> None:
 def snapshot(trainer: Trainer) -> tuple[Values, Values]:
     """(gradients, parameters) by name, of what trains."""
     pairs = [(n, p) for chunk in trainer.chunks for n, p in chunk.named_parameters() if p.requires_grad]
+    # main_grad is what megatron-core's DDP puts on a parameter, which torch's types cannot know.
     gradients = {name: p.main_grad.detach().cpu().clone() for name, p in pairs}  # type: ignore[attr-defined]
     return gradients, {name: p.detach().cpu().clone() for name, p in pairs}
 
@@ -107,6 +108,7 @@ def run(config: Config, *, stale: int = 0) -> tuple[list[StepRecord], float]:
     for step in range(1, config.train.steps + 1):
         trainer.config, trainer.data = usual
         if step == OTHER_SHAPES:
+            # A step asks `microbatch` of its data alone, as in `bench.workload`.
             trainer.config, trainer.data = other, RandomTokens(other, vocab_size=VOCABULARY)  # type: ignore[assignment]
         if step == stale:
             trainer.consumed_samples -= config.data.global_batch_size
@@ -118,6 +120,7 @@ def run(config: Config, *, stale: int = 0) -> tuple[list[StepRecord], float]:
         trainer.step = report.step
         records.append(StepRecord(report.loss, report.grad_norm, report.lr, *snapshot(trainer)))
         if step == 4:
+            # It asks `evaluation_microbatches` alone.
             held_out = held_out_loss(trainer.chunks, HeldOut(config)).mean  # type: ignore[arg-type]
     if trainer.graph is not None:
         trainer.graph.release()
