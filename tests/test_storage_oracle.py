@@ -98,6 +98,8 @@ def test_a_rebuilt_mlp_changes_nothing(pool: Pool, model: str, kind: str) -> Non
         ({"base": {"storage": "fp8"}, "method": {"name": "full"}}, "method.name = full"),
         ({"base": {"storage": "bf16"}}, "train.precision = fp32"),
         ({"base": {"storage": "fp8", "gemm": "fp8"}}, "base.gemm"),
+        ({"base": {"fast_accum": "both"}}, "base.fast_accum = both"),
+        ({"base": {"storage": "nf4", "fast_accum": "none"}}, "base.gemm=fp8"),
         ({"base": {"storage": "nf4"}, "parallel": {"tensor": 4}}, "blocks of 64"),
     ],
 )

@@ -74,11 +74,12 @@ def bench_config(config: Config, method: str) -> Config:
     Full fine-tuning has no frozen weights to keep in another format: it runs in `train.precision`. Nor can it rebuild
     frozen MLPs.
     """
-    whole = {"storage": None, "gemm": None} if method == "full" else {}
-    config = without_mlp(config) if method == "full" else config
+    base = config.base
+    if method == "full":
+        config, base = without_mlp(config), base.of_training_precision()
     return config.model_copy(
         update={
-            "base": config.base.model_copy(update=whole),
+            "base": base,
             "method": config.method.model_copy(update={"name": method, "start_from": None}),
             "train": config.train.model_copy(
                 update={"steps": 0, "epochs": None, "warmup_steps": 0, "schedule": "constant", "spike_factor": 0.0}

@@ -83,6 +83,13 @@ class BaseSection(Section):
     """How frozen linear weights are kept; not given: in `train.precision`."""
     gemm: Literal["bf16", "fp8"] | None = None
     """What NF4 weights are multiplied in; not given: in `train.precision`. FP8 weights always are in FP8."""
+    fast_accum: Literal["none", "forward", "both"] | None = None
+    """Which FP8 products are added up in the tensor cores' own, shorter registers: those of the `forward` pass (not
+    given: the same), gradients too (`both`), or `none`."""
+
+    def of_training_precision(self) -> BaseSection:
+        """The same weights, in no other format."""
+        return self.model_copy(update={"storage": None, "gemm": None, "fast_accum": None})
 
 
 class MethodSection(Section):

@@ -173,12 +173,17 @@ def storage_of(config: Config) -> StorageFormat | None:
     """The configuration's format of frozen linear weights, None for that of `train.precision`.
 
     Raises:
-        ConfigError: it contradicts `train.precision` or the method, or `base.gemm` has nothing to say.
+        ConfigError: it contradicts `train.precision` or the method, or `base.gemm`, `base.fast_accum` say nothing.
     """
     storage, gemm, precision = config.base.storage, config.base.gemm, config.train.precision
     if gemm is not None and storage != "nf4":
         raise ConfigError(
             f"base.gemm = {gemm} says what NF4 weights are multiplied in: set base.storage=nf4, or drop it"
+        )
+    if config.base.fast_accum is not None and storage != "fp8" and gemm != "fp8":
+        raise ConfigError(
+            f"base.fast_accum = {config.base.fast_accum} says how FP8 products add up: set base.storage=fp8, or "
+            "base.storage=nf4 and base.gemm=fp8, or drop it"
         )
     if storage in (None, precision):
         return None
@@ -189,7 +194,7 @@ def storage_of(config: Config) -> StorageFormat | None:
         raise ConfigError(
             f"base.storage = {storage} keeps frozen weights, and method.name = full freezes none: drop it"
         )
-    return StorageFormat(storage, "fp8" if gemm == "fp8" else "bf16")
+    return StorageFormat(storage, "fp8" if gemm == "fp8" else "bf16", config.base.fast_accum or "forward")
 
 
 def _check_storage(config: Config, layout: Layout, shape: ModelShape) -> None:

@@ -120,9 +120,8 @@ class Plan:
 
 def full_config(config: Config) -> Config:
     """The same run as full fine-tuning, for which weights are neither frozen nor packed, nor MLPs rebuilt as frozen."""
-    base = config.base.model_copy(update={"storage": None, "gemm": None})
     method = config.method.model_copy(update={"name": "full", "dropout": 0.0})
-    return without_mlp(config.model_copy(update={"base": base, "method": method}))
+    return without_mlp(config.model_copy(update={"base": config.base.of_training_precision(), "method": method}))
 
 
 def plan_training(

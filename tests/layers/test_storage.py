@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from lora_megatron.layers.frozen import frozen_linear
+from lora_megatron.layers.storage import fp8
 from lora_megatron.layers.storage.choose import StorageFormat
 from lora_megatron.layers.storage.fp8 import quantise_tokens
 from lora_megatron.layers.storage.nf4 import LEVELS, nearest_levels
@@ -71,6 +74,26 @@ def test_products_are_those_of_what_is_remembered(weight: Tensor, kind: str, err
     bias = torch.randn(OUT, generator=generator)
     assert off(one.linear(x, bias) - bias, x @ remembered.t()) < error
     assert off(one.input_gradient(grad), grad @ remembered) < error
+
+
+@pytest.mark.parametrize(("fast_accum", "wanted"), [("none", [0, 0]), ("forward", [1, 0]), ("both", [1, 1])])
+@pytest.mark.parametrize(("kind", "gemm"), [("fp8", "bf16"), ("nf4", "fp8")])
+def test_which_products_add_up_fast(
+    weight: Tensor, kind: str, gemm: str, fast_accum: str, wanted: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    original = fp8.multiply
+
+    def watched(*args: Any, fast: bool, **kwargs: Any) -> Tensor:
+        asked.append(fast)
+        return original(*args, fast=fast, **kwargs)
+
+    monkeypatch.setattr(fp8, "multiply", watched)
+    one = StorageFormat(kind, gemm, fast_accum).make(OUT, IN, device=CPU, axis=0, group=None)
+    one.store(weight)
+    one.linear(torch.randn(3, IN), None)
+    one.input_gradient(torch.randn(3, OUT))
+    assert asked == wanted
 
 
 def test_levels_are_the_nearest() -> None:

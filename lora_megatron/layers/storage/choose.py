@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From `base.storage` and `base.gemm` to a stored weight."""
+"""From `base.storage`, `base.gemm` and `base.fast_accum` to a stored weight."""
 
 from __future__ import annotations
 
@@ -8,21 +8,26 @@ from typing import Any
 
 import torch
 
-from lora_megatron.layers.storage.fp8 import StoredFp8
+from lora_megatron.layers.storage.fp8 import Fp8Products, StoredFp8
 from lora_megatron.layers.storage.nf4 import StoredNf4, StoredNf4ForFp8
 from lora_megatron.layers.storage.stored import Stored
 
 
 @dataclass(frozen=True)
 class StorageFormat:
-    """`kind` is fp8 or nf4; `gemm` the precision of an NF4 weight's products, bf16 (that of training) or fp8."""
+    """`kind` is fp8 or nf4; `gemm` the precision of an NF4 weight's products, bf16 (that of training) or fp8;
+    `fast_accum` which FP8 products add up in shorter registers: none, those of the forward pass, or both."""
 
     kind: str
     gemm: str = "bf16"
+    fast_accum: str = "forward"
 
     def make(self, out_features: int, in_features: int, *, device: torch.device, **cut: Any) -> Stored:
         """Room for a weight [out, in] of this rank; `cut` as in `Stored`."""
-        if self.kind == "fp8":
-            return StoredFp8(out_features, in_features, device=device, **cut)
-        kind = StoredNf4ForFp8 if self.gemm == "fp8" else StoredNf4
-        return kind(out_features, in_features, device=device, **cut)
+        if self.kind == "nf4" and self.gemm != "fp8":
+            return StoredNf4(out_features, in_features, device=device, **cut)
+        kind = StoredFp8 if self.kind == "fp8" else StoredNf4ForFp8
+        stored: Fp8Products = kind(out_features, in_features, device=device, **cut)
+        stored.fast_forward = self.fast_accum in ("forward", "both")
+        stored.fast_backward = self.fast_accum == "both"
+        return stored

@@ -108,7 +108,7 @@ def multiply(
     written over `out` where that is given.
 
     `fast` adds up in the tensor core's own, shorter registers: good to 14 bits or so, far finer than FP8 itself. It is
-    for the forward product; gradients are added up in fp32.
+    for the forward product; gradients are added up in fp32, unless `base.fast_accum` says otherwise.
 
     Where the GEMM cannot be done in FP8 (a CPU, sizes that are no multiples of 16) the same numbers are multiplied in
     fp32.
@@ -140,6 +140,10 @@ class Fp8Products(Stored):
     What quantises a factor and what multiplies are apart, so that a kernel which computes the factor can quantise it.
     """
 
+    fast_forward = True
+    fast_backward = False
+    """Which of both products adds up in shorter registers (`multiply`)."""
+
     @abstractmethod
     def codes_and_scale(self, *, transposed: bool) -> tuple[Tensor, Tensor]:
         """W as FP8 codes, [out, in] or [in, out] transposed, and its scale along `axis`."""
@@ -168,14 +172,13 @@ class Fp8Products(Stored):
 
     def forward_product(self, dtype: torch.dtype, bias: Tensor | None = None) -> Product:
         codes, scale = self.codes_and_scale(transposed=False)
-        return self._product(
-            codes, scale if self.axis == 0 else None, dtype, self.forward_factor(), self.forward_group, bias, fast=True
-        )
+        after, factor, group = scale if self.axis == 0 else None, self.forward_factor(), self.forward_group
+        return self._product(codes, after, dtype, factor, group, bias, fast=self.fast_forward)
 
     def backward_product(self, dtype: torch.dtype) -> Product:
         codes, scale = self.codes_and_scale(transposed=True)
-        after = scale if self.axis == 1 else None
-        return self._product(codes, after, dtype, self.backward_factor(), self.backward_group, None, fast=False)
+        after, factor, group = scale if self.axis == 1 else None, self.backward_factor(), self.backward_group
+        return self._product(codes, after, dtype, factor, group, None, fast=self.fast_backward)
 
     @staticmethod
     def _product(
