@@ -37,7 +37,8 @@ from lora_megatron.measure.report import write_report
 from lora_megatron.methods.choose import choose_method
 from lora_megatron.methods.method import Method
 from lora_megatron.model.build import build
-from lora_megatron.model.checks import check, layout_of, options_of, storage_of
+from lora_megatron.model.checks import check, layout_of, options_of
+from lora_megatron.model.storage import storage_of
 from lora_megatron.parallel import groups
 from lora_megatron.parallel.agree import gather_text, is_main, require_equal, together
 from lora_megatron.parallel.groups import Ranks

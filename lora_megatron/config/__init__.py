@@ -4,6 +4,7 @@
 from lora_megatron.config.load import load_config, parse_config
 from lora_megatron.config.sections import (
     LARGEST_SEED,
+    BaseSection,
     Config,
     MethodSection,
     ModelSection,
@@ -13,6 +14,7 @@ from lora_megatron.config.sections import (
 
 __all__ = [
     "LARGEST_SEED",
+    "BaseSection",
     "Config",
     "MethodSection",
     "ModelSection",

@@ -86,10 +86,13 @@ class BaseSection(Section):
     fast_accum: Literal["none", "forward", "both"] | None = None
     """Which FP8 products are added up in the tensor cores' own, shorter registers: those of the `forward` pass (not
     given: the same), gradients too (`both`), or `none`."""
+    transposes: Literal["anew", "group", "kept"] | None = None
+    """FP8 weights turned round, which backward products read: made anew for each microbatch (not given: the same), kept
+    for the microbatches of a `group` of the interleaved pipeline schedule, or `kept` for good, a second copy."""
 
     def of_training_precision(self) -> BaseSection:
         """The same weights, in no other format."""
-        return self.model_copy(update={"storage": None, "gemm": None, "fast_accum": None})
+        return self.model_copy(update=dict.fromkeys(("storage", "gemm", "fast_accum", "transposes")))
 
 
 class MethodSection(Section):

@@ -7,12 +7,11 @@ import torch
 
 from lora_megatron.config import Config
 from lora_megatron.errors import ConfigError
-from lora_megatron.layers.storage.choose import StorageFormat
-from lora_megatron.layers.storage.nf4 import BLOCK
 from lora_megatron.methods.method import Method
 from lora_megatron.model.build import BuildOptions
 from lora_megatron.model.recomputation import check_recomputation
 from lora_megatron.model.shape import ModelShape
+from lora_megatron.model.storage import check_storage, check_transposes, storage_of
 from lora_megatron.parallel.groups import Layout, check_world_size, device_memory_bytes
 
 
@@ -59,7 +58,8 @@ def check_plan(config: Config, shape: ModelShape, method: Method, world_size: in
             "parallel.tp_comm_overlap = true hides the collectives of sequence parallelism, which is off: set "
             "parallel.sequence=true, or leave it out"
         )
-    _check_storage(config, layout, shape)
+    check_storage(config, layout, shape)
+    check_transposes(config, layout)
     check_recomputation(config, layout, shape, method)
     _check_graph(config)
     _check_targets(config, shape)
@@ -74,7 +74,7 @@ def check_decoding(config: Config, shape: ModelShape, method: Method, world_size
     layout = layout_of(config)
     _check_layout(layout, shape)
     check_world_size(layout, world_size)
-    _check_storage(config, layout, shape)
+    check_storage(config, layout, shape)
     _check_ranks(shape, method)
 
 
@@ -167,51 +167,6 @@ def _check_lengths(config: Config, layout: Layout, shape: ModelShape) -> None:
             f"parallel.sequence needs data.sequence_length = {length} to be a multiple of parallel.tensor = "
             f"{layout.tensor}"
         )
-
-
-def storage_of(config: Config) -> StorageFormat | None:
-    """The configuration's format of frozen linear weights, None for that of `train.precision`.
-
-    Raises:
-        ConfigError: it contradicts `train.precision` or the method, or `base.gemm`, `base.fast_accum` say nothing.
-    """
-    storage, gemm, precision = config.base.storage, config.base.gemm, config.train.precision
-    if gemm is not None and storage != "nf4":
-        raise ConfigError(
-            f"base.gemm = {gemm} says what NF4 weights are multiplied in: set base.storage=nf4, or drop it"
-        )
-    if config.base.fast_accum is not None and storage != "fp8" and gemm != "fp8":
-        raise ConfigError(
-            f"base.fast_accum = {config.base.fast_accum} says how FP8 products add up: set base.storage=fp8, or "
-            "base.storage=nf4 and base.gemm=fp8, or drop it"
-        )
-    if storage in (None, precision):
-        return None
-    assert storage is not None
-    if storage == "bf16":
-        raise ConfigError(f"base.storage = bf16 is not train.precision = {precision}: make them the same, or drop it")
-    if config.method.name == "full":
-        raise ConfigError(
-            f"base.storage = {storage} keeps frozen weights, and method.name = full freezes none: drop it"
-        )
-    return StorageFormat(storage, "fp8" if gemm == "fp8" else "bf16", config.base.fast_accum or "forward")
-
-
-def _check_storage(config: Config, layout: Layout, shape: ModelShape) -> None:
-    storage = storage_of(config)
-    if storage is None or storage.kind != "nf4":
-        return
-    inputs = {
-        "hidden_size": shape.hidden_size,
-        "num_attention_heads x head_dim": shape.num_attention_heads * shape.head_dim // layout.tensor,
-        "ffn_hidden_size": shape.ffn_hidden_size // layout.tensor,
-    }
-    for name, size in inputs.items():
-        if size % BLOCK:
-            raise ConfigError(
-                f"base.storage = nf4 packs blocks of {BLOCK} inputs, and a rank has {size} of model.{name}: choose "
-                "fp8, or another parallel.tensor"
-            )
 
 
 def _check_memory(config: Config, layout: Layout, shape: ModelShape) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 from megatron.core import parallel_state as mpu
 
-from lora_megatron.config import Config
+from lora_megatron.config import BaseSection, Config
 from lora_megatron.layers.exchange import bytes_of
 from lora_megatron.layers.vocabulary_loss import tokens_per_chunk
 from lora_megatron.methods.method import Method
@@ -26,7 +26,14 @@ from lora_megatron.model.shape import ModelShape
 from lora_megatron.planning.activations import ChunkBytes, Microbatch, chunk_bytes, embedding_bytes, head_bytes
 from lora_megatron.planning.gradients import first_input_needs, layer_flows
 from lora_megatron.planning.schedule import Peak, peak
-from lora_megatron.planning.weights import Weight, frozen_bytes, largest_unpacked_bytes, trained_bytes, weights_of
+from lora_megatron.planning.weights import (
+    Weight,
+    frozen_bytes,
+    largest_unpacked_bytes,
+    trained_bytes,
+    transposed_bytes,
+    weights_of,
+)
 
 MIB = 2**20
 CUDA_CONTEXT = 512 * MIB
@@ -128,7 +135,7 @@ def plan_rank(config: Config, shape: ModelShape, method: Method, weights: Sequen
     )
     worst = peak(place.stage, layout.pipeline, chunks, count)
     stepping = trained.optimizer // (12 if config.train.precision == "bf16" else 8) * ADAMW_TEMPORARY
-    in_backward = _workspace(batch, chunks, weights, config.base.storage)
+    in_backward = _workspace(batch, chunks, weights, config.base)
     at_most = max(in_backward, stepping - worst.bytes)
     if config.train.cuda_graph:  # what the passes had stays the graph's while the optimizer steps
         at_most = in_backward + stepping + count * _inputs(config, batch)
@@ -202,15 +209,14 @@ def chunks_of(shape: ModelShape, method: Method, batch: Microbatch, stage: int) 
     return chunks
 
 
-def _workspace(
-    batch: Microbatch, chunks: Sequence[ChunkBytes], weights: Sequence[Weight], storage: str | None
-) -> float:
+def _workspace(batch: Microbatch, chunks: Sequence[ChunkBytes], weights: Sequence[Weight], base: BaseSection) -> float:
     """Bytes on top of what is kept, at the worst moment of forward and backward.
 
     Either at the loss: one chunk of logits in train.precision and in fp32, and its part of the hidden states' gradient.
     Or in a layer's MLP, by when the loss is gone: the gradients of fc1's output and of fc2's input, and a hidden state;
     and fc1's output itself, where it is made again and nothing has gone yet that made room for it.
-    Full fine-tuning adds the gradient of one weight in train.precision, packed storage one unpacked weight.
+    Full fine-tuning adds the gradient of one weight in train.precision, packed storage one unpacked weight, and what is
+    kept turned round.
     """
     e, shape = batch.itemsize, batch.shape
     loss = max(chunk.loss for chunk in chunks)
@@ -221,7 +227,7 @@ def _workspace(
     wide = (1 + gated) * shape.ffn_hidden_size / batch.tensor
     in_layer = e * batch.tokens * (wide + shape.hidden_size) + max(each.made_again for each in chunks) - loss
     weight = max((w.size * w.itemsize for w in weights if w.trained), default=0)
-    unpacked = largest_unpacked_bytes(weights, storage=storage)
+    unpacked = largest_unpacked_bytes(weights, storage=base.storage) + transposed_bytes(weights, base.transposes)
     return max(at_loss, in_layer, 0.0) + max(weight, unpacked) + 2 * CUBLAS_WORKSPACE
 
 

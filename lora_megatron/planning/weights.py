@@ -124,6 +124,15 @@ def largest_unpacked_bytes(weights: Sequence[Weight], *, storage: str | None) ->
     return max(packed, default=0)
 
 
+def transposed_bytes(weights: Sequence[Weight], transposes: str | None) -> int:
+    """FP8 codes that are kept turned round (`base.transposes`): of the largest model chunk, or of all."""
+    sizes: dict[int, int] = {}
+    for weight in weights:
+        if weight.is_linear and not weight.trained:
+            sizes[weight.chunk] = sizes.get(weight.chunk, 0) + weight.size
+    return {"group": max(sizes.values(), default=0), "kept": sum(sizes.values())}.get(transposes or "anew", 0)
+
+
 @dataclass(frozen=True)
 class _Buffer:
     """A gradient buffer: its elements with padding, and where buckets and parameters begin and end."""

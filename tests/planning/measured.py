@@ -14,9 +14,10 @@ from lora_megatron.config import parse_config
 from lora_megatron.measure.memory import ActivationMeter, weight_bytes
 from lora_megatron.methods.choose import choose_method
 from lora_megatron.model.build import BuildOptions, build
-from lora_megatron.model.checks import layout_of, storage_of
+from lora_megatron.model.checks import layout_of
 from lora_megatron.model.initialise import initialise_base
 from lora_megatron.model.presets import resolve_shape
+from lora_megatron.model.storage import storage_of
 from lora_megatron.parallel.groups import build_mesh
 from lora_megatron.planning.memory import plan_this_rank
 from lora_megatron.training.choose_optimizer import choose_optimizer

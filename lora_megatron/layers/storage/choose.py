@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From `base.storage`, `base.gemm` and `base.fast_accum` to a stored weight."""
+"""From `base.storage`, `base.gemm` and the like to a stored weight."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ from lora_megatron.layers.storage.stored import Stored
 @dataclass(frozen=True)
 class StorageFormat:
     """`kind` is fp8 or nf4; `gemm` the precision of an NF4 weight's products, bf16 (that of training) or fp8;
-    `fast_accum` which FP8 products add up in shorter registers: none, those of the forward pass, or both."""
+    `fast_accum` which FP8 products add up in shorter registers: none, those of the forward pass, or both; `transposes`
+    how many backward products read an FP8 weight that was turned round once, 0 for all of them."""
 
     kind: str
     gemm: str = "bf16"
     fast_accum: str = "forward"
+    transposes: int = 1
 
     def make(self, out_features: int, in_features: int, *, device: torch.device, **cut: Any) -> Stored:
         """Room for a weight [out, in] of this rank; `cut` as in `Stored`."""
@@ -30,4 +32,5 @@ class StorageFormat:
         stored: Fp8Products = kind(out_features, in_features, device=device, **cut)
         stored.fast_forward = self.fast_accum in ("forward", "both")
         stored.fast_backward = self.fast_accum == "both"
+        stored.transposes = self.transposes
         return stored

@@ -143,14 +143,32 @@ class Fp8Products(Stored):
     fast_forward = True
     fast_backward = False
     """Which of both products adds up in shorter registers (`multiply`)."""
+    transposes = 1
+    """How many backward products in a row read what was transposed for the first of them; 0: all there ever are."""
+    _transposed: Tensor | None = None
+    _uses = 0
 
     @abstractmethod
-    def codes_and_scale(self, *, transposed: bool) -> tuple[Tensor, Tensor]:
-        """W as FP8 codes, [out, in] or [in, out] transposed, and its scale along `axis`."""
+    def fp8_codes(self, *, transposed: bool) -> Tensor:
+        """W as FP8 codes, [out, in] or [in, out] transposed."""
 
     @abstractmethod
     def column_scale(self) -> Tensor:
-        """Its scale alone, fp32 [out] for axis 0, [in] for axis 1."""
+        """Its scale along `axis`, fp32 [out] for axis 0, [in] for axis 1."""
+
+    def forget_transposed(self) -> None:
+        """To be called when W changes."""
+        self._transposed, self._uses = None, 0
+
+    def transposed_codes(self) -> Tensor:
+        """[in, out], for one backward product; kept if others are to read it."""
+        codes = self.fp8_codes(transposed=True) if self._transposed is None else self._transposed
+        self._uses += 1
+        if self._uses == self.transposes:
+            self.forget_transposed()
+        else:
+            self._transposed = codes
+        return codes
 
     def forward_factor(self) -> Tensor | None:
         """What x is multiplied with before it is quantised, [in]."""
@@ -171,12 +189,12 @@ class Fp8Products(Stored):
         return self.group if self.axis == 0 else None
 
     def forward_product(self, dtype: torch.dtype, bias: Tensor | None = None) -> Product:
-        codes, scale = self.codes_and_scale(transposed=False)
+        codes, scale = self.fp8_codes(transposed=False), self.column_scale()
         after, factor, group = scale if self.axis == 0 else None, self.forward_factor(), self.forward_group
         return self._product(codes, after, dtype, factor, group, bias, fast=self.fast_forward)
 
     def backward_product(self, dtype: torch.dtype) -> Product:
-        codes, scale = self.codes_and_scale(transposed=True)
+        codes, scale = self.transposed_codes(), self.column_scale()
         after, factor, group = scale if self.axis == 1 else None, self.backward_factor(), self.backward_group
         return self._product(codes, after, dtype, factor, group, None, fast=self.fast_backward)
 
@@ -212,6 +230,7 @@ class StoredFp8(Fp8Products):
         inner = 1 - self.axis
         scale = scale_of(weight.float().abs().amax(inner, keepdim=True))
         self.codes.copy_(to_fp8(weight, scale))
+        self.forget_transposed()
         self.scale.copy_(scale.flatten())
 
     def unpacked(self, dtype: torch.dtype) -> Tensor:
@@ -221,5 +240,5 @@ class StoredFp8(Fp8Products):
     def column_scale(self) -> Tensor:
         return self.scale
 
-    def codes_and_scale(self, *, transposed: bool) -> tuple[Tensor, Tensor]:
-        return transposed_fp8(self.codes) if transposed else self.codes, self.scale
+    def fp8_codes(self, *, transposed: bool) -> Tensor:
+        return transposed_fp8(self.codes) if transposed else self.codes

@@ -121,8 +121,12 @@ class StoredNf4ForFp8(Fp8Products, StoredNf4):
     def column_scale(self) -> Tensor:
         return self.fp8_scale if self.axis == 0 else self.fp8_scale.repeat_interleave(BLOCK)
 
-    def codes_and_scale(self, *, transposed: bool) -> tuple[Tensor, Tensor]:
-        return self._unpack(FP8, scale=self.fp8_scale, transposed=transposed), self.column_scale()
+    def store(self, weight: Tensor) -> None:
+        super().store(weight)
+        self.forget_transposed()
+
+    def fp8_codes(self, *, transposed: bool) -> Tensor:
+        return self._unpack(FP8, scale=self.fp8_scale, transposed=transposed)
 
 
 def _spread(per_group: Tensor, axis: int, length: int) -> Tensor:

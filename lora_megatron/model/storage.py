@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the section `base` to the format of frozen weights, and whether a model can have it."""
+
+from __future__ import annotations
+
+from lora_megatron.config import Config
+from lora_megatron.errors import ConfigError
+from lora_megatron.layers.storage.choose import StorageFormat
+from lora_megatron.layers.storage.nf4 import BLOCK
+from lora_megatron.model.shape import ModelShape
+from lora_megatron.parallel.groups import Layout
+
+
+def storage_of(config: Config) -> StorageFormat | None:
+    """The configuration's format of frozen linear weights, None for that of `train.precision`.
+
+    Raises:
+        ConfigError: it contradicts `train.precision` or the method, or another key of `base` has nothing to speak of.
+    """
+    storage, gemm, precision = config.base.storage, config.base.gemm, config.train.precision
+    if gemm is not None and storage != "nf4":
+        raise ConfigError(
+            f"base.gemm = {gemm} says what NF4 weights are multiplied in: set base.storage=nf4, or drop it"
+        )
+    for key in ("fast_accum", "transposes"):
+        if getattr(config.base, key) is not None and storage != "fp8" and gemm != "fp8":
+            raise ConfigError(
+                f"base.{key} = {getattr(config.base, key)} is about FP8 products: set base.storage=fp8, or "
+                "base.storage=nf4 and base.gemm=fp8, or drop it"
+            )
+    if storage in (None, precision):
+        return None
+    assert storage is not None
+    if storage == "bf16":
+        raise ConfigError(f"base.storage = bf16 is not train.precision = {precision}: make them the same, or drop it")
+    if config.method.name == "full":
+        raise ConfigError(
+            f"base.storage = {storage} keeps frozen weights, and method.name = full freezes none: drop it"
+        )
+    uses = {"kept": 0, "group": config.parallel.pipeline}.get(config.base.transposes or "anew", 1)
+    return StorageFormat(storage, "fp8" if gemm == "fp8" else "bf16", config.base.fast_accum or "forward", uses)
+
+
+def check_storage(config: Config, layout: Layout, shape: ModelShape) -> None:
+    """Raise ConfigError where the format cannot hold this model's weights as they are cut."""
+    storage = storage_of(config)
+    if storage is None or storage.kind != "nf4":
+        return
+    inputs = {
+        "hidden_size": shape.hidden_size,
+        "num_attention_heads x head_dim": shape.num_attention_heads * shape.head_dim // layout.tensor,
+        "ffn_hidden_size": shape.ffn_hidden_size // layout.tensor,
+    }
+    for name, size in inputs.items():
+        if size % BLOCK:
+            raise ConfigError(
+                f"base.storage = nf4 packs blocks of {BLOCK} inputs, and a rank has {size} of model.{name}: choose "
+                "fp8, or another parallel.tensor"
+            )
+
+
+def check_transposes(config: Config, layout: Layout) -> None:
+    """Raise ConfigError where a training has no groups of microbatches to keep anything for."""
+    if config.base.transposes == "group" and layout.virtual_pipeline == 1:
+        raise ConfigError(
+            "base.transposes = group keeps weights turned round for a group of microbatches, which the interleaved "
+            "schedule alone has: set parallel.virtual_pipeline above 1, or base.transposes=kept or anew"
+        )

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`base.transposes`: weights turned round once for several microbatches give what those turned round anew give."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import replace
+from typing import Any, NamedTuple
+from unittest import mock
+
+import pytest
+import torch
+
+from lora_megatron.config import parse_config
+from lora_megatron.errors import ConfigError
+from lora_megatron.layers.storage.choose import StorageFormat
+from lora_megatron.layers.storage.fp8 import Fp8Products, StoredFp8
+from lora_megatron.layers.storage.nf4 import StoredNf4ForFp8
+from lora_megatron.methods.choose import choose_method
+from lora_megatron.model.checks import check_plan
+from lora_megatron.model.presets import resolve_shape
+from lora_megatron.model.storage import storage_of
+from lora_megatron.parallel.groups import Layout
+from lora_megatron.planning.weights import Weight, transposed_bytes
+from tests.pool import Pool
+from tests.twin import Experiment, Record, train_twin
+
+WIDE = {"preset": "tiny", "num_layers": 4, "hidden_size": 128, "num_attention_heads": 4, "ffn_hidden_size": 256}
+INTERLEAVED = Layout(pipeline=2, virtual_pipeline=2)
+GROUPS = Experiment(model=WIDE, layout=INTERLEAVED, steps=2, global_batch_size=4)
+LAYERS_OF_A_RANK, LINEARS = 2, 4
+KINDS = {"fp8": StorageFormat("fp8"), "nf4-fp8": StorageFormat("nf4", "fp8")}
+
+
+class Counted(NamedTuple):
+    record: Record | None
+    made: int
+    """Weights turned round, in all steps."""
+    together: int
+    """Most of them that were kept at any time."""
+    left: int
+    """Kept at the end."""
+
+
+def kept() -> list[Fp8Products]:
+    return [one for one in gc.get_objects() if isinstance(one, Fp8Products) and one._transposed is not None]
+
+
+def train_counting(experiment: Experiment) -> Counted:
+    """On this rank."""
+    gc.collect()
+    before = set(map(id, kept()))
+    made, together = 0, 0
+    original = Fp8Products.transposed_codes
+
+    def counting(self: Fp8Products) -> torch.Tensor:
+        nonlocal made, together
+        made += self._transposed is None
+        codes = original(self)
+        own.add(self)
+        together = max(together, sum(one._transposed is not None for one in own))
+        return codes
+
+    own: set[Any] = set()
+    with mock.patch.object(Fp8Products, "transposed_codes", counting):
+        record = train_twin(experiment)
+        left = sum(id(one) not in before for one in kept())
+    return Counted(record, made, together, left)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_group_of_microbatches_reads_what_was_turned_round_once(pool: Pool, kind: str) -> None:
+    """2 steps of 4 microbatches in groups of 2, 2 layers of 4 weights on each rank, of which the first layer's qkv has
+    no backward product; a chunk, which is one layer, at a time."""
+    results = {
+        uses: pool.run(2, train_counting, experiment=replace(GROUPS, storage=replace(KINDS[kind], transposes=uses)))
+        for uses in (1, 2, 0)
+    }
+    for rank in range(2):
+        weights = LAYERS_OF_A_RANK * LINEARS - (rank == 0)
+        counts = {uses: found[rank][1:] for uses, found in results.items()}
+        assert counts == {1: (8 * weights, 0, 0), 2: (4 * weights, LINEARS, 0), 0: (weights, weights, weights)}
+    anew = results[1][0].record
+    assert anew is not None
+    for uses in (2, 0):
+        record = results[uses][0].record
+        assert record is not None
+        assert record["loss"] == anew["loss"]
+        for what in ("grads", "values"):
+            for got, want in zip(record[what], anew[what], strict=True):
+                assert [name for name in want if not torch.equal(got[name], want[name])] == []
+
+
+@pytest.mark.parametrize("make", [StoredFp8, StoredNf4ForFp8])
+def test_new_weights_are_turned_round_again(make: type[Fp8Products]) -> None:
+    stored = make(64, 128, device=torch.device("cpu"), axis=0, group=None)
+    stored.transposes = 0
+    generator = torch.Generator().manual_seed(0)
+    first, second = (torch.randn(64, 128, generator=generator) for _ in range(2))
+    grad = torch.randn(3, 64, generator=generator)
+    stored.store(first)
+    before = stored.input_gradient(grad)
+    assert torch.equal(stored.input_gradient(grad), before)
+    stored.store(second)
+    after = stored.input_gradient(grad)
+    assert float((after - grad @ second).norm() / (grad @ second).norm()) < 0.2
+    assert not torch.equal(after, before)
+
+
+def test_from_a_configuration() -> None:
+    tree = {
+        "model": {**WIDE, "vocab_size": 100},
+        "data": {"sequence_length": 16, "global_batch_size": 4},
+        "base": {"storage": "fp8", "transposes": "group"},
+    }
+    interleaved = parse_config({**tree, "parallel": {"pipeline": 2, "virtual_pipeline": 2}})
+    format_of = storage_of(interleaved)
+    assert format_of is not None
+    assert format_of.transposes == 2
+    plain = parse_config({**tree, "parallel": {"pipeline": 2}})
+    shape = resolve_shape(plain.model, tokenizer_vocab_size=100)
+    method = choose_method(plain.method, num_layers=shape.num_layers)
+    with pytest.raises(ConfigError, match="set parallel"):
+        check_plan(plain, shape, method, 2)
+    with pytest.raises(ConfigError, match="= group is about FP8"):
+        storage_of(parse_config({**tree, "base": {"transposes": "group"}}))
+
+
+def test_the_plan_counts_a_chunk_or_all() -> None:
+    weights = [
+        Weight("decoder.layers.0.mlp.linear_fc1.weight", (8, 4), 2, trained=False, chunk=0),
+        Weight("decoder.layers.1.mlp.linear_fc1.weight", (8, 4), 2, trained=False, chunk=1),
+        Weight("decoder.layers.1.mlp.linear_fc2.weight", (4, 8), 2, trained=False, chunk=1),
+        Weight("output_layer.weight", (100, 4), 2, trained=False, chunk=1),
+    ]
+    found = [transposed_bytes(weights, how) for how in (None, "anew", "group", "kept")]
+    assert found == [0, 0, 64, 96]
