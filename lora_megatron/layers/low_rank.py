@@ -55,7 +55,7 @@ class Update:
         """Not for very large ranks, which are no update beside a product any more, nor without tokens."""
         if kernels is None or not flat.is_cuda or flat.dtype == torch.float64 or not flat.shape[0]:
             return False
-        return kernels.tile_of(self.bs) is not None
+        return kernels.can_take(self.bs)
 
     def _flat_u(self) -> Tensor:
         return self.u.reshape(-1, self.u.shape[-1]).contiguous()
