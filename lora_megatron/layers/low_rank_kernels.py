@@ -111,14 +111,12 @@ def _gradients(
 
 
 @triton.jit
-def _sum(addends, table, du, dbs, A: tl.constexpr, P: tl.constexpr):
-    """P places of one sum, over its addends in a fixed order, A at a time; every other sum is a du."""
+def _sum(addends, table, du, dbs, main0, main1, main2, ADD: tl.constexpr, A: tl.constexpr, P: tl.constexpr):
+    """P places of one sum, over its addends in a fixed order, A at a time; every other sum is a du. With ADD a db is
+    added to what its part's `main` holds, otherwise written to its place in `dbs`."""
     row = table + tl.program_id(1) * _SUM_FIELDS
     count, length = tl.load(row + 1), tl.load(row + 2)
     place = tl.program_id(0).to(tl.int64) * P + tl.arange(0, P)
-    out = du
-    if tl.program_id(1) % 2 == 1:
-        out = dbs
     if tl.program_id(0).to(tl.int64) * P < length:
         base = addends + tl.load(row) + place[None, :]
         total = tl.zeros([P], tl.float32)
@@ -128,7 +126,14 @@ def _sum(addends, table, du, dbs, A: tl.constexpr, P: tl.constexpr):
             total += tl.sum(tl.load(base + index[:, None] * length, inside, 0.0), 0)
         r, pitch = tl.load(row + 3), tl.load(row + 4)
         where = (place // r) * pitch + tl.load(row + 5) + place % r
-        tl.store(out + where, total.to(out.dtype.element_ty), place < length)
+        if tl.program_id(1) % 2 == 0:
+            tl.store(du + where, total.to(du.dtype.element_ty), place < length)
+        else:
+            if ADD:
+                out = _of(tl.program_id(1) // 2, main0, main1, main2) + place
+                tl.store(out, tl.load(out, place < length, 0.0) + total, place < length)
+            else:
+                tl.store(dbs + where, total.to(dbs.dtype.element_ty), place < length)
 
 
 def can_take(bs: Sequence[Tensor]) -> bool:
@@ -161,11 +166,19 @@ def add_products(
 
 
 def product_gradients(
-    grad: Tensor, u: Tensor, bs: Sequence[Tensor], parts: tuple[Part, ...], scales: Sequence[float]
+    grad: Tensor,
+    u: Tensor,
+    bs: Sequence[Tensor],
+    parts: tuple[Part, ...],
+    scales: Sequence[float],
+    mains: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """(du [m, sum of r], db [part.rows, r] of each) of `add_products`, from its output's gradient; summed in fp32 in a
-    fixed order. All contiguous."""
-    assert all(t.is_contiguous() for t in (grad, u, *bs))
+    fixed order. All contiguous.
+
+    With `mains`, fp32 and as large as each b, each db is added to its own and none is returned.
+    """
+    assert all(t.is_contiguous() for t in (grad, u, *bs, *(mains or ())))
     tile = tiles.tile_of(bs, tiles.GRADIENT_TILES)
     assert tile is not None
     ranks = tuple(b.shape[1] for b in bs)
@@ -178,7 +191,11 @@ def product_gradients(
         num_warps=tile.warps,
     )  # fmt: skip
     du = torch.empty_like(u)
+    summing = _sum[(triton.cdiv(sums.longest, _PLACES), 2 * len(parts))]
+    if mains is not None:
+        summing(addends, sums.table, du, du, *_three(mains), True, _ADDENDS, _PLACES)
+        return du, ()
     dbs = torch.empty(sum(b.numel() for b in bs), dtype=u.dtype, device=grad.device)
-    _sum[(triton.cdiv(sums.longest, _PLACES), 2 * len(parts))](addends, sums.table, du, dbs, _ADDENDS, _PLACES)
+    summing(addends, sums.table, du, dbs, *_three([dbs]), False, _ADDENDS, _PLACES)
     pieces = dbs.split([b.numel() for b in bs])
     return du, tuple(piece.view(b.shape) for piece, b in zip(pieces, bs, strict=True))
