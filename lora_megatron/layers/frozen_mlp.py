@@ -27,7 +27,7 @@ from lora_megatron.layers.column import LoraColumnParallelLinear
 from lora_megatron.layers.dropout import Dropout
 from lora_megatron.layers.frozen import backward_product, forward_product
 from lora_megatron.layers.low_rank import Update
-from lora_megatron.layers.low_rank_input import add_input_gradient
+from lora_megatron.layers.low_rank_input import add_input_gradient, factor_gradients
 from lora_megatron.layers.qkv import Part
 from lora_megatron.layers.rebuilt import Recipe, recipe_or_itself
 from lora_megatron.layers.row import LoraRowParallelLinear
@@ -111,6 +111,7 @@ class _FrozenMlp(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         z = plan.z(x, u, bs)
         ctx.plan, ctx.step = plan, None if recipe is None else recipe.step
+        ctx.a, ctx.bs = a, bs  # the parameters themselves, for their `main_grad`
         ctx.save_for_backward(bias, u, a, *bs, *((z,) if recipe is None else recipe.ingredients))
         rows, y = plan.activated(z, bias, keep=a is not None)
         if recipe is not None:
@@ -124,8 +125,9 @@ class _FrozenMlp(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         grad, du2 = grads
         plan, leading = ctx.plan, (-1, *grad.shape[1:-1])
-        bias, u, a, *rest = ctx.saved_tensors
-        bs, kept = tuple(rest[: len(plan.parts)]), rest[len(plan.parts) :]
+        a, bs = ctx.a, ctx.bs
+        bias, u, _, *rest = ctx.saved_tensors
+        kept = rest[len(bs) :]
         z = kept[0] if ctx.step is None else plan.z(ctx.step.value(*kept), u, bs)
         needs_x = ctx.needs_input_grad[2]
         grad_x, y, du = None, None, None
@@ -150,7 +152,7 @@ class _FrozenMlp(torch.autograd.Function):
         if a is not None:
             y = plan.activation.value(z, bias) if y is None else y
             d = _dropped(y.view(*leading, y.shape[-1]), plan.dropout)
-            da = du2.reshape(-1, du2.shape[-1]).t() @ d.reshape(-1, d.shape[-1])
+            (da,) = factor_gradients((a,), du2, d)
         return None, None, grad_x, None, du, da, *dbs
 
 

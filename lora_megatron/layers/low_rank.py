@@ -3,6 +3,8 @@
 
 forward     fused[:, part] += s u B^T                     u = x A^T: [m, r], B: [rows of part, r]
 backward    du = s g[:, part] B,   dB = s g[:, part]^T u,   the gradient of `fused` is g itself
+
+Under DDP, dB is added to the factor's fp32 sum here and now (`main_grad`).
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_megatron.layers.main_grad import already_added, gradients_of_rows, main_grads_of
 from lora_megatron.layers.qkv import Part
 
 try:
@@ -40,22 +43,27 @@ class Update:
             part.of(flat).add_(((piece * scale) @ b.t()).unflatten(-1, (part.groups, -1)))
 
     def gradients(self, flat: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """(du, dB of each) from the output's gradient [m, groups * stride]."""
+        """(du, what autograd is handed for each B) from the output's gradient [m, groups * stride].
+
+        Called once for a gradient: where a B has a `main_grad`, dB is added to it.
+        """
+        mains = main_grads_of(self.bs)
         if self._by_kernel(flat):
-            du, found = kernels.product_gradients(flat.contiguous(), self._flat_u(), self.bs, self.parts, self.scales)
-            return du.view(self.u.shape), found
-        dus, dbs = [], []
+            problem = (flat.contiguous(), self._flat_u(), self.bs, self.parts, self.scales)
+            du, found = kernels.product_gradients(*problem, mains)
+            return du.view(self.u.shape), found if mains is None else already_added(self.bs)
+        dus, dbs = list[Tensor](), list[Tensor]()
         for part, scale, piece, b in self._each():
             values = part.of(flat).flatten(-2) * scale
             dus.append(values @ b)
-            dbs.append(values.t() @ piece)
+            dbs.extend(gradients_of_rows((b,), values.t(), piece))
         return (dus[0] if len(dus) == 1 else torch.cat(dus, -1)).view(self.u.shape), tuple(dbs)
 
     def _by_kernel(self, flat: Tensor) -> bool:
         """Not for very large ranks, which are no update beside a product any more, nor without tokens."""
         if kernels is None or not flat.is_cuda or flat.dtype == torch.float64 or not flat.shape[0]:
             return False
-        return kernels.tile_of(self.bs) is not None
+        return kernels.can_take(self.bs)
 
     def _flat_u(self) -> Tensor:
         return self.u.reshape(-1, self.u.shape[-1]).contiguous()
@@ -71,7 +79,7 @@ class _AddLowRank(torch.autograd.Function):
     def forward(
         ctx: Any, fused: Tensor, parts: tuple[Part, ...], scales: tuple[float, ...], u: Tensor, *bs: Tensor
     ) -> Tensor:
-        ctx.parts, ctx.scales = parts, scales
+        ctx.parts, ctx.scales, ctx.bs = parts, scales, bs  # the parameters themselves, for their `main_grad`
         ctx.save_for_backward(u, *bs)
         ctx.mark_dirty(fused)
         Update(parts, scales, u, bs).add_to(fused.view(-1, fused.shape[-1]))
@@ -80,8 +88,8 @@ class _AddLowRank(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         (grad,) = grads
-        u, *bs = ctx.saved_tensors
-        du, dbs = Update(ctx.parts, ctx.scales, u, tuple(bs)).gradients(grad.reshape(-1, grad.shape[-1]))
+        u = ctx.saved_tensors[0]
+        du, dbs = Update(ctx.parts, ctx.scales, u, ctx.bs).gradients(grad.reshape(-1, grad.shape[-1]))
         return grad, None, None, du, *dbs
 
 

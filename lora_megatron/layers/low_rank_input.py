@@ -2,7 +2,7 @@
 """u = drop(x) A^T for all adapters of a layer, keeping of x only what is not kept anyway.
 
 forward     u = d A^T            d = drop(x): [s, b, in], A [sum of r, in]
-backward    dA = du^T d,   dx = drop(du A)
+backward    dA = du^T d,   dx = drop(du A)          under DDP, dA is added to its fp32 sum here and now (`main_grad`)
 
 The dropout mask is a function of the sample (`layers.dropout`) and is drawn again. x itself is computed again where it
 came from a norm or an activation (`rebuilt`), whose input is kept already.
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from lora_megatron.layers.dropout import Dropout
+from lora_megatron.layers.main_grad import gradients_of_rows
 from lora_megatron.layers.rebuilt import recipe_or_itself
 
 
@@ -27,7 +28,7 @@ class _LowRankInput(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dropout: Dropout | None, *factors: Tensor) -> tuple[Tensor, Tensor]:
         recipe = recipe_or_itself(x)
-        ctx.step, ctx.dropout = recipe.step, dropout
+        ctx.step, ctx.dropout, ctx.factors = recipe.step, dropout, factors
         ctx.save_for_backward(*factors, *recipe.ingredients)
         ctx.set_materialize_grads(False)
         return torch.matmul(x if dropout is None else dropout(x), stacked(factors).t()), x
@@ -35,21 +36,25 @@ class _LowRankInput(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         du, grad_x = grads
-        count = len(ctx.needs_input_grad) - 2
-        factors, kept = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+        factors = ctx.factors  # the parameters themselves, for their `main_grad`
+        kept = ctx.saved_tensors[len(factors) :]
         if du is None:
             return grad_x, None, *(None for _ in factors)
         if ctx.needs_input_grad[0]:
             grad_x = add_input_gradient(grad_x, du, stacked(factors), ctx.dropout)
         x = ctx.step.value(*kept)
         x = x if ctx.dropout is None else ctx.dropout(x)
-        grad_a = du.reshape(-1, du.shape[-1]).t() @ x.reshape(-1, x.shape[-1])  # [sum of r, in]
-        return grad_x, None, *grad_a.split([factor.shape[0] for factor in factors])
+        return grad_x, None, *factor_gradients(factors, du, x)
 
 
 def stacked(factors: Sequence[Tensor]) -> Tensor:
     """All A's: [sum of r, in]."""
     return factors[0] if len(factors) == 1 else torch.cat(tuple(factors))
+
+
+def factor_gradients(factors: Sequence[Tensor], du: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+    """What autograd is handed for each A [r, in], from du [..., sum of r] and x [..., in]: one product for all."""
+    return gradients_of_rows(factors, du.reshape(-1, du.shape[-1]).t(), x.reshape(-1, x.shape[-1]))
 
 
 def add_input_gradient(grad_x: Tensor | None, du: Tensor, a: Tensor, dropout: Dropout | None) -> Tensor:

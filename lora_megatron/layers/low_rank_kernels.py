@@ -12,27 +12,17 @@ the projection of its tile of columns in a small table that lies on the GPU, one
 
 from __future__ import annotations
 
-import functools
-import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_megatron.layers import low_rank_tiles as tiles
 from lora_megatron.layers.qkv import Part
 
-_TILES = {128: (64, 128), 256: (32, 64), 512: (32, 64)}
-"""Tokens and columns of a program, for ranks up to so many: what fits the shared memory of a Hopper GPU."""
-_PROGRAMS = 512
-"""That read a gradient at once, about: some for each of a GPU's 100 to 150 processors."""
-MOST_PARTS = 3
-_FIELDS = tl.constexpr(6)
-"""Of a part's row: first tile, columns, width of a run, its start, rank, first column of u."""
-_SUM_FIELDS = tl.constexpr(6)
-"""Of a sum's row: first addend, addends, length, row length r, pitch between rows of the result, its first place."""
+_FIELDS, _SUM_FIELDS = tl.constexpr(tiles.FIELDS), tl.constexpr(tiles.SUM_FIELDS)
 _ADDENDS, _PLACES = 16, 512
 
 
@@ -121,14 +111,12 @@ def _gradients(
 
 
 @triton.jit
-def _sum(addends, table, du, dbs, A: tl.constexpr, P: tl.constexpr):
-    """P places of one sum, over its addends in a fixed order, A at a time; every other sum is a du."""
+def _sum(addends, table, du, dbs, main0, main1, main2, ADD: tl.constexpr, A: tl.constexpr, P: tl.constexpr):
+    """P places of one sum, over its addends in a fixed order, A at a time; every other sum is a du. With ADD a db is
+    added to what its part's `main` holds, otherwise written to its place in `dbs`."""
     row = table + tl.program_id(1) * _SUM_FIELDS
     count, length = tl.load(row + 1), tl.load(row + 2)
     place = tl.program_id(0).to(tl.int64) * P + tl.arange(0, P)
-    out = du
-    if tl.program_id(1) % 2 == 1:
-        out = dbs
     if tl.program_id(0).to(tl.int64) * P < length:
         base = addends + tl.load(row) + place[None, :]
         total = tl.zeros([P], tl.float32)
@@ -138,85 +126,24 @@ def _sum(addends, table, du, dbs, A: tl.constexpr, P: tl.constexpr):
             total += tl.sum(tl.load(base + index[:, None] * length, inside, 0.0), 0)
         r, pitch = tl.load(row + 3), tl.load(row + 4)
         where = (place // r) * pitch + tl.load(row + 5) + place % r
-        tl.store(out + where, total.to(out.dtype.element_ty), place < length)
+        if tl.program_id(1) % 2 == 0:
+            tl.store(du + where, total.to(du.dtype.element_ty), place < length)
+        else:
+            if ADD:
+                out = _of(tl.program_id(1) // 2, main0, main1, main2) + place
+                tl.store(out, tl.load(out, place < length, 0.0) + total, place < length)
+            else:
+                tl.store(dbs + where, total.to(dbs.dtype.element_ty), place < length)
 
 
-class _Places(NamedTuple):
-    """Where the parts of a fused output lie, and how their columns are cut into tiles."""
-
-    table: Tensor
-    """int32 [3, fields] on the GPU; a part that is not there begins behind all tiles."""
-    counts: tuple[int, ...]
-    """Tiles of each part."""
-    aligned: int
-    """What divides every place of a part in the fused output, and `even` every rank and place in u: powers of two by
-    which the compiler knows how many neighbours one access may read."""
-    even: int
-
-    @property
-    def tiles(self) -> int:
-        return sum(self.counts)
-
-
-class _Sums(NamedTuple):
-    """How the gradients of so many tokens are cut into programs, and what is summed afterwards."""
-
-    table: Tensor
-    """int64 [2 parts, fields] on the GPU: du and dB of each part."""
-    pieces: int
-    span: int
-    addends: int
-    """fp32 numbers that all programs of `_gradients` write."""
-    longest: int
-    """Places of the longest sum."""
-
-
-@functools.cache  # without a limit: a CUDA graph reads a table for as long as it lives, and they are tiny
-def _places(parts: tuple[Part, ...], ranks: tuple[int, ...], columns: int, device: torch.device) -> _Places:
-    assert 0 < len(parts) <= MOST_PARTS
-    counts = tuple(triton.cdiv(part.rows, columns) for part in parts)
-    rows = [
-        [sum(counts[:i]), part.rows, part.stop - part.start, part.start, ranks[i], sum(ranks[:i])]
-        for i, part in enumerate(parts)
-    ]
-    aligned = math.gcd(128, *(n for row in rows for n in row[1:4]))
-    even = math.gcd(16, *(n for row in rows for n in row[4:6]))
-    rows += [[sum(counts), 0, 1, 0, 1, 0]] * (MOST_PARTS - len(parts))
-    return _Places(torch.tensor(rows, dtype=torch.int32, device=device), counts, aligned, even)
-
-
-@functools.cache
-def _sums(
-    parts: tuple[Part, ...], ranks: tuple[int, ...], counts: tuple[int, ...], tokens: int, step: int,
-    device: torch.device,
-) -> _Sums:  # fmt: skip
-    steps = triton.cdiv(tokens, step)
-    span = triton.cdiv(steps, max(1, min(steps, _PROGRAMS // sum(counts)))) * step
-    pieces = triton.cdiv(tokens, span)
-    rows, place, behind = [], 0, 0
-    for index, (part, rank) in enumerate(zip(parts, ranks, strict=True)):
-        rows.append([place, counts[index], tokens * rank, rank, sum(ranks), sum(ranks[:index])])
-        place += counts[index] * tokens * rank
-        rows.append([place, pieces, part.rows * rank, part.rows * rank, 0, behind])
-        place += pieces * part.rows * rank
-        behind += part.rows * rank
-    table = torch.tensor(rows, dtype=torch.int64, device=device)
-    return _Sums(table, pieces, span, place, max(row[2] for row in rows))
-
-
-def tile_of(bs: Sequence[Tensor]) -> tuple[int, int] | None:
-    """(tokens, columns) of a program for factors of these ranks; None where a rank is too large for the kernels."""
-    rank, wide = _padded([b.shape[1] for b in bs]), bs[0].element_size() > 2
-    return next((tile for most, tile in _TILES.items() if rank <= most), None) if rank < 512 or not wide else None
-
-
-def _padded(ranks: Sequence[int]) -> int:
-    return max(16, triton.next_power_of_2(max(ranks)))
+def can_take(bs: Sequence[Tensor]) -> bool:
+    """Whether the kernels have tiles for factors of these ranks."""
+    return all(tiles.tile_of(bs, table) is not None for table in (tiles.ADD_TILES, tiles.GRADIENT_TILES))
 
 
 def _three(values: Sequence[object]) -> list[object]:
     """One for each part a kernel can have; those beyond are not looked at."""
-    return [*values, *[values[0]] * (MOST_PARTS - len(values))]
+    return [*values, *[values[0]] * (tiles.MOST_PARTS - len(values))]
 
 
 def add_products(
@@ -224,38 +151,51 @@ def add_products(
 ) -> None:
     """Add scale u b^T to the columns of each part of `fused`, in place.
 
-    fused [m, groups * stride]; u [m, sum of r]; each b [part.rows, r], a rank that `tile_of` has a tile for; all
+    fused [m, groups * stride]; u [m, sum of r]; each b [part.rows, r], all of which the kernels `can_take`; all
     contiguous.
     """
     assert all(t.is_contiguous() for t in (fused, u, *bs))
-    tile = tile_of(bs)
+    tile = tiles.tile_of(bs, tiles.ADD_TILES)
     assert tile is not None
     ranks = tuple(b.shape[1] for b in bs)
-    places = _places(parts, ranks, tile[1], fused.device)
-    _add[(places.tiles, triton.cdiv(u.shape[0], tile[0]))](
+    places = tiles.places_of(parts, ranks, tile.columns, fused.device)
+    _add[(places.tiles, triton.cdiv(u.shape[0], tile.tokens))](
         fused, u, places.table, *_three(bs), *_three(scales), u.shape[0], fused.shape[1], u.shape[1], parts[0].stride,
-        _padded(ranks), *tile, places.aligned, places.even,
+        tiles.padded(ranks), tile.tokens, tile.columns, places.aligned, places.even, num_warps=tile.warps,
     )  # fmt: skip
 
 
 def product_gradients(
-    grad: Tensor, u: Tensor, bs: Sequence[Tensor], parts: tuple[Part, ...], scales: Sequence[float]
+    grad: Tensor,
+    u: Tensor,
+    bs: Sequence[Tensor],
+    parts: tuple[Part, ...],
+    scales: Sequence[float],
+    mains: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """(du [m, sum of r], db [part.rows, r] of each) of `add_products`, from its output's gradient; summed in fp32 in a
-    fixed order. All contiguous."""
-    assert all(t.is_contiguous() for t in (grad, u, *bs))
-    tile = tile_of(bs)
+    fixed order. All contiguous.
+
+    With `mains`, fp32 and as large as each b, each db is added to its own and none is returned.
+    """
+    assert all(t.is_contiguous() for t in (grad, u, *bs, *(mains or ())))
+    tile = tiles.tile_of(bs, tiles.GRADIENT_TILES)
     assert tile is not None
     ranks = tuple(b.shape[1] for b in bs)
-    places = _places(parts, ranks, tile[1], grad.device)
-    sums = _sums(parts, ranks, places.counts, u.shape[0], tile[0], grad.device)
+    places = tiles.places_of(parts, ranks, tile.columns, grad.device)
+    sums = tiles.sums_of(parts, ranks, places.counts, u.shape[0], tile.tokens, grad.device)
     addends = torch.empty(sums.addends, dtype=torch.float32, device=grad.device)
     _gradients[(places.tiles, sums.pieces)](
         grad, u, places.table, sums.table, addends, *_three(bs), *_three(scales), u.shape[0], grad.shape[1], u.shape[1],
-        parts[0].stride, sums.span, _padded(ranks), *tile, places.aligned, places.even,
+        parts[0].stride, sums.span, tiles.padded(ranks), tile.tokens, tile.columns, places.aligned, places.even,
+        num_warps=tile.warps,
     )  # fmt: skip
     du = torch.empty_like(u)
+    summing = _sum[(triton.cdiv(sums.longest, _PLACES), 2 * len(parts))]
+    if mains is not None:
+        summing(addends, sums.table, du, du, *_three(mains), True, _ADDENDS, _PLACES)
+        return du, ()
     dbs = torch.empty(sum(b.numel() for b in bs), dtype=u.dtype, device=grad.device)
-    _sum[(triton.cdiv(sums.longest, _PLACES), 2 * len(parts))](addends, sums.table, du, dbs, _ADDENDS, _PLACES)
+    summing(addends, sums.table, du, dbs, *_three([dbs]), False, _ADDENDS, _PLACES)
     pieces = dbs.split([b.numel() for b in bs])
     return du, tuple(piece.view(b.shape) for piece, b in zip(pieces, bs, strict=True))

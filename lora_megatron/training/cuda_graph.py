@@ -9,7 +9,7 @@ step must lie where it lay when the graph was captured:
 | what                           | where                                                                      |
 |--------------------------------|----------------------------------------------------------------------------|
 | microbatches                   | copied into tensors of this file before each launch                        |
-| parameters, gradients          | megatron-core's DDP and the optimizers update them in place                |
+| parameters, gradients          | the layers, megatron-core's DDP and the optimizers update them in place    |
 | activations, losses            | the graph's own memory, which nothing else can use between steps           |
 | tables that layers make once   | kept by their makers for the process's life, or else here                  |
 | random numbers                 | none: dropout is refused (`model.checks`)                                  |

@@ -6,7 +6,7 @@ moments, updates that part, and all-gathers the result. Per trainable parameter 
 
 Who does what in a step:
 
-    megatron-core DDP        sums the micro-batches' gradients into `param.main_grad` (fp32)
+    megatron-core DDP        sums the micro-batches' gradients into `param.main_grad` (fp32), unless a layer has done it
     finalize_model_grads     reduces main_grad over all ranks and scales it: it is final, and equal on the DP ranks
     this file                norm of main_grad; hands DeepSpeed the slice of main_grad that this rank updates
     DeepSpeed                clips, steps AdamW on the slice, casts, all-gathers the parameters

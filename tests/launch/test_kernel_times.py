@@ -30,6 +30,7 @@ def kernel(name: str, start: int, stop: int) -> Kernel:
         ("fmha_cutlassF_bf16_aligned_64x64_rf_sm80(PyTorchMemEffAttention::AttentionKernel)", "attention"),
         ("_add", "low-rank kernels"),
         ("_gradients", "low-rank kernels"),
+        ("_add_rows", "low-rank kernels"),
         ("_sum", "low-rank kernels"),
         ("_turn", "rotary positions"),
         ("_quantise_rows", "FP8 casts and transposes"),

@@ -7,10 +7,11 @@ import functools
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_megatron.layers.activation import ACTIVATIONS, Activation
 from lora_megatron.layers.low_rank import Update, add_low_rank
+from lora_megatron.layers.low_rank_input import low_rank_input
 from lora_megatron.layers.qkv import Part, gated_parts, qkv_parts, whole
 from lora_megatron.layers.rotary import turned
 from lora_megatron.layers.storage import quantised_activation
@@ -115,6 +116,45 @@ def test_the_low_rank_update_and_its_gradients(
         results.append([out, *torch.autograd.grad(out, leaves, grad.to(device, kind))])
     for want, got in zip(*results, strict=True):
         assert off(got, want) < bound
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("first", [5, 130, 300])
+@pytest.mark.parametrize("parts", FUSED.values(), ids=FUSED)
+def test_gradients_of_factors_are_added_to_ddps_sums(parts: tuple[Part, ...], first: int, dtype: torch.dtype) -> None:
+    """Twice, to what is there, not rounded on the way; du is what it is without."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(GPU, dtype)
+
+    ranks, scales = (first, 1, 17)[: len(parts)], (1.7, 0.5, -2.0)[: len(parts)]
+    x, fused = random(300, 1, 96), random(300, 1, parts[0].groups * parts[0].stride)
+    back, u, back_u = random(*fused.shape), random(300, 1, sum(ranks)), random(300, 1, sum(ranks))
+    factors = [nn.Parameter(random(rank, 96)) for rank in ranks]
+    bs = [nn.Parameter(random(part.rows, rank)) for part, rank in zip(parts, ranks, strict=True)]
+
+    def backward() -> Tensor:
+        leaf = u.clone().requires_grad_()
+        add_low_rank(fused * 1, Update(parts, scales, leaf, tuple(bs))).backward(back)
+        low_rank_input(x, factors, None)[0].backward(back_u)
+        assert leaf.grad is not None
+        return leaf.grad
+
+    du = backward()
+    for parameter in (*factors, *bs):
+        parameter.main_grad = torch.ones_like(parameter, dtype=torch.float32)  # type: ignore[attr-defined]
+        parameter.grad_added_to_main_grad = False  # type: ignore[attr-defined]
+    assert torch.equal(backward(), du)
+    assert torch.equal(backward(), du)
+    values, places = back.double().view(300, -1), torch.arange(fused.shape[-1], device=GPU)
+    columns = [part.rows_of(places).flatten() for part in parts]
+    us = u.double().view(300, -1).split(ranks, -1)
+    want = [*(back_u.double().view(300, -1).t() @ x.double().view(300, -1)).split(ranks)]
+    want += [s * values[:, own].t() @ one for s, own, one in zip(scales, columns, us, strict=True)]
+    for parameter, gradient in zip((*factors, *bs), want, strict=True):
+        assert parameter.grad_added_to_main_grad  # type: ignore[attr-defined]
+        assert off(parameter.main_grad, 1 + 2 * gradient) < 3e-6  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("rotary", [32, 20])
