@@ -2,7 +2,7 @@
 """Column-parallel linear with LoRA: W and B cut by rows (outputs), A on every rank.
 
     x [s, b, h] replicated:        u = x A^T        f: identity forward, all-reduce of du backward (rank-wide)
-    x [s/t, b, h] sequence shard:  u = x A^T        g: all-gather of u along s forward, reduce-scatter backward
+    x [s/t, b, h] sequence shard:  u = x A^T        g: all-gather of u along s forward, reduce-scatter backward, with x
     y_t = x W_t^T + (alpha / r) u B_t^T
 
 The collectives carry r numbers per token, not h. In the first case dA is complete and equal on all ranks; in the
@@ -61,8 +61,12 @@ class LoraColumnParallelLinear(ColumnParallelLinear):
         declare(self.weight, Shard(0, blocks))
         if self.bias is not None:
             declare(self.bias, Shard(0, blocks))
-        overlap = self.sequence_parallel and self.config.tp_comm_overlap
-        self.shards = SequenceShards.over(self.tp_group, overlap=overlap, device=device_of(self.weight))
+        self.shards = SequenceShards.over(
+            self.tp_group,
+            overlap=self.sequence_parallel and self.config.tp_comm_overlap,
+            device=device_of(self.weight),
+            beside=adapters.rank,
+        )
         self.dropout = adapters.dropout
         self.dropout_seed = seed_from(adapters.seed, "dropout", adapters.name)
         self.parts = {part.name: part for part in parts(self.output_size_per_partition)}
@@ -105,26 +109,45 @@ class LoraColumnParallelLinear(ColumnParallelLinear):
         if weight.requires_grad:
             result: Tensor = super()._forward_impl(input=input, weight=weight, bias=bias, **kwargs)
             return result
-        trained = bias if bias is not None and bias.requires_grad else None  # above a frozen weight: BitFit
-        frozen = bias if trained is None else None
         if kwargs["sequence_parallel"]:
-            output = gathered_linear(input, weight, frozen, self.shards)
-        else:
-            group = self.tp_group if kwargs["allreduce_dgrad"] else None
-            output = frozen_linear(input, weight, frozen, sum_input_gradient_over=group)
+            return self._gathered(input, weight, bias)[0]
+        group = self.tp_group if kwargs["allreduce_dgrad"] else None
+        frozen, trained = _frozen_or_trained(bias)
+        output = frozen_linear(input, weight, frozen, sum_input_gradient_over=group)
         return output if trained is None else output + trained
+
+    def _gathered(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, u: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The output and u of all ranks' tokens, from x and u of this rank's."""
+        frozen, trained = _frozen_or_trained(bias)
+        output, u = gathered_linear(x, weight, frozen, self.shards, u)
+        return output if trained is None else output + trained, u
 
     def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """[s or s/t, b, in] -> [s, b, out / t], and the bias where it is left to the caller."""
         if not self.adapters:
             plain: tuple[Tensor, Tensor | None] = super().forward(input_, *args, **kwargs)
             return plain
-        update, input_ = self.low_rank_update(input_)
-        output, bias = super().forward(input_, *args, **kwargs)
-        return add_low_rank(output, update), bias
+        u, x = self.low_rank_input(input_)
+        if self._u_goes_with_tokens:
+            assert not self.gather_output, "sequence parallelism gathers tokens, not outputs"
+            assert (args, kwargs) == ((), {}), "another weight, or an output to gather"
+            added, left = (None, self.bias) if self.skip_bias_add else (self.bias, None)
+            output, whole = self._gathered(x, self.weight, added, u)
+            assert whole is not None
+            return add_low_rank(output, self.low_rank_update(whole)), left
+        output, left = super().forward(x, *args, **kwargs)
+        return add_low_rank(output, self.low_rank_update(u)), left
 
-    def low_rank_update(self, x: Tensor) -> tuple[Update, Tensor]:
-        """What the adapters add to the output, from x [s or s/t, b, in]; and x for the large product."""
+    @property
+    def _u_goes_with_tokens(self) -> bool:
+        """A trained weight has megatron-core gather its tokens."""
+        return self.sequence_parallel and not self.weight.requires_grad
+
+    def low_rank_input(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """u = x A^T of all adapters, from x [s or s/t, b, in]; and x for the large product. With sequence shards over a
+        frozen weight u is this rank's tokens' [s/t, b, sum of r], to go with x; else it is whole [s, b, sum of r]."""
         pairs = [cast(LoraFactors, pair) for pair in self.adapters.values()]
         drop = None
         if self.dropout and self.training:
@@ -132,9 +155,21 @@ class LoraColumnParallelLinear(ColumnParallelLinear):
             drop = Dropout.of_this_microbatch(self.dropout, self.dropout_seed, sequence=cut)
         # x is read once for all A's of the layer, and one collective serves them all.
         u, x = low_rank_input(x, [pair.lora_A for pair in pairs], drop)  # [s or s/t, b, sum of r]
+        if self._u_goes_with_tokens:
+            return u, x
         if self.sequence_parallel:
             u = gather_from_sequence_parallel_region(u, group=self.tp_group)  # g
         elif self.tp_group.size() > 1:
             u = copy_to_tensor_model_parallel_region(u, group=self.tp_group)  # f
+        return u, x
+
+    def low_rank_update(self, u: Tensor) -> Update:
+        """What the adapters add to the output, from u [s, b, sum of r]."""
+        pairs = [cast(LoraFactors, pair) for pair in self.adapters.values()]
         parts = tuple(self.parts[target] for target in self.adapters)
-        return Update(parts, tuple(pair.scale for pair in pairs), u, tuple(pair.lora_B for pair in pairs)), x
+        return Update(parts, tuple(pair.scale for pair in pairs), u, tuple(pair.lora_B for pair in pairs))
+
+
+def _frozen_or_trained(bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """A bias as what it is above a frozen weight: part of the product, or (BitFit) added behind it."""
+    return (None, bias) if bias is not None and bias.requires_grad else (bias, None)

@@ -8,6 +8,9 @@ Here the rows of a product are cut by the rank they belong to, and copy engines 
     sum_of_products    own rows last, while those of the ranks before are on their way into the boxes of their owners;
                        the owner adds up what it was sent, in rank order and in fp32
 
+What a layer's adapters need of other ranks is small, and waiting for it would cost more than moving it. It goes
+`beside` these rows, in the same box and behind the same barrier, gathered or summed like them but not multiplied.
+
 One box of each kind is enough, with one barrier for each product: gathers and sums take turns, in a layer's forward
 pass and in its backward pass, and the barrier of the one says that all ranks are done with the box of the other. Where
 two of a kind follow each other, or may have, another barrier goes between them.
@@ -17,6 +20,7 @@ The boxes are torch's symmetric memory, outside the caching allocator (`bytes_of
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -56,9 +60,13 @@ def forget_turns() -> None:
         exchange.last = ""
 
 
-def bytes_of(own_tokens: int, width: int, size: int, itemsize: int) -> int:
-    """What both boxes take on each of `size` ranks, whose hidden states are [own_tokens, width]."""
-    return (1 + size) * own_tokens * width * itemsize
+def bytes_of(own_tokens: int, width: int, size: int, itemsize: int, *, beside: int = 0) -> int:
+    """What both boxes take on each of `size` ranks, whose hidden states are [own_tokens, width].
+
+    beside: the most columns that travel with them.
+    """
+    parts = [own_tokens * columns * itemsize for columns in (width, beside)]
+    return sum(_aligned(part) + _aligned(size * part) for part in parts)
 
 
 class Exchange:
@@ -68,40 +76,65 @@ class Exchange:
         self.group, self.rank, self.size = group, group.rank(), group.size()
         self.copies = torch.cuda.Stream(priority=-1)
         self.boxes = {"gather": _Box(group), "sum": _Box(group)}
+        self.beside = 0
+        """The most columns that a layer sends beside its rows; with room for them no box grows where layers differ."""
         self.last = ""  # the kind of the last product; empty where that is not known
         for box in self.boxes.values():
             box.holding(_ALIGNMENT)
 
-    def product_of_all(self, product: Product, parts: Sequence[Tensor]) -> Tensor:
-        """`parts` of this rank's m rows, of every rank -> [t m, n], all ranks' rows in their order."""
+    def product_of_all(
+        self, product: Product, parts: Sequence[Tensor], beside: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """`parts` of this rank's m rows, of every rank -> [t m, n], all ranks' rows in their order; and theirs of
+        `beside` [m / b, b, k], as they are."""
         main, rows = torch.cuda.current_stream(), parts[0].shape[0]
         places, total = _places(parts)
-        box = self._box("gather", total)
+        box = self._box("gather", total + self._room(product, rows, beside))
         for part, place in zip(parts, places, strict=True):
             box.at(self.rank, part, place).copy_(part)
+        if beside is not None:
+            box.at(self.rank, beside, total).copy_(beside)
         box.barrier()
         self.copies.wait_stream(main)
         out = torch.empty(self.size * rows, product.columns, dtype=product.dtype, device=parts[0].device)
         received = [[torch.empty_like(part) for part in parts] for _ in range(self.size - 1)]
+        whole = None if beside is None else beside.new_empty(self.size, *beside.shape)
         arrivals = []
         with torch.cuda.stream(self.copies):
             for owner, copies in zip(self._others(), received, strict=True):
                 for copy, place in zip(copies, places, strict=True):
                     copy.copy_(box.at(owner, copy, place), non_blocking=True)
                 arrivals.append(self.copies.record_event())
+            if whole is not None and beside is not None:  # no product waits for it
+                for owner in range(self.size):
+                    source = beside if owner == self.rank else box.at(owner, beside, total)
+                    whole[owner].copy_(source, non_blocking=True)
         product.into(out[self.rank * rows :][:rows], *parts)
         for owner, copies, arrival in zip(self._others(), received, arrivals, strict=True):
             main.wait_event(arrival)
             product.into(out[owner * rows :][:rows], *copies)
-        return out
+        if whole is None:
+            return out, None
+        main.wait_stream(self.copies)
+        return out, whole.flatten(0, 1)
 
-    def sum_of_products(self, product: Product, parts: Sequence[Tensor]) -> Tensor:
-        """`parts` of all t m rows -> this rank's m rows of the sum over ranks [m, n]."""
+    def sum_of_products(
+        self, product: Product, parts: Sequence[Tensor], beside: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """`parts` of all t m rows -> this rank's m rows of the sum over ranks [m, n]; and of that of `beside`
+        [t m / b, b, k]."""
         main, rows = torch.cuda.current_stream(), parts[0].shape[0] // self.size
-        shape = (self.size, rows, product.columns)
-        like = torch.empty(shape, dtype=product.dtype, device="meta")
-        box = self._box("sum", like.numel() * like.element_size())
+        like = torch.empty(self.size, rows, product.columns, dtype=product.dtype, device="meta")
+        place = _aligned(like.numel() * like.element_size())
+        box = self._box("sum", place + self._room(product, self.size * rows, beside))
+        addends = [box.at(self.rank, like)]
         self.copies.wait_stream(main)
+        if beside is not None:  # there before the products are
+            beside = beside.unflatten(0, (self.size, -1))
+            addends.append(box.at(self.rank, beside, place))
+            with torch.cuda.stream(self.copies):
+                for owner in (*self._others(), self.rank):
+                    box.at(owner, beside, place)[self.rank].copy_(beside[owner], non_blocking=True)
         sent = []  # until the copies have been waited for
         for owner in self._others():
             piece = product.of(*(_rows(part, owner * rows, rows) for part in parts))
@@ -110,15 +143,22 @@ class Exchange:
             with torch.cuda.stream(self.copies):
                 self.copies.wait_event(done)
                 box.at(owner, like)[self.rank].copy_(piece, non_blocking=True)
-        addends = box.at(self.rank, like)
-        product.into(addends[self.rank], *(_rows(part, self.rank * rows, rows) for part in parts))
+        product.into(addends[0][self.rank], *(_rows(part, self.rank * rows, rows) for part in parts))
         main.wait_stream(self.copies)
         box.barrier()
-        return addends.sum(0) if kernels is None or not addends.is_cuda else kernels.sum_in_order(addends)
+        by_kernel = kernels is not None and addends[0].is_cuda
+        sums = kernels.sums_in_order(addends) if by_kernel else [each.sum(0) for each in addends]
+        return sums[0], sums[1] if len(sums) > 1 else None
 
     def _others(self) -> list[int]:
         """The other ranks, each of which has a different first one."""
         return [(self.rank + step) % self.size for step in range(1, self.size)]
+
+    def _room(self, product: Product, rows: int, beside: Tensor | None) -> int:
+        """Bytes for what this product, or any other of so many rows, has beside them."""
+        assert beside is None or beside.dtype == product.dtype
+        columns = self.beside if beside is None else max(self.beside, beside.shape[-1])
+        return _aligned(rows * columns * product.dtype.itemsize)
 
     def _box(self, kind: str, size: int) -> _Box:
         """That box, free to be written into."""
@@ -138,11 +178,12 @@ def _rows(part: Tensor, start: int, count: int) -> Tensor:
 
 def _places(parts: Sequence[Tensor]) -> tuple[list[int], int]:
     """Where in a box each part begins, and how much they take, in bytes."""
-    places, end = [], 0
-    for part in parts:
-        places.append(end)
-        end += -(-part.numel() * part.element_size() // _ALIGNMENT) * _ALIGNMENT
+    *places, end = itertools.accumulate((_aligned(part.nbytes) for part in parts), initial=0)
     return places, end
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
 class _Box:

@@ -30,6 +30,12 @@ def _shaped(output: Tensor, x: Tensor) -> Tensor:
     return result
 
 
+def _in_sequence(output: Tensor, x: Tensor) -> Tensor:
+    """The same, with as many tokens as there are rows [m, n]."""
+    result: Tensor = torch.ops.aten._unsafe_view(output, [-1, *x.shape[1:-1], output.shape[-1]])
+    return result
+
+
 class _FrozenLinear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -54,38 +60,46 @@ class _GatheredLinear(torch.autograd.Function):
     """A column layer over sequence shards."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, shards: SequenceShards) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, shards: SequenceShards, u: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         ctx.weight, ctx.shards = weight, shards
         product = forward_product(weight, x.dtype, bias)
-        output = shards.product_of_all(product, *product.parts(x.reshape(-1, x.shape[-1])))
-        result: Tensor = torch.ops.aten._unsafe_view(output, [-1, *x.shape[1:-1], output.shape[-1]])
-        return result
+        output, u = shards.product_of_all(product, *product.parts(x.reshape(-1, x.shape[-1])), beside=u)
+        return _in_sequence(output, x), u
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        grad = grads[0]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None, Tensor | None]:
+        grad, du = grads
+        if not ctx.needs_input_grad[0]:
+            return None, None, None, None, ctx.shards.sum_of(du)
         product = backward_product(ctx.weight, grad.dtype)
-        grad_x = ctx.shards.sum_of_products(product, *product.parts(grad.reshape(-1, grad.shape[-1])))
-        return grad_x.view(-1, *grad.shape[1:-1], grad_x.shape[-1]), None, None, None
+        rows = product.parts(grad.reshape(-1, grad.shape[-1]))
+        grad_x, du = ctx.shards.sum_of_products(product, *rows, beside=du)
+        return grad_x.view(-1, *grad.shape[1:-1], grad_x.shape[-1]), None, None, None, du
 
 
 class _ScatteredLinear(torch.autograd.Function):
     """A row layer whose output each rank keeps its own tokens of."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, shards: SequenceShards) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, shards: SequenceShards, u: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         ctx.weight, ctx.shards = weight, shards
         product = forward_product(weight, x.dtype)
-        output = shards.sum_of_products(product, *product.parts(x.reshape(-1, x.shape[-1])))
-        result: Tensor = torch.ops.aten._unsafe_view(output, [-1, *x.shape[1:-1], output.shape[-1]])
-        return result
+        output, u = shards.sum_of_products(product, *product.parts(x.reshape(-1, x.shape[-1])), beside=u)
+        return _in_sequence(output, x), u
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        grad = grads[0]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, Tensor | None]:
+        grad, du = grads
+        if not ctx.needs_input_grad[0]:
+            return None, None, None, ctx.shards.of_all(du)
         product = backward_product(ctx.weight, grad.dtype)
-        grad_x = ctx.shards.product_of_all(product, *product.parts(grad.reshape(-1, grad.shape[-1])))
-        return grad_x.view(-1, *grad.shape[1:-1], grad_x.shape[-1]), None, None
+        rows = product.parts(grad.reshape(-1, grad.shape[-1]))
+        grad_x, du = ctx.shards.product_of_all(product, *rows, beside=du)
+        return grad_x.view(-1, *grad.shape[1:-1], grad_x.shape[-1]), None, None, du
 
 
 def forward_product(weight: Tensor, dtype: torch.dtype, bias: Tensor | None = None) -> Product:
@@ -142,18 +156,24 @@ def frozen_linear(
     return result
 
 
-def gathered_linear(x: Tensor, weight: Tensor, bias: Tensor | None, shards: SequenceShards) -> Tensor:
-    """y = x W^T + bias of a column layer under sequence parallelism: x [s/t, b, in], this rank's tokens -> [s, b, out].
+def gathered_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, shards: SequenceShards, u: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """y = x W^T + bias of a column layer under sequence parallelism: x [s/t, b, in], this rank's tokens -> [s, b, out];
+    and u [s/t, b, r], which goes beside x -> [s, b, r].
 
-    weight, bias: this rank's rows, frozen. The gradient of x is summed over the ranks, each of which keeps its tokens.
+    weight, bias: this rank's rows, frozen. Gradients are summed over the ranks, each of which keeps its tokens.
     """
     assert not weight.requires_grad
-    result: Tensor = _GatheredLinear.apply(x, weight, bias, shards)
+    result: tuple[Tensor, Tensor | None] = _GatheredLinear.apply(x, weight, bias, shards, u)
     return result
 
 
-def scattered_linear(x: Tensor, weight: Tensor, shards: SequenceShards) -> Tensor:
-    """y = x W^T of a row layer under sequence parallelism: x [s, b, in/t] -> [s/t, b, out], summed over the ranks."""
+def scattered_linear(
+    x: Tensor, weight: Tensor, shards: SequenceShards, u: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """y = x W^T of a row layer under sequence parallelism: x [s, b, in/t] -> [s/t, b, out], summed over the ranks; and
+    beside it the sum of u [s, b, r] -> [s/t, b, r]."""
     assert not weight.requires_grad
-    result: Tensor = _ScatteredLinear.apply(x, weight, shards)
+    result: tuple[Tensor, Tensor | None] = _ScatteredLinear.apply(x, weight, shards, u)
     return result

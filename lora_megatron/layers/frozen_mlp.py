@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """fc2(act(fc1(x))) of two frozen weights as one function, with adapters or without.
 
-    z = x W1^T + s u1 B1^T        u1 = x A1^T after its collective (`column`)
+    z = x W1^T + s u1 B1^T        u1 = x A1^T; of sequence shards both gathered together
     y = act(z + c)
-    out = y W2^T,  u2 = drop(y) A2^T        both this rank's part of a sum
+    out = y W2^T,  u2 = drop(y) A2^T        both this rank's part of a sum; of sequence shards summed together
 
 Of FP8 weights the products want y and dL/dz only as codes, which are computed in the same pass; y is written where
 fc2's adapter reads it, dL/dz where fc1's does.
 
 For the backward pass z is kept, the largest tensor of a layer, and what the adapters keep anyway; or, with `rebuild`,
 what x was made of instead, which its norm keeps too, and z is made again: one product, under sequence parallelism with
-its gather. The same operations on the same numbers give the same z. Dropout has no part in it, as u1 is kept.
+its gather of x. The same operations on the same numbers give the same z. Dropout has no part in it, as u1 of all tokens
+is kept.
 """
 
 from __future__ import annotations
@@ -58,21 +59,28 @@ class _Plan:
     """Of fc2's."""
 
     def z(self, x: Tensor, u: Tensor | None, bs: tuple[Tensor, ...]) -> Tensor:
-        """fc1's output without its bias [m, f/t or 2 f/t], of the tokens of all ranks."""
-        z = self.of_all(forward_product(self.fc1, x.dtype), x)
+        """fc1's output without its bias [m, f/t or 2 f/t] once more, from u of all tokens."""
+        return self.updated(self.of_all(forward_product(self.fc1, x.dtype), x)[0], u, bs)
+
+    def updated(self, z: Tensor, u: Tensor | None, bs: tuple[Tensor, ...]) -> Tensor:
+        """z with fc1's adapters, written over it."""
         if u is not None:
             Update(self.parts, self.scales, u, bs).add_to(z)
         return z
 
-    def of_all(self, product: Product, x: Tensor) -> Tensor:
-        """Of the tokens of all ranks, where x are this rank's own. A product may hold an unpacked weight: it is not to
-        outlive the call."""
+    def of_all(self, product: Product, x: Tensor, beside: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Of the tokens of all ranks, where x are this rank's own, and so is what goes beside them. A product may hold
+        an unpacked weight: it is not to outlive the call."""
         rows = product.parts(x.reshape(-1, x.shape[-1]))
-        return product.of(*rows) if self.shards is None else self.shards.product_of_all(product, *rows)
+        if self.shards is None:
+            return product.of(*rows), beside
+        return self.shards.product_of_all(product, *rows, beside=beside)
 
-    def summed(self, product: Product, rows: _Rows) -> Tensor:
-        """This rank's part of a sum; with sequence shards the sum, of its own tokens."""
-        return product.of(*rows) if self.shards is None else self.shards.sum_of_products(product, *rows)
+    def summed(self, product: Product, rows: _Rows, beside: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """This rank's parts of two sums; with sequence shards the sums, of its own tokens."""
+        if self.shards is None:
+            return product.of(*rows), beside
+        return self.shards.sum_of_products(product, *rows, beside=beside)
 
     def activated(self, z: Tensor, bias: Tensor | None, *, keep: bool) -> tuple[_Rows, Tensor | None]:
         """What fc2's product reads; and y with `keep`."""
@@ -109,17 +117,20 @@ class _FrozenMlp(torch.autograd.Function):
         a: Tensor | None,
         *bs: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
-        z = plan.z(x, u, bs)
+        z, u = plan.of_all(forward_product(plan.fc1, x.dtype), x, u)
+        z = plan.updated(z, u, bs)
         ctx.plan, ctx.step = plan, None if recipe is None else recipe.step
         ctx.a, ctx.bs = a, bs  # the parameters themselves, for their `main_grad`
         ctx.save_for_backward(bias, u, a, *bs, *((z,) if recipe is None else recipe.ingredients))
         rows, y = plan.activated(z, bias, keep=a is not None)
         if recipe is not None:
             del z
-        output = plan.summed(forward_product(plan.fc2, x.dtype), rows).view(*x.shape[:-1], -1)
-        if a is None or y is None:
-            return output, None
-        return output, _dropped(y.view(-1, *x.shape[1:-1], y.shape[-1]), plan.dropout) @ a.t()
+        u2 = None
+        if a is not None and y is not None:
+            u2 = _dropped(y.view(-1, *x.shape[1:-1], y.shape[-1]), plan.dropout) @ a.t()
+            del y
+        output, u2 = plan.summed(forward_product(plan.fc2, x.dtype), rows, u2)
+        return output.view(*x.shape[:-1], -1), u2
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
@@ -133,7 +144,7 @@ class _FrozenMlp(torch.autograd.Function):
         grad_x, y, du = None, None, None
         dbs: tuple[Tensor | None, ...] = (None,) * len(bs)
         if needs_x or u is not None:
-            dy = plan.of_all(backward_product(plan.fc2, grad.dtype), grad)
+            dy, du2 = plan.of_all(backward_product(plan.fc2, grad.dtype), grad, du2)
             if a is not None:
                 dy = add_input_gradient(dy.view(*leading, dy.shape[-1]), du2, a, plan.dropout).view(z.shape[0], -1)
             rows, dz, y = plan.gradient(z, bias, dy, keep=u is not None, keep_y=a is not None)
@@ -144,10 +155,14 @@ class _FrozenMlp(torch.autograd.Function):
                 du, dbs = Update(plan.parts, plan.scales, u, bs).gradients(dz)
             del dz
             if needs_x:
-                grad_x = plan.summed(backward_product(plan.fc1, grad.dtype), rows)
+                grad_x, du = plan.summed(backward_product(plan.fc1, grad.dtype), rows, du)
                 if plan.sum_input_gradient_over is not None:
                     dist.all_reduce(grad_x, group=plan.sum_input_gradient_over)
                 grad_x = grad_x.view(*leading, grad_x.shape[-1])
+            elif du is not None and plan.shards is not None:
+                du = plan.shards.sum_of(du)
+        elif plan.shards is not None:
+            du2 = plan.shards.of_all(du2)
         da = None
         if a is not None:
             y = plan.activation.value(z, bias) if y is None else y
@@ -163,16 +178,17 @@ def _dropped(y: Tensor, dropout: Dropout | None) -> Tensor:
 def frozen_mlp(
     x: Tensor, fc1: LoraColumnParallelLinear, fc2: LoraRowParallelLinear, activation: Activation, *, rebuild: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """x [s or s/t, b, h] -> (the output, and this rank's part of the sum that is fc2's u [s, b, r], None where fc2 has
-    no adapter). The output is this rank's part of a sum too, or with sequence shards, whole [s/t, b, h].
+    """x [s or s/t, b, h] -> (the output, and fc2's u, None where fc2 has no adapter): this rank's parts of sums
+    [s, b, h] and [s, b, r], or with sequence shards, the sums [s/t, b, h] and [s/t, b, r].
 
     rebuild: make fc1's output again in the backward pass instead of keeping it.
     """
     # Before fc1's adapters read x: what they hand on is x, but no longer tells how it was made.
     recipe = recipe_or_itself(x) if rebuild else None
-    update = None
+    u, update = None, None
     if fc1.adapters:
-        update, x = fc1.low_rank_update(x)
+        u, x = fc1.low_rank_input(x)
+        update = fc1.low_rank_update(u)
     plan = _Plan(
         fc1.weight,
         fc2.weight,
@@ -183,7 +199,7 @@ def frozen_mlp(
         scales=() if update is None else update.scales,
         dropout=fc2.dropout_now() if fc2.adapters else None,
     )
-    u, bs = (None, ()) if update is None else (update.u, update.bs)
+    bs = () if update is None else update.bs
     a = fc2.pair.lora_A if fc2.adapters else None
     result: tuple[Tensor, Tensor | None] = _FrozenMlp.apply(plan, recipe, x, fc1.bias, u, a, *bs)
     return result

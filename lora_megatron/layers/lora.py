@@ -40,6 +40,11 @@ class AdapterSet:
     dropout: float = 0.0
     seed: int = 0
 
+    @property
+    def rank(self) -> int:
+        """Of all together: columns of the layer's u."""
+        return sum(adapter.rank for adapter in self.adapters)
+
 
 def scaling(alpha: float, rank: int, *, rank_stabilised: bool = False) -> float:
     """alpha / r (the paper), or alpha / sqrt(r) (rsLoRA, Kalajdzievski 2023)."""

@@ -60,6 +60,7 @@ class Mlp(MLP):
         output, u = frozen_mlp(hidden_states, fc1, fc2, self.activation, rebuild=self.rebuild)
         if not fc2.sequence_parallel:
             output = reduce_from_tensor_model_parallel_region(output, group=self.tp_group)
+            u = None if u is None else fc2.summed(u)
         return output if u is None else add_low_rank(output, fc2.low_rank_update(u)), fc2.bias
 
 

@@ -2,7 +2,7 @@
 """Row-parallel linear with LoRA: W and A cut by columns (inputs), B on every rank.
 
     u_t = x_t A_t^T                       x_t [s, b, in / t], u_t [s, b, r] a partial sum
-    u   = g(u_t)                          all-reduce over the tensor group, or reduce-scatter along s (rank-wide)
+    u   = g(u_t)                          all-reduce over the tensor group, or reduce-scatter along s with y (rank-wide)
     y   = g(x_t W_t^T) + (alpha / r) u B^T        B is applied once, after the sum; the bias likewise
 
 Without sequence parallelism dB is complete and equal on all ranks. With it a rank sees its tokens only, so dB must be
@@ -56,8 +56,12 @@ class LoraRowParallelLinear(RowParallelLinear):
         declare(self.weight, Shard(1))
         if self.bias is not None:
             declare(self.bias, REPLICATED, sum_over_sequence_shards=self.sequence_parallel)
-        overlap = self.sequence_parallel and self.config.tp_comm_overlap
-        self.shards = SequenceShards.over(self.tp_group, overlap=overlap, device=device_of(self.weight))
+        self.shards = SequenceShards.over(
+            self.tp_group,
+            overlap=self.sequence_parallel and self.config.tp_comm_overlap,
+            device=device_of(self.weight),
+            beside=adapters.rank,
+        )
         self.dropout = adapters.dropout
         self.dropout_seed = seed_from(adapters.seed, "dropout", adapters.name)
         self.adapters = self.make_adapters(adapters)
@@ -106,16 +110,18 @@ class LoraRowParallelLinear(RowParallelLinear):
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
         """[s, b, in / t] -> [s or s/t, b, out], and the bias where it is left to the caller."""
         if not self.adapters:
-            return self._without_adapter(input_)
-        u, input_ = low_rank_input(input_, [self.pair.lora_A], self.dropout_now())
-        output, bias = self._without_adapter(input_)
-        return add_low_rank(output, self.low_rank_update(u)), bias
+            return self._without_update(input_)[:2]
+        u, x = low_rank_input(input_, [self.pair.lora_A], self.dropout_now())
+        output, bias, summed = self._without_update(x, u)
+        return add_low_rank(output, self.low_rank_update(self.summed(u) if summed is None else summed)), bias
 
-    def _without_adapter(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _without_update(self, x: Tensor, u: Tensor | None = None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The output, the bias where it is left to the caller, and u summed over ranks if it went with the output."""
         if self.sequence_parallel and self.skip_bias_add and not self.weight.requires_grad:
-            return scattered_linear(x, self.weight, self.shards), self.bias
-        plain: tuple[Tensor, Tensor | None] = super().forward(x)
-        return plain
+            output, u = scattered_linear(x, self.weight, self.shards, u)
+            return output, self.bias, u
+        output, bias = super().forward(x)
+        return output, bias, None
 
     @property
     def pair(self) -> LoraFactors:
@@ -130,10 +136,14 @@ class LoraRowParallelLinear(RowParallelLinear):
         cut = (self.tp_group.rank(), self.tp_group.size())
         return Dropout.of_this_microbatch(self.dropout, self.dropout_seed, features=cut)
 
-    def low_rank_update(self, u: Tensor) -> Update:
-        """What the adapter adds to the output summed over ranks, from u [s, b, r], a partial sum over their inputs."""
+    def summed(self, u: Tensor) -> Tensor:
+        """u [s, b, r], a partial sum over this rank's inputs, by a collective of its own -> [s or s/t, b, r]."""
         if self.sequence_parallel:
-            u = reduce_scatter_to_sequence_parallel_region(u, group=self.tp_group)  # [s/t, b, r]
+            u = reduce_scatter_to_sequence_parallel_region(u, group=self.tp_group)
         elif self.tp_group.size() > 1:
             u = reduce_from_tensor_model_parallel_region(u, group=self.tp_group)
+        return u
+
+    def low_rank_update(self, u: Tensor) -> Update:
+        """What the adapter adds to the output, from u [s or s/t, b, r], both summed over ranks."""
         return Update(whole("", self.output_size), (self.pair.scale,), u, (self.pair.lora_B,))

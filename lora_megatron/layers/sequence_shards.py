@@ -7,6 +7,9 @@
 What travels is what the product reads: a frozen FP8 weight multiplies codes, and a token has a scale of its own, so it
 is the same whether tokens are quantised before they are gathered or after, and before means half the bytes of bf16.
 With an `Exchange` the tokens travel behind the products of those that are there already.
+
+What adapters have of each token, u = x A^T or its gradient, goes `beside` the tokens, gathered or summed with them: in
+an exchange's box, behind its one barrier; without an exchange by a collective of its own.
 """
 
 from __future__ import annotations
@@ -29,30 +32,63 @@ class SequenceShards:
     exchange: Exchange | None = None
 
     @classmethod
-    def over(cls, group: dist.ProcessGroup, *, overlap: bool, device: torch.device) -> SequenceShards:
-        """`overlap`: with an exchange where there are GPUs; a CPU's collectives have nothing to hide behind."""
-        return cls(group, exchange_over(group) if overlap and device.type == "cuda" else None)
+    def over(cls, group: dist.ProcessGroup, *, overlap: bool, device: torch.device, beside: int = 0) -> SequenceShards:
+        """`overlap`: with an exchange where there are GPUs; a CPU's collectives have nothing to hide behind.
 
-    def product_of_all(self, product: Product, *parts: Tensor) -> Tensor:
-        """The product of all ranks' tokens, in their order: `parts` of this rank's m rows -> [t m, n]."""
-        if self.exchange is not None:
-            return self.exchange.product_of_all(product, parts)
-        return product.of(*(_gathered(part, self.group) for part in parts))
+        beside: columns that this layer will send beside its tokens.
+        """
+        if not (overlap and device.type == "cuda"):
+            return cls(group)
+        exchange = exchange_over(group)
+        exchange.beside = max(exchange.beside, beside)
+        return cls(group, exchange)
 
-    def sum_of_products(self, product: Product, *parts: Tensor) -> Tensor:
-        """This rank's tokens of the sum of all ranks' products: `parts` of t m rows -> [m, n]."""
+    def product_of_all(
+        self, product: Product, *parts: Tensor, beside: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The product of all ranks' tokens, in their order: `parts` of this rank's m rows -> [t m, n]; and `beside`
+        [s/t, b, k] of all of them -> [s, b, k]."""
         if self.exchange is not None:
-            return self.exchange.sum_of_products(product, parts)
-        partial = product.of(*parts)
-        own = partial.new_empty(partial.shape[0] // self.group.size(), partial.shape[1])
-        dist.reduce_scatter_tensor(own, partial, group=self.group)
-        return own
+            return self.exchange.product_of_all(product, parts, beside)
+        output = product.of(*(_gathered(part, self.group) for part in parts))
+        return output, None if beside is None else _gathered(beside.contiguous(), self.group)
+
+    def sum_of_products(
+        self, product: Product, *parts: Tensor, beside: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """This rank's tokens of the sum of all ranks' products: `parts` of t m rows -> [m, n]; and of the sum of their
+        `beside` [s, b, k] -> [s/t, b, k]."""
+        if self.exchange is not None:
+            return self.exchange.sum_of_products(product, parts, beside)
+        output = _scattered(product.of(*parts), self.group)
+        return output, None if beside is None else _scattered(beside.contiguous(), self.group)
+
+    def of_all(self, own: Tensor) -> Tensor:
+        """What goes beside tokens, where they stay: [s/t, b, k] -> [s, b, k]."""
+        rows = own.flatten(0, -2).contiguous()
+        return self.product_of_all(_as_they_are(rows), rows)[0].view(-1, *own.shape[1:])
+
+    def sum_of(self, partial: Tensor) -> Tensor:
+        """Likewise [s, b, k] -> [s/t, b, k]."""
+        rows = partial.flatten(0, -2).contiguous()
+        return self.sum_of_products(_as_they_are(rows), rows)[0].view(-1, *partial.shape[1:])
+
+
+def _as_they_are(rows: Tensor) -> Product:
+    """Of rows with the identity."""
+    return Product(rows.shape[1], rows.dtype, lambda x: (x,), lambda out, x: out.copy_(x))
 
 
 def _gathered(part: Tensor, group: dist.ProcessGroup) -> Tensor:
-    whole = part.new_empty(part.shape[0] * group.size(), part.shape[1])
+    whole = part.new_empty(part.shape[0] * group.size(), *part.shape[1:])
     dist.all_gather_into_tensor(_sent(whole), _sent(part), group=group)
     return whole
+
+
+def _scattered(partial: Tensor, group: dist.ProcessGroup) -> Tensor:
+    own = partial.new_empty(partial.shape[0] // group.size(), *partial.shape[1:])
+    dist.reduce_scatter_tensor(own, partial, group=group)
+    return own
 
 
 def _sent(part: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from lora_megatron.model.checks import layout_of, options_of
 from lora_megatron.model.recomputation import NOTHING_RECOMPUTED
 from lora_megatron.model.shape import ModelShape
 from lora_megatron.planning.activations import ChunkBytes, Microbatch, chunk_bytes, embedding_bytes, head_bytes
-from lora_megatron.planning.gradients import first_input_needs, layer_flows
+from lora_megatron.planning.gradients import first_input_needs, layer_flow, layer_flows
 from lora_megatron.planning.schedule import Peak, peak
 from lora_megatron.planning.weights import (
     Weight,
@@ -148,7 +148,7 @@ def plan_rank(config: Config, shape: ModelShape, method: Method, weights: Sequen
         logits=round(worst.loss),
         communication=round(_communication(batch, worst)),
         workspace=round(at_most),
-        context=_outside(config, batch, place),
+        context=_outside(config, method, batch, place),
     )
 
 
@@ -157,14 +157,17 @@ def _inputs(config: Config, batch: Microbatch) -> int:
     return batch.tokens * (3 * 8 + 4 + (config.data.sequence_length if config.data.packing else 0))
 
 
-def _outside(config: Config, batch: Microbatch, place: Place) -> int:
+def _outside(config: Config, method: Method, batch: Microbatch, place: Place) -> int:
     """What torch's allocator does not know of."""
     layout = batch.layout
     communicators = sum(n > 1 for n in (layout.tensor, layout.pipeline, place.data_size))
     boxes = 0
     if config.parallel.tp_comm_overlap:
         own = batch.tokens // layout.tensor
-        boxes = bytes_of(own, batch.shape.hidden_size, layout.tensor, batch.itemsize)
+        stage = (layer for layers in stage_layers(batch, place.stage) for layer in layers)
+        flows = (layer_flow(batch.shape, method, layer, input_needs=True) for layer in stage)
+        beside = max(linear.rank for flow in flows for linear in flow.linears)
+        boxes = bytes_of(own, batch.shape.hidden_size, layout.tensor, batch.itemsize, beside=beside)
     return CUDA_CONTEXT + COMMUNICATOR * communicators + boxes
 
 
@@ -190,15 +193,19 @@ def chunk_layers(config: Config, shape: ModelShape) -> int:
     return shape.num_layers // (config.parallel.pipeline * config.parallel.virtual_pipeline)
 
 
+def stage_layers(batch: Microbatch, stage: int) -> list[range]:
+    """Global layers of each model chunk of pipeline stage `stage`."""
+    layout = batch.layout
+    count = batch.shape.num_layers // (layout.pipeline * layout.virtual_pipeline)
+    positions = range(stage, layout.virtual_pipeline * layout.pipeline, layout.pipeline)
+    return [range(position * count, (position + 1) * count) for position in positions]
+
+
 def chunks_of(shape: ModelShape, method: Method, batch: Microbatch, stage: int) -> list[ChunkBytes]:
     """What each model chunk of pipeline stage `stage` keeps of one microbatch."""
-    layout = batch.layout
-    count = shape.num_layers // (layout.pipeline * layout.virtual_pipeline)
     chunks = []
-    for index in range(layout.virtual_pipeline):
-        position = index * layout.pipeline + stage
-        layers = range(position * count, (position + 1) * count)
-        first, last = position == 0, layers.stop == shape.num_layers
+    for layers in stage_layers(batch, stage):
+        first, last = layers.start == 0, layers.stop == shape.num_layers
         needs = first_input_needs(method, recompute=batch.recompute) if first else True
         flows = layer_flows(shape, method, layers, input_needs=needs)
         chunk = chunk_bytes(flows, layers, batch)

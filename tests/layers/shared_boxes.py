@@ -75,8 +75,10 @@ def exchanging(*, delay: float = 0.0, fault: str = "") -> Iterator[None]:
         return
     cpu_backend.install()
 
-    def over(group: dist.ProcessGroup, *, overlap: bool, device: torch.device) -> SequenceShards:
-        return SequenceShards(group, exchange.exchange_over(group) if overlap and device.type != "meta" else None)
+    original = SequenceShards.over
+
+    def over(group: dist.ProcessGroup, *, device: torch.device, **how: Any) -> SequenceShards:
+        return original(group, device=torch.device("meta" if device.type == "meta" else "cuda"), **how)
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(patch.object(exchange, "_Box", SharedBox))

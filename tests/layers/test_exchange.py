@@ -71,17 +71,47 @@ def differences(
         assert behind.exchange is not None
         for rows, inner, columns in sizes:  # the boxes grow
             for name, product in products(inner, columns):
-                asked = [(kind, _parts(product, kind, rows, inner, turn)) for turn, kind in enumerate(turns)]
-                got = [getattr(behind, CALLS[kind])(product, *parts) for kind, parts in asked]
+                asked = [(kind, *_operands(product, kind, rows, inner, turn)) for turn, kind in enumerate(turns)]
+                got = [_answers(behind, product, *one) for one in asked]
                 dist.barrier()
-                for (kind, parts), one in zip(asked, got, strict=True):
-                    want = getattr(SequenceShards(group), CALLS[kind])(product, *parts)
-                    assert one.shape == want.shape
-                    found.append((f"{name} {kind}", float((one - want).float().norm() / want.float().norm())))
+                for one, answers in zip(asked, got, strict=True):
+                    wanted = _answers(SequenceShards(group), product, *one)
+                    assert {key: answer.shape for key, answer in answers.items()} == {
+                        key: want.shape for key, want in wanted.items()
+                    }
+                    for key, want in wanted.items():
+                        apart = float((answers[key] - want).float().norm() / want.float().norm())
+                        found.append((f"{name} {key}", apart))
     return found
 
 
-CALLS = {"g": "product_of_all", "s": "sum_of_products"}
+CALLS = {"g": "product_of_all", "s": "sum_of_products", "G": "of_all", "S": "sum_of"}
+"""The last two are of what otherwise goes beside, alone."""
+
+
+def _answers(
+    shards: SequenceShards, product: Product, kind: str, parts: Sequence[torch.Tensor], beside: torch.Tensor | None
+) -> dict[str, torch.Tensor]:
+    call = getattr(shards, CALLS[kind])
+    if kind in "GS":
+        return {kind: call(beside)}
+    output, extra = call(product, *parts, beside=beside)
+    assert (extra is None) == (beside is None)
+    return {kind: output} if extra is None else {kind: output, f"{kind} beside": extra}
+
+
+def _operands(
+    product: Product, kind: str, rows: int, inner: int, turn: int
+) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
+    """Random rows of this rank, others at every turn, and what goes beside them: of another width at each turn, and at
+    every third nothing."""
+    parts, columns = _parts(product, kind.lower(), rows, inner, turn), (turn + 1) % 3
+    columns = columns or (1 if kind in "GS" else 0)
+    if not columns:
+        return parts, None
+    generator = torch.Generator().manual_seed(100 * dist.get_rank() + turn + 50)
+    beside = torch.randn(columns, parts[0].shape[0] // 2, 2, generator=generator).to(device(), product.dtype)
+    return parts, beside.permute(1, 2, 0)  # [s, b, columns], which need not be contiguous
 
 
 def _parts(product: Product, kind: str, rows: int, inner: int, turn: int) -> tuple[torch.Tensor, ...]:
@@ -95,25 +125,31 @@ def wrong(pool: Pool, world: int, **what: Any) -> list[str]:
     """Which differ by more than rounding, on any rank: of a gather too a library multiplies fewer rows in another
     order."""
     rounding = {"fp32": 1e-6, "bf16": 2**-7, "fp8": 2**-7}
+
+    def bound(name: str) -> float:
+        """Nothing rounds what is gathered beside a product."""
+        return 0.0 if name.endswith(("g beside", "G")) else rounding[name.split()[0]]
+
     each = pool.run(world, differences, **what)
-    return [name for found in each for name, difference in found if not difference <= rounding[name.split()[0]]]
+    return [name for found in each for name, difference in found if not difference <= bound(name)]
 
 
 @pytest.mark.parametrize("world", [pytest.param(2, marks=several_gpus), pytest.param(4, marks=several_gpus)])
 def test_an_exchange_gives_what_collectives_give(nccl: Pool, world: int) -> None:
     if world > GPUS:
         pytest.skip(f"needs {world} CUDA devices")
-    assert wrong(nccl, world, sizes=[(16, 32, 64), (512, 256, 1024)], turns="gsggsssg") == []
+    assert wrong(nccl, world, sizes=[(16, 32, 64), (512, 256, 1024)], turns="gsggsssgGsSgGSS") == []
 
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_it_does_through_files_too(pool: Pool, world: int) -> None:
-    assert wrong(pool, world, sizes=[(8, 32, 16), (16, 32, 64)], turns="gsggsssg", delay=DELAY_S) == []
+    assert wrong(pool, world, sizes=[(8, 32, 16), (16, 32, 64)], turns="gsggsssgGsSgGSS", delay=DELAY_S) == []
 
 
 @pytest.mark.parametrize(("fault", "turns"), [(NO_BARRIER, "g"), (NO_BARRIER, "s"), (NO_TURNS, "gg"), (NO_TURNS, "ss")])
 def test_a_missing_barrier_is_missed(pool: Pool, fault: str, turns: str) -> None:
-    assert wrong(pool, 2, sizes=[(8, 32, 16)], turns=turns, delay=DELAY_S, fault=fault)
+    missed = wrong(pool, 2, sizes=[(8, 32, 16)], turns=turns, delay=DELAY_S, fault=fault)
+    assert {name.endswith("beside") for name in missed} == {False, True}
 
 
 EXPERIMENTS = [
@@ -136,20 +172,22 @@ def train_exactly(experiments: list[Experiment]) -> list[Record | None]:
         return train_twins(experiments)
 
 
-def check_training(pool: Pool, world: int, *, formats: Sequence[StorageFormat | None]) -> None:
+def check_training(
+    pool: Pool, world: int, *, formats: Sequence[StorageFormat | None], exactly: Sequence[Experiment] = EXPERIMENTS
+) -> None:
     """fp32 as exact as without sharding; bf16 and FP8 beside the same layout without overlap."""
     layout = Layout(tensor=world, sequence=True)
     stored = [replace(FP8, storage=kind) for kind in formats]
 
     def record(size: int, **changes: Any) -> list[Record]:
-        experiments = [replace(experiment, **changes) for experiment in (*EXPERIMENTS, *stored)]
+        experiments = [replace(experiment, **changes) for experiment in (*exactly, *stored)]
         found: list[Record] = pool.run(size, train_exactly, experiments=experiments)[0]
         return found
 
     whole = record(1)
     plain = record(world, layout=layout)
     behind = record(world, layout=layout, tp_comm_overlap=True)
-    exact = len(EXPERIMENTS)
+    exact = len(exactly)
     for got, want in zip(behind[:exact], whole[:exact], strict=True):
         assert compare(got, want) > 20
     for got, want, twin in zip(behind[exact:], plain[exact:], whole[exact:], strict=True):
@@ -165,7 +203,12 @@ def test_training_behind_an_exchange(nccl: Pool, world: int) -> None:
 
 
 def test_training_through_files(pool: Pool) -> None:
-    check_training(pool, 2, formats=[StorageFormat("fp8")])
+    check_training(pool, 2, formats=[None, StorageFormat("fp8")])
+
+
+def test_training_of_four_through_files(pool: Pool) -> None:
+    short = replace(EXPERIMENTS[0], model={"preset": "tiny", "num_layers": 2}, steps=1)
+    check_training(pool, 4, formats=[None, StorageFormat("fp8")], exactly=[short])
 
 
 def barriers_of(turns: str) -> list[int]:
@@ -180,7 +223,7 @@ def barriers_of(turns: str) -> list[int]:
             if turn == ".":
                 exchange.forget_turns()
                 continue
-            getattr(shards, CALLS[turn])(product, *_parts(product, turn, 8, 32, 0))
+            _answers(shards, product, turn, *_operands(product, turn, 8, 32, 0))
             counted.append(SharedBox.barriers - before)
             before = SharedBox.barriers
         return counted

@@ -215,9 +215,11 @@ def test_the_activation_and_its_gradient_beside_their_fp8_codes(
 @pytest.mark.parametrize("ranks", [2, 3, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_sums_over_ranks_are_rounded_once(ranks: int, dtype: torch.dtype) -> None:
-    addends = torch.randn(ranks, 37, 129, generator=torch.Generator().manual_seed(1)).to("cuda", dtype)
     from lora_megatron.layers import exchange_kernels  # needs Triton
 
-    got = exchange_kernels.sum_in_order(addends)
-    want = functools.reduce(torch.add, addends.float().unbind()).to(dtype)
-    assert torch.equal(got, want)
+    generator = torch.Generator().manual_seed(1)
+    shapes = (37, 129), (37, 1, 5), (4096, 3, 2), (1, 1, 1)
+    first, *others = (torch.randn(ranks, *shape, generator=generator).to("cuda", dtype) for shape in shapes)
+    for addends in ([first], *([first, other] for other in others)):
+        for got, each in zip(exchange_kernels.sums_in_order(addends), addends, strict=True):
+            assert torch.equal(got, functools.reduce(torch.add, each.float().unbind()).to(dtype))

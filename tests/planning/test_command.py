@@ -129,12 +129,23 @@ def test_too_few_gpus_name_the_fewest_that_do(capsys: pytest.CaptureFixture[str]
 
 
 def test_what_gpus_share_is_planned(capsys: pytest.CaptureFixture[str]) -> None:
-    """One rank's tokens in one box, all ranks' in the other, outside torch's allocator."""
+    """One rank's tokens in one box, all ranks' in the other, outside torch's allocator; and beside them what adapters
+    make of them, as wide as in the layer of this rank that has most."""
     config = "launch/configs/gpt3_175b_8gpu.yaml"
-    shared, alone = (
-        plan(capsys, config, f"parallel.tp_comm_overlap={value}")["totals"]["memory"] for value in ("true", "false")
-    )
-    assert shared["context"] - alone["context"] == 8 * (1 + 8) * (8 * 2048 // 8) * 12288 * 2  # on 8 ranks
+
+    def totals(*changes: str) -> dict[str, int]:
+        found: dict[str, int] = plan(capsys, config, *changes)["totals"]["memory"]
+        return found
+
+    shared, alone = (totals(f"parallel.tp_comm_overlap={value}") for value in ("true", "false"))
+    columns = 12288 + 4 + 4  # of q and v together
+    assert shared["context"] - alone["context"] == 8 * (1 + 8) * (8 * 2048 // 8) * columns * 2  # on 8 ranks
+    more = totals("parallel.tp_comm_overlap=true", "method.layers={'48': {fc2: 16}}")
+    assert more["context"] - shared["context"] == 8 * (1 + 8) * (8 * 2048 // 8) * (16 - 8) * 2
+    stages = "parallel.tensor=4", "parallel.pipeline=2", "method.layers={'48': {fc2: 16}}"
+    shared_by_four, apart = (totals(*stages, f"parallel.tp_comm_overlap={value}") for value in ("true", "false"))
+    both = 2 * 12288 + 8 + 16  # the second stage begins with layer 48
+    assert shared_by_four["context"] - apart["context"] == 4 * (1 + 4) * (8 * 2048 // 4) * both * 2
     assert {kind for kind in shared if shared[kind] != alone[kind]} == {"context", "total"}
 
 
