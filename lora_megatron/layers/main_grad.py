@@ -5,7 +5,8 @@
 
 Handed to autograd instead, each would be rounded to the factor's type and added by DDP's hook, in a launch of its own:
 a layer has a dozen factors, and so small a kernel costs more to start than to run. A factor for which nobody keeps a
-`main_grad` (layers without DDP) has its gradient handed to autograd, as any parameter has.
+`main_grad` (layers without DDP), or on which somebody has put a hook, has its gradient handed to autograd, as any
+parameter has.
 
 DDP's hook runs all the same. It adds `.grad` unless `grad_added_to_main_grad` is set, which `zero_grad_buffer` takes
 back before each step. A `.grad` must be there if reductions overlap the backward pass, and it keeps the hook on the
@@ -39,8 +40,10 @@ def main_grads_of(factors: Sequence[Tensor]) -> list[Tensor] | None:
 
 def _main_grad_of(factor: Tensor) -> Tensor | None:
     main: Tensor | None = getattr(factor, "main_grad", None)
-    if main is None or not hasattr(factor, "grad_added_to_main_grad") or getattr(factor, "zero_out_wgrad", False):
-        return None  # the last has DDP add `.grad` whatever it is told
+    if main is None or not hasattr(factor, "grad_added_to_main_grad") or factor._backward_hooks:
+        return None  # a hook is to see the gradient, or to change it
+    if getattr(factor, "zero_out_wgrad", False):
+        return None  # DDP adds `.grad` whatever it is told
     return main if factor.requires_grad and main.dtype == torch.float32 and main.is_contiguous() else None
 
 

@@ -198,6 +198,25 @@ def test_a_factor_used_twice_is_summed_twice() -> None:
         torch.testing.assert_close(twice[name], 2 * want, rtol=1e-6, atol=1e-6)
 
 
+def test_a_hook_sees_the_gradient_and_may_change_it() -> None:
+    x, a = torch.ones(5, 1, 3), nn.Parameter(torch.ones(2, 3))
+    summed(a)
+    seen: list[Tensor] = []
+
+    def doubled(gradient: Tensor) -> Tensor:
+        seen.append(gradient)
+        return 2 * gradient
+
+    for hook in (a.register_hook(doubled), None):
+        low_rank_input(x, [a], None)[0].sum().backward()
+        assert a.grad_added_to_main_grad == (hook is None)  # type: ignore[attr-defined]
+        if hook is not None:
+            hook.remove()
+    assert len(seen) == 1
+    assert torch.equal(seen[0], torch.full((2, 3), 5.0))
+    assert torch.equal(a.main_grad, torch.full((2, 3), 15.0))  # type: ignore[attr-defined]
+
+
 def test_whom_autograd_hands_a_gradient() -> None:
     """Whose sum is not fp32, or gets `.grad` added whatever DDP is told, or nobody's."""
     factor = nn.Parameter(torch.ones(2, 3))
