@@ -124,6 +124,8 @@ class MegatronAdamW:
         self.inner = get_megatron_optimizer(config, self.chunks, use_gloo_process_groups=False)
         for group in self.inner.param_groups:
             group["weight_decay"] = section.weight_decay  # one decay for all that trains
+        for optimizer in self._optimizers():
+            _copy_masters_at_once(optimizer)
 
     def zero_grad(self) -> None:
         self.inner.zero_grad()
@@ -253,6 +255,19 @@ class MegatronAdamW:
                 moment = self._moment(owned.main, kind)
                 total += 0 if moment is None else moment.numel() * moment.element_size()
         return total
+
+
+def _copy_masters_at_once(optimizer: Any) -> None:
+    """From fp32 masters to bf16 parameters; megatron-core without apex takes two launches for each of them."""
+    if not hasattr(optimizer, "fp32_from_float16_groups") or hasattr(optimizer, "shard_fp32_from_float16_groups"):
+        return
+
+    def copy() -> None:
+        parameters, masters = optimizer._get_model_and_main_params_data_float16()
+        if masters:
+            torch._foreach_copy_(parameters, masters)
+
+    optimizer._copy_main_params_to_model_params = copy
 
 
 def _clip(parameters: Sequence[Tensor], *, most: float, norm: float) -> None:
