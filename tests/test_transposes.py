@@ -11,7 +11,7 @@ from unittest import mock
 import pytest
 import torch
 
-from lora_megatron.config import parse_config
+from lora_megatron.config import BaseSection, parse_config
 from lora_megatron.errors import ConfigError
 from lora_megatron.layers.storage.choose import StorageFormat
 from lora_megatron.layers.storage.fp8 import Fp8Products, StoredFp8
@@ -21,7 +21,7 @@ from lora_megatron.model.checks import check_plan
 from lora_megatron.model.presets import resolve_shape
 from lora_megatron.model.storage import storage_of
 from lora_megatron.parallel.groups import Layout
-from lora_megatron.planning.weights import Weight, transposed_bytes
+from lora_megatron.planning.weights import Weight, unpacked_bytes
 from tests.pool import Pool
 from tests.twin import Experiment, Record, train_twin
 
@@ -133,5 +133,11 @@ def test_the_plan_counts_a_chunk_or_all() -> None:
         Weight("decoder.layers.1.mlp.linear_fc2.weight", (4, 8), 2, trained=False, chunk=1),
         Weight("output_layer.weight", (100, 4), 2, trained=False, chunk=1),
     ]
-    found = [transposed_bytes(weights, how) for how in (None, "anew", "group", "kept")]
-    assert found == [0, 0, 64, 96]
+
+    def planned(**base: Any) -> int:
+        return unpacked_bytes(weights, BaseSection(**base))
+
+    ways: tuple[Any, ...] = (None, "anew", "group", "kept")
+    assert [planned(storage="fp8", transposes=how) for how in ways] == [32, 32, 64, 96]
+    assert [planned(storage="nf4", gemm="fp8", transposes=how) for how in ways] == [32, 32, 64 + 32, 96 + 32]
+    assert [planned(storage="nf4"), planned()] == [64, 0]

@@ -26,14 +26,7 @@ from lora_megatron.model.shape import ModelShape
 from lora_megatron.planning.activations import ChunkBytes, Microbatch, chunk_bytes, embedding_bytes, head_bytes
 from lora_megatron.planning.gradients import first_input_needs, layer_flow, layer_flows
 from lora_megatron.planning.schedule import Peak, peak
-from lora_megatron.planning.weights import (
-    Weight,
-    frozen_bytes,
-    largest_unpacked_bytes,
-    trained_bytes,
-    transposed_bytes,
-    weights_of,
-)
+from lora_megatron.planning.weights import Weight, frozen_bytes, trained_bytes, unpacked_bytes, weights_of
 
 MIB = 2**20
 CUDA_CONTEXT = 512 * MIB
@@ -222,8 +215,7 @@ def _workspace(batch: Microbatch, chunks: Sequence[ChunkBytes], weights: Sequenc
     Either at the loss: one chunk of logits in train.precision and in fp32, and its part of the hidden states' gradient.
     Or in a layer's MLP, by when the loss is gone: the gradients of fc1's output and of fc2's input, and a hidden state;
     and fc1's output itself, where it is made again and nothing has gone yet that made room for it.
-    Full fine-tuning adds the gradient of one weight in train.precision, packed storage one unpacked weight, and what is
-    kept turned round.
+    Full fine-tuning adds the gradient of one weight in train.precision, stored weights what their products read.
     """
     e, shape = batch.itemsize, batch.shape
     loss = max(chunk.loss for chunk in chunks)
@@ -234,8 +226,7 @@ def _workspace(batch: Microbatch, chunks: Sequence[ChunkBytes], weights: Sequenc
     wide = (1 + gated) * shape.ffn_hidden_size / batch.tensor
     in_layer = e * batch.tokens * (wide + shape.hidden_size) + max(each.made_again for each in chunks) - loss
     weight = max((w.size * w.itemsize for w in weights if w.trained), default=0)
-    unpacked = largest_unpacked_bytes(weights, storage=base.storage) + transposed_bytes(weights, base.transposes)
-    return max(at_loss, in_layer, 0.0) + max(weight, unpacked) + 2 * CUBLAS_WORKSPACE
+    return max(at_loss, in_layer, 0.0) + max(weight, unpacked_bytes(weights, base)) + 2 * CUBLAS_WORKSPACE
 
 
 def _communication(batch: Microbatch, worst: Peak) -> float:

@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from lora_megatron.config import BaseSection
 from lora_megatron.layers.sharding import shard_of
 from lora_megatron.layers.storage.choose import StorageFormat
 from lora_megatron.model.names import named_parameters
@@ -118,18 +119,21 @@ def _stored_bytes(weight: Weight, storage: str | None) -> int:
     return sum(buffer.numel() * buffer.element_size() for buffer in stored.buffers())
 
 
-def largest_unpacked_bytes(weights: Sequence[Weight], *, storage: str | None) -> int:
-    """The largest linear weight unpacked to train.precision for its product; 0 where nothing is packed."""
-    packed = [w.size * w.itemsize for w in weights if storage in STORAGE and w.is_linear and not w.trained]
-    return max(packed, default=0)
+def unpacked_bytes(weights: Sequence[Weight], base: BaseSection) -> int:
+    """The most that a stored weight's products read at once: the largest in the precision they are done in, FP8 turned
+    round or NF4 unpacked; or what is kept turned round, and NF4 unpacked beside it. 0 where nothing is stored."""
+    frozen = [w for w in weights if base.storage in STORAGE and w.is_linear and not w.trained]
+    in_fp8 = base.storage == "fp8" or base.gemm == "fp8"
+    largest = max((w.size * (1 if in_fp8 else w.itemsize) for w in frozen), default=0)
+    kept = transposed_bytes(frozen, base.transposes)
+    return max(largest, kept + (largest if kept and base.storage == "nf4" else 0))
 
 
-def transposed_bytes(weights: Sequence[Weight], transposes: str | None) -> int:
+def transposed_bytes(frozen: Sequence[Weight], transposes: str | None) -> int:
     """FP8 codes that are kept turned round (`base.transposes`): of the largest model chunk, or of all."""
     sizes: dict[int, int] = {}
-    for weight in weights:
-        if weight.is_linear and not weight.trained:
-            sizes[weight.chunk] = sizes.get(weight.chunk, 0) + weight.size
+    for weight in frozen:
+        sizes[weight.chunk] = sizes.get(weight.chunk, 0) + weight.size
     return {"group": max(sizes.values(), default=0), "kept": sum(sizes.values())}.get(transposes or "anew", 0)
 
 

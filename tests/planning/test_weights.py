@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import pytest
 
-from lora_megatron.planning.weights import Weight, as_fully_trained, frozen_bytes, largest_unpacked_bytes, trained_bytes
+from lora_megatron.config import BaseSection
+from lora_megatron.planning.weights import Weight, as_fully_trained, frozen_bytes, trained_bytes, unpacked_bytes
 
 LINEAR = Weight("decoder.layers.0.mlp.linear_fc1.weight", (512, 128), 2, trained=False, full_shape=(1024, 128))
 EMBEDDING = Weight("embedding.word_embeddings.weight", (1000, 128), 2, trained=False, full_shape=(1000, 128))
@@ -35,8 +36,11 @@ def test_only_linear_weights_are_packed(storage: str | None, linear: int) -> Non
 
 
 def test_a_packed_weight_is_unpacked_for_its_product() -> None:
-    assert largest_unpacked_bytes([LINEAR, EMBEDDING, A], storage="nf4") == 2 * 512 * 128
-    assert largest_unpacked_bytes([LINEAR, EMBEDDING, A], storage="bf16") == 0
+    weights = [LINEAR, EMBEDDING, A]
+    assert unpacked_bytes(weights, BaseSection(storage="nf4")) == 2 * 512 * 128
+    assert unpacked_bytes(weights, BaseSection(storage="nf4", gemm="fp8")) == 512 * 128
+    assert unpacked_bytes(weights, BaseSection(storage="fp8")) == 512 * 128
+    assert unpacked_bytes(weights, BaseSection(storage="bf16")) == 0
 
 
 def test_unsharded_state_is_twelve_bytes_in_bf16_and_eight_in_fp32() -> None:
