@@ -155,7 +155,7 @@ ROWS = {
     "175b-lean": Row(bench(ONE, *LEAN, layers=96, steps=3), lean(90, 1)),
     "llama2-70b-fp8": Row(bench(LLAMA, layers=80), speed(2650)),
     "llama2-70b-nf4": Row(bench(LLAMA, "base.storage=nf4", "base.gemm=fp8", layers=80), speed(2650)),
-    "slice": Row(bench(ONE, *BF16, "data.global_batch_size=4", layers=4, visits=2, steps=10), share),
+    "slice": Row(bench(ONE, *BF16, *BATCH_4[:1], "data.global_batch_size=4", layers=16, visits=2), share),
     "full": Row(bench(ONE, *BF16, *BATCH_4, layers=2, methods="lora,full", visits=2), ratio(1.47)),
     "full-recomputed": Row(
         bench(ONE, *BF16[:2], "train.recompute=full", *BATCH_4, layers=2, methods="full", visits=2), best_regimes
