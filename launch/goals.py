@@ -139,7 +139,6 @@ LEAN = ("train.recompute=full", "train.recompute_unit=3")
 TENSOR = (
     "parallel.pipeline=1",
     "parallel.virtual_pipeline=1",
-    "base.transposes=null",
     "parallel.tensor=2",
     "parallel.sequence=true",
     "parallel.tp_comm_overlap=true",

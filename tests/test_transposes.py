@@ -16,9 +16,6 @@ from lora_megatron.errors import ConfigError
 from lora_megatron.layers.storage.choose import StorageFormat
 from lora_megatron.layers.storage.fp8 import Fp8Products, StoredFp8
 from lora_megatron.layers.storage.nf4 import StoredNf4ForFp8
-from lora_megatron.methods.choose import choose_method
-from lora_megatron.model.checks import check_plan
-from lora_megatron.model.presets import resolve_shape
 from lora_megatron.model.storage import storage_of
 from lora_megatron.parallel.groups import Layout
 from lora_megatron.planning.weights import Weight, unpacked_bytes
@@ -118,10 +115,9 @@ def test_from_a_configuration() -> None:
     assert format_of is not None
     assert format_of.transposes == 2
     plain = parse_config({**tree, "parallel": {"pipeline": 2}})
-    shape = resolve_shape(plain.model, tokenizer_vocab_size=100)
-    method = choose_method(plain.method, num_layers=shape.num_layers)
-    with pytest.raises(ConfigError, match="set parallel"):
-        check_plan(plain, shape, method, 2)
+    format_of = storage_of(plain)
+    assert format_of is not None
+    assert format_of.transposes == 1
     with pytest.raises(ConfigError, match="= group is about FP8"):
         storage_of(parse_config({**tree, "base": {"transposes": "group"}}))
 
@@ -141,3 +137,5 @@ def test_the_plan_counts_a_chunk_or_all() -> None:
     assert [planned(storage="fp8", transposes=how) for how in ways] == [32, 32, 64, 96]
     assert [planned(storage="nf4", gemm="fp8", transposes=how) for how in ways] == [32, 32, 64 + 32, 96 + 32]
     assert [planned(storage="nf4"), planned()] == [64, 0]
+    del weights[0]
+    assert planned(storage="fp8", transposes="group") == 32, "no interleaved schedule, no group"

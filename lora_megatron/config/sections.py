@@ -88,7 +88,8 @@ class BaseSection(Section):
     given: the same), gradients too (`both`), or `none`."""
     transposes: Literal["anew", "group", "kept"] | None = None
     """FP8 weights turned round, which backward products read: made anew for each microbatch (not given: the same), kept
-    for the microbatches of a `group` of the interleaved pipeline schedule, or `kept` for good, a second copy."""
+    for the microbatches of a `group` of the interleaved pipeline schedule (of one in any other), or `kept` for good, a
+    second copy."""
 
     def of_training_precision(self) -> BaseSection:
         """The same weights, in no other format."""

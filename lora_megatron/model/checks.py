@@ -11,7 +11,7 @@ from lora_megatron.methods.method import Method
 from lora_megatron.model.build import BuildOptions
 from lora_megatron.model.recomputation import check_recomputation
 from lora_megatron.model.shape import ModelShape
-from lora_megatron.model.storage import check_storage, check_transposes, storage_of
+from lora_megatron.model.storage import check_storage, storage_of
 from lora_megatron.parallel.groups import Layout, check_world_size, device_memory_bytes
 
 
@@ -59,7 +59,6 @@ def check_plan(config: Config, shape: ModelShape, method: Method, world_size: in
             "parallel.sequence=true, or leave it out"
         )
     check_storage(config, layout, shape)
-    check_transposes(config, layout)
     check_recomputation(config, layout, shape, method)
     _check_graph(config)
     _check_targets(config, shape)

@@ -37,7 +37,9 @@ def storage_of(config: Config) -> StorageFormat | None:
         raise ConfigError(
             f"base.storage = {storage} keeps frozen weights, and method.name = full freezes none: drop it"
         )
-    uses = {"kept": 0, "group": config.parallel.pipeline}.get(config.base.transposes or "anew", 1)
+    parallel = config.parallel
+    group = parallel.pipeline if parallel.virtual_pipeline > 1 else 1
+    uses = {"kept": 0, "group": group}.get(config.base.transposes or "anew", 1)
     return StorageFormat(storage, "fp8" if gemm == "fp8" else "bf16", config.base.fast_accum or "forward", uses)
 
 
@@ -57,12 +59,3 @@ def check_storage(config: Config, layout: Layout, shape: ModelShape) -> None:
                 f"base.storage = nf4 packs blocks of {BLOCK} inputs, and a rank has {size} of model.{name}: choose "
                 "fp8, or another parallel.tensor"
             )
-
-
-def check_transposes(config: Config, layout: Layout) -> None:
-    """Raise ConfigError where a training has no groups of microbatches to keep anything for."""
-    if config.base.transposes == "group" and layout.virtual_pipeline == 1:
-        raise ConfigError(
-            "base.transposes = group keeps weights turned round for a group of microbatches, which the interleaved "
-            "schedule alone has: set parallel.virtual_pipeline above 1, or base.transposes=kept or anew"
-        )

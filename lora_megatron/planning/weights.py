@@ -130,11 +130,12 @@ def unpacked_bytes(weights: Sequence[Weight], base: BaseSection) -> int:
 
 
 def transposed_bytes(frozen: Sequence[Weight], transposes: str | None) -> int:
-    """FP8 codes that are kept turned round (`base.transposes`): of the largest model chunk, or of all."""
+    """FP8 codes that are kept turned round (`base.transposes`): of the largest of several model chunks, or of all."""
     sizes: dict[int, int] = {}
     for weight in frozen:
         sizes[weight.chunk] = sizes.get(weight.chunk, 0) + weight.size
-    return {"group": max(sizes.values(), default=0), "kept": sum(sizes.values())}.get(transposes or "anew", 0)
+    chunk = max(sizes.values()) if len(sizes) > 1 else 0
+    return {"group": chunk, "kept": sum(sizes.values())}.get(transposes or "anew", 0)
 
 
 @dataclass(frozen=True)
