@@ -136,13 +136,8 @@ def tax(report: Report) -> list[Value]:
 ONE, TWO, LLAMA = "gpt3_175b_1gpu", "gpt3_175b_2gpu", "llama2_70b_1gpu"
 BF16 = ("base.storage=null", "base.gemm=null", "train.recompute=none")
 LEAN = ("train.recompute=full", "train.recompute_unit=3")
-TENSOR = (
-    "parallel.pipeline=1",
-    "parallel.virtual_pipeline=1",
-    "parallel.tensor=2",
-    "parallel.sequence=true",
-    "parallel.tp_comm_overlap=true",
-)
+TENSOR = ("parallel.pipeline=1", "parallel.tensor=2", "parallel.sequence=true", "parallel.tp_comm_overlap=true")
+CHUNKS = ("parallel.virtual_pipeline=24", "base.transposes=group")
 GRAPH = "train.cuda_graph=true"
 PAIRS = ("data.micro_batch_size=2", "data.global_batch_size=4")
 BATCH_4 = ("data.micro_batch_size=4", "data.global_batch_size=16")
@@ -164,8 +159,8 @@ ROWS = {
     "175b-2gpu": Row(
         bench(TWO, "data.global_batch_size=32", layers=96, steps=2, warm_up=1), speed(1500, SPARE_4_GIB), gpus=2
     ),
-    "175b-2gpu-fast": Row(
-        bench(TWO, "data.global_batch_size=32", "base.fast_accum=both", layers=96, steps=2, warm_up=1),
+    "175b-2gpu-chunks": Row(
+        bench(TWO, *CHUNKS, "data.global_batch_size=32", layers=96, steps=2, warm_up=1),
         speed(1500, SPARE_4_GIB),
         gpus=2,
     ),

@@ -4,7 +4,7 @@
     python launch/profile_step.py launch/configs/gpt3_175b_1gpu.yaml --layers 1,3 --out runs/profile
     python launch/profile_step.py launch/configs/gpt3_175b_1gpu.yaml base.storage=bf16 base.gemm=null --out runs/bf16
     torchrun --nproc-per-node 2 launch/profile_step.py launch/configs/gpt3_175b_2gpu.yaml parallel.pipeline=1 \\
-        parallel.virtual_pipeline=1 parallel.tensor=2 parallel.sequence=true --out runs/profile2
+        parallel.tensor=2 parallel.sequence=true --out runs/profile2
 
 Weights and tokens are random, as in `lora-megatron bench`. Two slices tell what one more layer adds, kernel by kernel:
 head, loss and embedding cancel out. The times of steps are taken without the profiler, which slows launching down.

@@ -32,10 +32,6 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _VOCABULARY_MULTIPLE = 128  # padded rows keep the GEMM's shape friendly and the embedding divisible
 
 
-OUTPUTS_UNDER_WAY = 2
-"""Of a pipeline stage: megatron-core waits for a send after it has started the next one."""
-
-
 @dataclass(frozen=True)
 class BuildOptions:
     """How to build, as opposed to what."""
@@ -97,9 +93,9 @@ def megatron_config(shape: ModelShape, layout: Layout, options: BuildOptions) ->
         bf16=options.precision == "bf16",
         # With two stages the neighbours of the interleaved schedule are one and the same rank, and a batch of sends
         # and receives between two ranks has no defined order: messages of both directions must not be batched.
+        # Nor may outputs be deallocated (deallocate_pipeline_outputs): megatron-core does not wait until they are sent.
         overlap_p2p_comm=layout.virtual_pipeline > 1,
         batch_p2p_comm=layout.virtual_pipeline == 1,
-        deallocate_pipeline_outputs=True,  # `training.step` keeps them until they are sent
         perform_initialization=False,
         use_cpu_initialization=options.meta,
         calculate_per_token_loss=True,

@@ -9,7 +9,6 @@ does not depend on how the global batch is cut.
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +22,6 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
 from lora_megatron.layers.dropout import set_first_sample
-from lora_megatron.model.build import OUTPUTS_UNDER_WAY
 from lora_megatron.parallel.agree import gather_text
 from lora_megatron.parallel.heartbeat import making_data
 
@@ -62,12 +60,8 @@ def _loss(mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return total, count.to(torch.int), torch.stack([total.detach().double(), count.double()])
 
 
-def forward_step(sent: deque[Tensor], batches: Iterator[Batch], model: nn.Module) -> tuple[Tensor, Any]:
-    """megatron-core's forward_step_func: run one microbatch through this stage's chunk.
-
-    Of an output that is sent, only how it was made is asked for afterwards, and megatron-core lets go of its values at
-    once (deallocate_pipeline_outputs): without waiting, where sends overlap. `sent` keeps the last ones until then.
-    """
+def forward_step(batches: Iterator[Batch], model: nn.Module) -> tuple[Tensor, Any]:
+    """megatron-core's forward_step_func: run one microbatch through this stage's chunk."""
     batch = next(batches)
     device = torch.cuda.current_device()
     tokens, labels, positions, mask = (
@@ -79,7 +73,6 @@ def forward_step(sent: deque[Tensor], batches: Iterator[Batch], model: nn.Module
     if batch["first_sample"] is not None:  # a captured step draws no masks, and may not touch the generators
         set_first_sample(batch["first_sample"])
     output = model(tokens, positions, attention_mask, labels=labels)
-    sent.append(output.detach())
     return output, partial(_loss, mask)
 
 
@@ -112,7 +105,7 @@ def run_passes(
     batch_size, sequence_length = first["tokens"].shape
     iterators = [_one_by_one(first, microbatches) for _ in ddp_chunks]
     reports: list[Tensor] = get_forward_backward_func()(
-        forward_step_func=partial(forward_step, deque(maxlen=OUTPUTS_UNDER_WAY)),
+        forward_step_func=forward_step,
         data_iterator=iterators if len(ddp_chunks) > 1 else iterators[0],
         model=list(ddp_chunks) if len(ddp_chunks) > 1 else ddp_chunks[0],
         num_microbatches=len(microbatches),
