@@ -13,7 +13,17 @@ from lora_megatron.bench.communication import Kernel
 
 MILLI = 10**6
 LAYERS = Path(__file__).resolve().parents[2] / "lora_megatron" / "layers"
-INSIDE_OTHERS = {"_which", "_of", "_columns", "_normed", "_value_and_slope", "_loaded", "_outputs"}
+INSIDE_OTHERS = {
+    "_which",
+    "_of",
+    "_columns",
+    "_normed",
+    "_value_and_slope",
+    "_loaded",
+    "_outputs",
+    "_sigmoid",
+    "_sum_part",
+}
 GEMM = "nvjet_hsh_128x256_64x4_2x1_v_bz_coopB_TNT"
 
 

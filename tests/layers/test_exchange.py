@@ -206,6 +206,7 @@ def test_training_through_files(pool: Pool) -> None:
     check_training(pool, 2, formats=[None, StorageFormat("fp8")])
 
 
+@pytest.mark.slow
 def test_training_of_four_through_files(pool: Pool) -> None:
     short = replace(EXPERIMENTS[0], model={"preset": "tiny", "num_layers": 2}, steps=1)
     check_training(pool, 4, formats=[None, StorageFormat("fp8")], exactly=[short])

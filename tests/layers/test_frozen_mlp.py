@@ -97,7 +97,14 @@ def check_bits(pool: Pool, cut: Layout, experiments: dict[str, Experiment]) -> N
                 assert [one for one in want if not torch.equal(got[one], want[one])] == [], (name, kind)
 
 
-@pytest.mark.parametrize("cut", [Layout(), Layout(tensor=2), Layout(tensor=2, sequence=True)], ids=["one", "tp2", "sp"])
+@pytest.mark.parametrize(
+    "cut",
+    [
+        pytest.param(Layout(), id="one"),
+        pytest.param(Layout(tensor=2), id="tp2", marks=pytest.mark.slow),
+        pytest.param(Layout(tensor=2, sequence=True), id="sp"),
+    ],
+)
 def test_what_is_made_again_is_what_was_kept(pool: Pool, cut: Layout) -> None:
     check_bits(pool, cut, KEPT)
 
