@@ -156,7 +156,7 @@ def _identity(model: DecodingModel, plan: _Plan, options: EvaluationOptions) -> 
         "precision": model.config.train.precision,
         "storage": model.config.base.storage,
         "gemm": model.config.base.gemm,
-        **({"fast_accum": model.config.base.fast_accum} if model.config.base.fast_accum else {}),
+        **({"fast_accum": "none"} if model.config.base.fast_accum == "none" else {}),  # nothing runs backward here
         "cut_prompts": options.cut_prompts,
     }
 

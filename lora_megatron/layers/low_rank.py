@@ -80,7 +80,7 @@ class _AddLowRank(torch.autograd.Function):
         ctx: Any, fused: Tensor, parts: tuple[Part, ...], scales: tuple[float, ...], u: Tensor, *bs: Tensor
     ) -> Tensor:
         ctx.parts, ctx.scales, ctx.bs = parts, scales, bs  # the parameters themselves, for their `main_grad`
-        ctx.save_for_backward(u, *bs)
+        ctx.save_for_backward(u, *bs)  # b for autograd to notice if it changes before the backward pass
         ctx.mark_dirty(fused)
         Update(parts, scales, u, bs).add_to(fused.view(-1, fused.shape[-1]))
         return fused

@@ -29,7 +29,7 @@ class _LowRankInput(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, dropout: Dropout | None, *factors: Tensor) -> tuple[Tensor, Tensor]:
         recipe = recipe_or_itself(x)
         ctx.step, ctx.dropout, ctx.factors = recipe.step, dropout, factors
-        ctx.save_for_backward(*factors, *recipe.ingredients)
+        ctx.save_for_backward(*factors, *recipe.ingredients)  # factors for autograd to notice if they change
         ctx.set_materialize_grads(False)
         return torch.matmul(x if dropout is None else dropout(x), stacked(factors).t()), x
 

@@ -35,7 +35,11 @@ _FP32_PRODUCTS, _FP32_SUMS = _VERSION >= "2.8", _VERSION >= "2.11"
 def main_grads_of(factors: Sequence[Tensor]) -> list[Tensor] | None:
     """The fp32 tensors of the factors' shapes in which DDP sums their gradients; None unless each of them has one."""
     found = [main for factor in factors if (main := _main_grad_of(factor)) is not None]
-    return found if len(found) == len(factors) else None
+    if len(found) == len(factors):
+        return found
+    # A hook came in the middle of a step: DDP would take a gradient handed on now for one that is added already.
+    assert not any(getattr(factor, "grad_added_to_main_grad", False) for factor in factors)
+    return None
 
 
 def _main_grad_of(factor: Tensor) -> Tensor | None:

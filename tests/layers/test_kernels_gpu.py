@@ -63,7 +63,10 @@ def test_rows_are_quantised_as_on_a_cpu(columns: int, scaled: bool) -> None:
     assert same_bytes(got, codes)
 
 
-@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9), reason="needs FP8")
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0),
+    reason="registers of Hopper's tensor cores",
+)
 def test_a_product_of_long_rows_that_adds_up_fast() -> None:
     """49152 addends, as many as fc2 has in GPT-3 175B: beside what FP8 itself costs, 2.6e-2 per factor, little."""
     x, weight = (torch.randn(256, 49152, device=GPU) for _ in range(2))
@@ -74,7 +77,7 @@ def test_a_product_of_long_rows_that_adds_up_fast() -> None:
         errors[fast] = off(multiply(a, scale_a, b, scale_b.flatten(), torch.bfloat16, fast=fast), exact)
     print("error of a product of 49152 addends, fp32 and fast:", errors)
     assert errors[False] < 2e-3
-    assert errors[True] < 1e-2
+    assert 2 * errors[False] < errors[True] < 1e-2
 
 
 def test_fp8_is_transposed() -> None:
