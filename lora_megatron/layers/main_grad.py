@@ -25,7 +25,7 @@ from torch.torch_version import TorchVersion
 try:
     from lora_megatron.layers import main_grad_kernels as kernels
 except ImportError:  # no Triton: an addition for each factor
-    kernels = None  # type: ignore[assignment]
+    kernels = None  # type: ignore[assignment]  # mypy takes the name for a module; None is what is asked for below
 
 _VERSION = TorchVersion(torch.__version__)
 _FP32_PRODUCTS, _FP32_SUMS = _VERSION >= "2.8", _VERSION >= "2.11"
@@ -54,7 +54,7 @@ def _main_grad_of(factor: Tensor) -> Tensor | None:
 def already_added(factors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """What autograd is handed for factors whose gradients are in their `main_grad`, which DDP is told here."""
     for factor in factors:
-        factor.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+        factor.grad_added_to_main_grad = True  # type: ignore[attr-defined]  # DDP's own mark on a parameter
     return tuple(_unwritten(factor) for factor in factors)
 
 

@@ -145,24 +145,24 @@ def test_reductions_may_overlap_the_backward_pass(pool: Pool) -> None:
     assert [key for key in wanted if not torch.equal(found[key], wanted[key])] == []
 
 
-def summed(factor: nn.Parameter) -> None:
-    """What DDP does with a parameter."""
+def parameter_of(values: Tensor) -> Any:
+    """A parameter with which is done what DDP does, with DDP's attributes, which no type knows."""
 
     def hook(parameter: Any) -> None:
         if not parameter.grad_added_to_main_grad:
             parameter.main_grad.add_(parameter.grad)
         parameter.grad = None
 
-    factor.main_grad, factor.grad_added_to_main_grad = torch.zeros(factor.shape), False  # type: ignore[attr-defined]
-    factor.register_post_accumulate_grad_hook(hook)
+    made: Any = nn.Parameter(values)
+    made.main_grad, made.grad_added_to_main_grad = torch.zeros(values.shape), False
+    made.register_post_accumulate_grad_hook(hook)
+    return made
 
 
 def sums_of(dtype: torch.dtype, factors: dict[str, Tensor], *, shared: bool = False) -> dict[str, Tensor]:
     """Sums over three microbatches, of two A's and two B's of a fused output; `shared` has each used twice."""
     q, _, v = qkv_parts(4, 2, 3)
-    a_q, a_v, b_q, b_v = leaves = [nn.Parameter(factor.to(dtype)) for factor in factors.values()]
-    for leaf in leaves:
-        summed(leaf)
+    a_q, a_v, b_q, b_v = leaves = [parameter_of(factor.to(dtype)) for factor in factors.values()]
     generator = torch.Generator().manual_seed(1)
     for _ in range(3):
         x, back = (torch.randn(5, 2, n, generator=generator).bfloat16().to(dtype) for n in (7, 24))
@@ -172,7 +172,7 @@ def sums_of(dtype: torch.dtype, factors: dict[str, Tensor], *, shared: bool = Fa
             u = u.bfloat16().to(dtype) if dtype != torch.bfloat16 else u
             fused = add_low_rank(torch.zeros_like(back), Update((q, v), (0.5, 2.0), u, (b_q, b_v)))
             (fused * back).sum().backward()
-    return {name: leaf.main_grad for name, leaf in zip(factors, leaves, strict=True)}  # type: ignore[attr-defined]
+    return {name: leaf.main_grad for name, leaf in zip(factors, leaves, strict=True)}
 
 
 def factors() -> dict[str, Tensor]:
@@ -199,8 +199,7 @@ def test_a_factor_used_twice_is_summed_twice() -> None:
 
 
 def test_a_hook_sees_the_gradient_and_may_change_it() -> None:
-    x, a = torch.ones(5, 1, 3), nn.Parameter(torch.ones(2, 3))
-    summed(a)
+    x, a = torch.ones(5, 1, 3), parameter_of(torch.ones(2, 3))
     seen: list[Tensor] = []
 
     def doubled(gradient: Tensor) -> Tensor:
@@ -209,24 +208,31 @@ def test_a_hook_sees_the_gradient_and_may_change_it() -> None:
 
     for hook in (a.register_hook(doubled), None):
         low_rank_input(x, [a], None)[0].sum().backward()
-        assert a.grad_added_to_main_grad == (hook is None)  # type: ignore[attr-defined]
+        assert a.grad_added_to_main_grad == (hook is None)
         if hook is not None:
             hook.remove()
     assert len(seen) == 1
     assert torch.equal(seen[0], torch.full((2, 3), 5.0))
-    assert torch.equal(a.main_grad, torch.full((2, 3), 15.0))  # type: ignore[attr-defined]
+    assert torch.equal(a.main_grad, torch.full((2, 3), 15.0))
+
+
+def test_a_hook_in_the_middle_of_a_step_is_no_way_to_lose_a_gradient() -> None:
+    """DDP would drop what autograd hands on for a factor that it was told about already."""
+    x, a = torch.ones(5, 1, 3), parameter_of(torch.ones(2, 3))
+    low_rank_input(x, [a], None)[0].sum().backward()
+    a.register_hook(lambda gradient: gradient)
+    with pytest.raises(AssertionError):
+        low_rank_input(x, [a], None)[0].sum().backward()
 
 
 def test_whom_autograd_hands_a_gradient() -> None:
     """Whose sum is not fp32, or gets `.grad` added whatever DDP is told, or nobody's."""
-    factor = nn.Parameter(torch.ones(2, 3))
-    assert main_grad.main_grads_of([factor]) is None
-    summed(factor)
+    alone, factor = nn.Parameter(torch.ones(2, 3)), parameter_of(torch.ones(2, 3))
+    assert main_grad.main_grads_of([alone]) is None
     assert main_grad.main_grads_of([factor]) is not None
-    assert main_grad.main_grads_of([factor, nn.Parameter(torch.ones(1))]) is None
+    assert main_grad.main_grads_of([factor, alone]) is None
     for changed in ({"zero_out_wgrad": True}, {"main_grad": torch.ones(2, 3).bfloat16()}, {"requires_grad": False}):
-        other = nn.Parameter(torch.ones(2, 3))
-        summed(other)
+        other = parameter_of(torch.ones(2, 3))
         for name, value in changed.items():
             setattr(other, name, value)
         assert main_grad.main_grads_of([other]) is None, changed
