@@ -93,8 +93,7 @@ def megatron_config(shape: ModelShape, layout: Layout, options: BuildOptions) ->
         bf16=options.precision == "bf16",
         # With two stages the neighbours of the interleaved schedule are one and the same rank, and a batch of sends
         # and receives between two ranks has no defined order: messages of both directions must not be batched.
-        # Nor are outputs deallocated (deallocate_pipeline_outputs): megatron-core 0.16 does not wait until they are
-        # sent, and 0.19 waits at once, so that nothing overlaps.
+        # Outputs are let go of by ourselves (`parallel.sent_outputs`), not by deallocate_pipeline_outputs.
         overlap_p2p_comm=layout.virtual_pipeline > 1,
         batch_p2p_comm=layout.virtual_pipeline == 1,
         perform_initialization=False,

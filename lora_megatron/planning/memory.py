@@ -23,9 +23,10 @@ from lora_megatron.model.build import build
 from lora_megatron.model.checks import layout_of, options_of
 from lora_megatron.model.recomputation import NOTHING_RECOMPUTED
 from lora_megatron.model.shape import ModelShape
+from lora_megatron.parallel.sent_outputs import UNDER_WAY
 from lora_megatron.planning.activations import ChunkBytes, Microbatch, chunk_bytes, embedding_bytes, head_bytes
 from lora_megatron.planning.gradients import first_input_needs, layer_flow, layer_flows
-from lora_megatron.planning.schedule import Peak, peak
+from lora_megatron.planning.schedule import peak
 from lora_megatron.planning.weights import Weight, frozen_bytes, trained_bytes, unpacked_bytes, weights_of
 
 MIB = 2**20
@@ -139,7 +140,7 @@ def plan_rank(config: Config, shape: ModelShape, method: Method, weights: Sequen
         optimizer=trained.optimizer,
         activations=round(worst.activations + sum(chunk.once for chunk in chunks)),
         logits=round(worst.loss),
-        communication=round(_communication(batch, worst)),
+        communication=round(_communication(batch)),
         workspace=round(at_most),
         context=_outside(config, method, batch, place),
     )
@@ -229,12 +230,12 @@ def _workspace(batch: Microbatch, chunks: Sequence[ChunkBytes], weights: Sequenc
     return max(at_loss, in_layer, 0.0) + max(weight, unpacked_bytes(weights, base)) + 2 * CUBLAS_WORKSPACE
 
 
-def _communication(batch: Microbatch, worst: Peak) -> float:
-    """Outputs of a stage are held until their backward pass, and one hidden state is under way each way; a column
-    layer under sequence parallelism gathers its input, and its gradient in backward."""
+def _communication(batch: Microbatch) -> float:
+    """Between pipeline stages the last outputs are under way, and one hidden state each way; a column layer under
+    sequence parallelism gathers its input, and its gradient in backward."""
     held = 0.0
     if batch.layout.pipeline > 1:
-        held += batch.hidden_bytes * (worst.in_flight + 2)
+        held += batch.hidden_bytes * (UNDER_WAY + 2)
     if batch.layout.sequence:
         held += 2 * batch.hidden_bytes * batch.tensor
     return held

@@ -20,8 +20,6 @@ class Peak:
 
     activations: float
     loss: float
-    in_flight: int
-    """Microbatches times chunks whose backward pass is still to come."""
 
     @property
     def bytes(self) -> float:
@@ -63,16 +61,16 @@ def peak(
     # A step repeats itself once the pipeline is full, so a few rounds tell.
     microbatches = min(microbatches, 4 * stages)
     held = [0] * len(chunks)
-    worst = Peak(0.0, 0.0, 0)
+    worst = Peak(0.0, 0.0)
     for is_forward, index in passes(stage, stages, len(chunks), microbatches):
         now = sum(count * chunk.held for count, chunk in zip(held, chunks, strict=True))
         loss = sum(count * chunk.loss for count, chunk in zip(held, chunks, strict=True))
         if is_forward:
             held[index] += 1
-            moment = Peak(now + chunks[index].held, loss + chunks[index].loss, sum(held))
+            moment = Peak(now + chunks[index].held, loss + chunks[index].loss)
         else:  # the loss is through before the first layer is rebuilt
             rebuilt = max(chunks[index].recomputed, chunks[index].held)
-            moment = Peak(now - chunks[index].held + rebuilt, loss - chunks[index].loss, sum(held))
+            moment = Peak(now - chunks[index].held + rebuilt, loss - chunks[index].loss)
             held[index] -= 1
         worst = max(worst, moment, key=size)
     assert not any(held), "every forward pass has its backward pass"

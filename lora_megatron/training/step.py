@@ -19,11 +19,13 @@ import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor, nn
 
 from lora_megatron.layers.dropout import set_first_sample
 from lora_megatron.parallel.agree import gather_text
 from lora_megatron.parallel.heartbeat import making_data
+from lora_megatron.parallel.sent_outputs import SentOutputs
 
 Batch = dict[str, Any]
 
@@ -60,7 +62,7 @@ def _loss(mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return total, count.to(torch.int), torch.stack([total.detach().double(), count.double()])
 
 
-def forward_step(batches: Iterator[Batch], model: nn.Module) -> tuple[Tensor, Any]:
+def forward_step(sent: SentOutputs, batches: Iterator[Batch], model: nn.Module) -> tuple[Tensor, Any]:
     """megatron-core's forward_step_func: run one microbatch through this stage's chunk."""
     batch = next(batches)
     device = torch.cuda.current_device()
@@ -73,6 +75,8 @@ def forward_step(batches: Iterator[Batch], model: nn.Module) -> tuple[Tensor, An
     if batch["first_sample"] is not None:  # a captured step draws no masks, and may not touch the generators
         set_first_sample(batch["first_sample"])
     output = model(tokens, positions, attention_mask, labels=labels)
+    if output.requires_grad and not get_attr_wrapped_model(model, "post_process"):
+        sent.add(output)
     return output, partial(_loss, mask)
 
 
@@ -105,7 +109,7 @@ def run_passes(
     batch_size, sequence_length = first["tokens"].shape
     iterators = [_one_by_one(first, microbatches) for _ in ddp_chunks]
     reports: list[Tensor] = get_forward_backward_func()(
-        forward_step_func=forward_step,
+        forward_step_func=partial(forward_step, SentOutputs()),
         data_iterator=iterators if len(ddp_chunks) > 1 else iterators[0],
         model=list(ddp_chunks) if len(ddp_chunks) > 1 else ddp_chunks[0],
         num_microbatches=len(microbatches),
