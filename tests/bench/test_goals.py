@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import subprocess
+import threading
+import time
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -12,7 +14,7 @@ from unittest.mock import patch
 import pytest
 
 from launch import goals
-from launch.goals import GIB, ROWS, Report
+from launch.goals_rows import GIB, ROWS, Report
 
 LORA = {
     "method": "lora",
@@ -119,3 +121,55 @@ def test_the_list_and_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert said.startswith("error: --out ")
     assert said.endswith("/file/x cannot be used (Not a directory): choose another folder\n")
     assert said.count("\n") == 1
+
+
+def test_rows_at_once_share_no_gpu(tmp_path: Path) -> None:
+    names, lock = list(ROWS), threading.Lock()
+    busy: set[int] = set()
+    most, seen = 0, list[str]()
+
+    def pretend(name: str, folder: Path, shrink: list[str], gpus: list[int]) -> Report:
+        nonlocal most
+        with lock:
+            assert len(gpus) == ROWS[name].gpus
+            assert not busy & set(gpus), "a GPU is somebody else's"
+            busy.update(gpus)
+            most = max(most, len(busy))
+            seen.append(name)
+        time.sleep(0.01)
+        with lock:
+            busy.difference_update(gpus)
+        return {"row": name}
+
+    with patch.object(goals, "run_row", pretend):
+        ended = [result["row"] for result in goals.at_once(names, tmp_path, [], 4)]
+    assert sorted(ended) == sorted(names) == sorted(seen)
+    assert most == 4
+    assert [ROWS[name].gpus for name in seen[:2]] == [2, 2]
+
+
+def test_at_once_every_row_is_told_its_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a row that is compared with another is, whichever of them ended first."""
+    told: dict[str, str] = {}
+
+    def pretend(command: list[str], env: dict[str, str], **_: Any) -> subprocess.CompletedProcess[str]:
+        folder = Path(command[command.index("--out") + 1])
+        told[folder.name] = env["CUDA_VISIBLE_DEVICES"]
+        if folder.name == "full":
+            time.sleep(0.05)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "report.json").write_text(json.dumps(BENCH), encoding="utf-8")
+        return subprocess.CompletedProcess(command, 0, stdout="")
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    with (
+        patch.object(goals.subprocess, "run", pretend),
+        patch.object(goals, "describe_environment", lambda: ENV),
+        patch.object(goals.torch.cuda, "device_count", lambda: 4),
+    ):
+        names = "full-recomputed,full,175b-2gpu"
+        assert goals.main(["--out", str(tmp_path / "out"), "--at-once", "--rows", names]) == 0
+    results = json.loads((tmp_path / "out" / "goals.json").read_text(encoding="utf-8"))["results"]
+    assert told == {"175b-2gpu": "4,5", "full-recomputed": "6", "full": "7"}
+    assert [result["row"] for result in results] == names.split(",")
+    assert all(result["values"] for result in results)
