@@ -56,6 +56,7 @@ def workers_of(agent: int) -> list[int]:
     return [int(pid) for pid in Path(f"/proc/{agent}/task/{agent}/children").read_text().split()]
 
 
+@pytest.mark.slow  # two nodes are in every run with `test_slurm`, a restart with `test_launcher`
 @pytest.mark.timeout(600)
 def test_two_agents_train_the_same_losses_though_a_worker_is_killed(pool: Pool, corpus: Path, tmp_path: Path) -> None:
     tree = slow_tree(corpus, tmp_path / "run", save_every=3)  # two nodes of one process each: data parallelism
