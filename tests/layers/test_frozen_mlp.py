@@ -14,7 +14,7 @@ from unittest import mock
 import pytest
 import torch
 
-from lora_megatron.layers import mlp
+from lora_megatron.layers import adapted_activation, frozen_mlp, mlp
 from lora_megatron.layers.storage.choose import StorageFormat
 from lora_megatron.parallel.groups import Layout
 from tests.comparison import Mismatch, compare
@@ -52,7 +52,7 @@ def train_both(experiments: list[Experiment]) -> list[tuple[Record | None, Recor
 
 def _layer_by_layer(experiment: Experiment) -> Record | None:
     with (
-        mock.patch.object(mlp, "_multiplies_in_fp8", return_value=False) as asked,
+        mock.patch.object(mlp, "_gains_by_one_function", return_value=False) as asked,
         mock.patch.object(mlp, "frozen_mlp", side_effect=AssertionError("not this way")),
     ):
         record = train_twin(experiment)
@@ -122,14 +122,14 @@ def test_it_is_on_a_gpu() -> None:
 
 def train_broken(fault: str) -> tuple[Record | None, Record | None]:
     """`gpt` as one function that has a fault, and layer by layer."""
-    original: Any = mlp.frozen_mlp.__globals__[fault]
+    original: Any = getattr(adapted_activation if fault == "add_input_gradient" else frozen_mlp, fault)
 
     def unscaled(*args: Any, **kwargs: Any) -> Any:
         if fault == "Update":
             return original(args[0], tuple(2 * scale for scale in args[1]), *args[2:])
         return args[0]  # du A is never added
 
-    with mock.patch.dict(mlp.frozen_mlp.__globals__, {fault: unscaled}):
+    with mock.patch.object(adapted_activation if fault == "add_input_gradient" else frozen_mlp, fault, unscaled):
         broken = train_twin(GPT)
     return broken, _layer_by_layer(GPT)
 
