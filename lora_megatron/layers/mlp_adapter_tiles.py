@@ -24,6 +24,8 @@ class Tile(NamedTuple):
     warps: int
     stages: int = 3
     """Tiles that are under way at once: one computed, the others on their way from memory."""
+    registers: int | None = None
+    """The most that a thread may have: fewer leave room for more programs on a processor, or spill."""
 
 
 # By the bytes of a row of the widest B (or a column of A), its rank made a power of two and 16 at least, up to so many:

@@ -74,6 +74,7 @@ def activate(
         z, bias, halves.u, *halves.bs, factor, y, largest, *halves.scales, tokens, columns, halves.size, *halves.ranks,
         *halves.firsts, tile.span, padded(halves.ranks), tile.tokens, tile.columns, name, gated, bias is not None,
         *halves.there, factor is not None, measure, num_warps=tile.warps, num_stages=tile.stages,
+        maxnreg=tile.registers,
     )  # fmt: skip
     return y, None if largest is None else largest.view(torch.float32)
 
@@ -124,6 +125,7 @@ def gradients(
         *halves.scales, tokens, columns, halves.size, *halves.ranks, fc2_rank, *halves.firsts, tile.span,
         padded(halves.ranks), padded([fc2_rank]), tile.tokens, tile.columns, name, gated, bias is not None,
         *halves.there, a is not None, factor is not None, measure, num_warps=tile.warps, num_stages=tile.stages,
+        maxnreg=tile.registers,
     )  # fmt: skip
     du = None if halves.u is None else torch.empty_like(halves.u)
     found = sum_addends(addends, cut.table, cut.longest, du, factors, mains)
