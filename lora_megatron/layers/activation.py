@@ -75,8 +75,8 @@ class Activation:
         return ACTIVATIONS[self.name](gate) * up
 
     def exact_gradient(self, x: Tensor, bias: Tensor | None, grad: Tensor) -> Tensor:
-        """dL/dx in fp32 from dL/dy."""
+        """dL/dx in fp32 (or better) from dL/dy."""
         with passing_graph():
-            leaf = x.detach().float().requires_grad_()
+            leaf = (x.detach() if x.dtype == torch.float64 else x.detach().float()).requires_grad_()
             y = self.exactly(leaf, bias)
-        return torch.autograd.grad(y, leaf, grad.float())[0]
+        return torch.autograd.grad(y, leaf, grad.to(y.dtype))[0]

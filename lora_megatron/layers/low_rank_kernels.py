@@ -191,11 +191,24 @@ def product_gradients(
         num_warps=tile.warps,
     )  # fmt: skip
     du = torch.empty_like(u)
-    summing = _sum[(triton.cdiv(sums.longest, _PLACES), 2 * len(parts))]
+    return du, sum_addends(addends, sums.table, sums.longest, du, bs, mains)
+
+
+def sum_addends(
+    addends: Tensor,
+    table: Tensor,
+    longest: int,
+    du: Tensor | None,
+    factors: Sequence[Tensor],
+    mains: Sequence[Tensor] | None,
+) -> tuple[Tensor, ...]:
+    """Fill du, where there is one, and return the gradient of each factor, unless all are added to `mains`; `table` as
+    in `low_rank_tiles.Sums`, with two sums a factor, of which the longest has so many places."""
+    summing = _sum[(triton.cdiv(longest, _PLACES), table.shape[0])]
     if mains is not None:
-        summing(addends, sums.table, du, du, *_three(mains), True, _ADDENDS, _PLACES)
-        return du, ()
-    dbs = torch.empty(sum(b.numel() for b in bs), dtype=u.dtype, device=grad.device)
-    summing(addends, sums.table, du, dbs, *_three([dbs]), False, _ADDENDS, _PLACES)
-    pieces = dbs.split([b.numel() for b in bs])
-    return du, tuple(piece.view(b.shape) for piece, b in zip(pieces, bs, strict=True))
+        summing(addends, table, factors[0] if du is None else du, factors[0], *_three(mains), True, _ADDENDS, _PLACES)
+        return ()
+    found = torch.empty(sum(f.numel() for f in factors), dtype=factors[0].dtype, device=addends.device)
+    summing(addends, table, found if du is None else du, found, *_three([found]), False, _ADDENDS, _PLACES)
+    pieces = found.split([f.numel() for f in factors])
+    return tuple(piece.view(f.shape) for piece, f in zip(pieces, factors, strict=True))

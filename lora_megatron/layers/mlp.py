@@ -2,8 +2,9 @@
 """fc2(act(fc1(x))): megatron-core's MLP with our activation, and one function of it all where that does more.
 
 A frozen MLP that multiplies in FP8 needs neither the activation's output nor the gradient of its input as such, only
-their FP8 codes: they are computed and quantised in one pass (`frozen_mlp`). And a frozen MLP of any format can leave
-fc1's output to be made again in the backward pass.
+their FP8 codes: they are computed and quantised in one pass (`frozen_mlp`). The adapters of both layers, in any format,
+have their part in the activation's pass. And a frozen MLP of any format can leave fc1's output to be made again in the
+backward pass.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class Mlp(MLP):
         """[s or s/t, b, h] -> the same shape, and fc2's bias, which is added with the residual."""
         assert per_token_scale is None, "for experts, which this stack has not"
         fc1, fc2 = self.linear_fc1, self.linear_fc2
-        if not (_is_frozen(fc1, fc2) and (self.rebuild or _multiplies_in_fp8(fc1, fc2))):
+        if not (_is_frozen(fc1, fc2) and (self.rebuild or _gains_by_one_function(fc1, fc2))):
             y = self.activation(*fc1(hidden_states))
             result: tuple[Tensor, Tensor | None] = fc2(y)
             return result
@@ -70,8 +71,10 @@ def _is_frozen(fc1: Any, fc2: Any) -> bool:
     return not (fc1.weight.requires_grad or fc2.weight.requires_grad or between)
 
 
-def _multiplies_in_fp8(*linears: Any) -> bool:
-    return all(isinstance(stored_of(linear.weight), Fp8Products) for linear in linears)
+def _gains_by_one_function(*linears: Any) -> bool:
+    """Whether they multiply in FP8, or one of them is adapted."""
+    in_fp8 = all(isinstance(stored_of(linear.weight), Fp8Products) for linear in linears)
+    return in_fp8 or any(linear.adapters for linear in linears)
 
 
 @dataclass

@@ -8,16 +8,17 @@ differ. And fc1's output made again in the backward pass is what was not kept: n
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 
-from lora_megatron.layers import mlp
+from lora_megatron.layers import adapted_activation, frozen_mlp, mlp
 from lora_megatron.layers.storage.choose import StorageFormat
 from lora_megatron.parallel.groups import Layout
-from tests.comparison import Mismatch, compare
+from tests.comparison import Mismatch, compare, frobenius
 from tests.pool import Pool
 from tests.twin import Experiment, Record, train_twin, train_twins
 
@@ -52,7 +53,7 @@ def train_both(experiments: list[Experiment]) -> list[tuple[Record | None, Recor
 
 def _layer_by_layer(experiment: Experiment) -> Record | None:
     with (
-        mock.patch.object(mlp, "_multiplies_in_fp8", return_value=False) as asked,
+        mock.patch.object(mlp, "_gains_by_one_function", return_value=False) as asked,
         mock.patch.object(mlp, "frozen_mlp", side_effect=AssertionError("not this way")),
     ):
         record = train_twin(experiment)
@@ -120,16 +121,95 @@ def test_it_is_on_a_gpu() -> None:
         pool.close()
 
 
+# On a GPU the adapters are inside the activation's passes. Scale alpha / r near 1, as in test_oracle_gpu.
+ADAPTERS = {"q": 4, "o": 3, "fc1": 2, "fc2": 5}
+ON_GPU = {
+    "gpt": replace(GPT, storage=None, method={"targets": ADAPTERS, "alpha": 2}),
+    "llama": replace(LLAMA, storage=None, method={"targets": ADAPTERS, "alpha": 2}),
+    "fc1 alone": replace(GPT, storage=None, method={"targets": {"fc1": 2}, "alpha": 2}),
+    "fc2 alone": replace(LLAMA, storage=None, method={"targets": {"fc2": 3}, "alpha": 2}),
+    "dropout": replace(GPT, storage=None, method={"targets": ADAPTERS, "alpha": 2}, dropout=0.3),
+}
+FORMATS: dict[str, dict[str, Any]] = {
+    "fp32": {},
+    "bf16": {"precision": "bf16"},
+    "nf4": {"precision": "bf16", "storage": NF4},
+    "fp8": {"precision": "bf16", "storage": StorageFormat("fp8")},
+}
+
+
+def train_both_twice(experiment: Experiment) -> list[Record | None]:
+    """As one function, again, layer by layer; and layer by layer in fp32, of weights as they are."""
+    torch.set_float32_matmul_precision("highest")
+    exact = replace(experiment, storage=None, precision="fp32")
+    return [train_twin(experiment), train_twin(experiment), _layer_by_layer(experiment), _layer_by_layer(exact)]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_adapters_inside_the_passes_are_layers_one_after_the_other() -> None:
+    """In fp32 but for the order of sums; elsewhere as far as both are from fp32, and the one function no further from
+    it than its layers. And to the bit the same when it is done again."""
+    pool = Pool(1, backend="nccl")
+    try:
+        for name, kind in product(ON_GPU, FORMATS):
+            experiment = replace(ON_GPU[name], **FORMATS[kind])
+            together, again, apart, exact = pool.run(1, train_both_twice, experiment=experiment)[0]
+            for one in ("grads", "values"):
+                got, same = together[one][0], again[one][0]
+                assert [key for key in got if not torch.equal(got[key], same[key])] == [], (name, kind)
+            if kind == "fp32":
+                assert compare(together, apart, tolerance=1e-4) > 0
+                continue
+            off, own = (frobenius(record["grads"][0], exact["grads"][0]) for record in (together, apart))
+            between = frobenius(together["grads"][0], apart["grads"][0])
+            print(f"{name}, {kind}: from fp32 {off:.2e}, layer by layer {own:.2e}; between them {between:.2e}")
+            assert off < 1.2 * own, (name, kind)
+            assert between < 2 * own, (name, kind)
+    finally:
+        pool.close()
+
+
+def train_without(what: str) -> tuple[Record | None, Record | None]:
+    """`gpt` in fp32, whose backward pass knows nothing of one layer's adapter; and as it is."""
+    from lora_megatron.layers import mlp_adapters  # needs Triton
+
+    original: Any = mlp_adapters.gradients
+
+    def broken(z: Any, bias: Any, update: Any, a: Any, du2: Any, *rest: Any, **flags: Any) -> Any:
+        if what == "fc1":
+            update = replace(update, scales=tuple(0.0 for _ in update.scales))
+        return original(z, bias, update, a, 0 * du2 if what == "fc2" else du2, *rest, **flags)
+
+    with mock.patch.object(mlp_adapters, "gradients", broken):
+        record = train_twin(ON_GPU["gpt"])
+    return record, _layer_by_layer(ON_GPU["gpt"])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_backward_pass_without_an_adapter_shows() -> None:
+    pool = Pool(1, backend="nccl")
+    try:
+        for what in ("fc1", "fc2"):
+            broken, apart = pool.run(1, train_without, what=what)[0]
+            assert broken["loss"] == pytest.approx(apart["loss"], rel=1e-5), "the forward pass is as it was"
+            with pytest.raises(Mismatch):
+                compare(broken, apart, tolerance=1e-4)
+    finally:
+        pool.close()
+
+
 def train_broken(fault: str) -> tuple[Record | None, Record | None]:
     """`gpt` as one function that has a fault, and layer by layer."""
-    original: Any = mlp.frozen_mlp.__globals__[fault]
+    original: Any = getattr(adapted_activation if fault == "add_input_gradient" else frozen_mlp, fault)
 
     def unscaled(*args: Any, **kwargs: Any) -> Any:
         if fault == "Update":
             return original(args[0], tuple(2 * scale for scale in args[1]), *args[2:])
         return args[0]  # du A is never added
 
-    with mock.patch.dict(mlp.frozen_mlp.__globals__, {fault: unscaled}):
+    with mock.patch.object(adapted_activation if fault == "add_input_gradient" else frozen_mlp, fault, unscaled):
         broken = train_twin(GPT)
     return broken, _layer_by_layer(GPT)
 

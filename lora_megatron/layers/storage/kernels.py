@@ -141,17 +141,26 @@ def _quantise_rows(
 
 
 def quantise_rows(
-    x: Tensor, factor: Tensor | None, *, agree: Callable[[Tensor], object] | None = None
+    x: Tensor,
+    factor: Tensor | None,
+    *,
+    agree: Callable[[Tensor], object] | None = None,
+    largest: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """x diag(factor) in FP8 with a scale per row: [m, k] -> [m, k] e4m3, [m, 1] fp32.
 
-    `agree` is given each row's largest magnitude, to raise it to that of all ranks in place.
+    `agree` is given each row's largest magnitude, to raise it to that of all ranks in place. `largest` are these
+    magnitudes where they have been measured: the scales are written over them.
     """
     rows, columns = x.shape
     codes = torch.empty_like(x, dtype=torch.float8_e4m3fn)
-    scales = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
+    scales = torch.empty(rows, 1, dtype=torch.float32, device=x.device) if largest is None else largest
     arguments = (x, factor, codes, scales, columns, _PIECE, factor is not None)
-    if agree is None:
+    if largest is not None:
+        if agree is not None:
+            agree(largest)
+        _quantise_rows[(rows,)](*arguments, False, True, num_warps=_WARPS)
+    elif agree is None:
         _quantise_rows[(rows,)](*arguments, True, True, num_warps=_WARPS)
     else:
         _quantise_rows[(rows,)](*arguments, True, False, num_warps=_WARPS)

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How `mlp_adapter_kernels` cuts its work into programs, and the small table on the GPU by which sums find theirs."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lora_megatron.layers.low_rank_tiles import MOST_PARTS, padded
+
+
+class Tile(NamedTuple):
+    """What a program takes at a time."""
+
+    tokens: int
+    columns: int
+    span: int
+    """Tokens of a program, which it takes one tile after the other, with its columns of the factors at hand."""
+    warps: int
+    stages: int = 3
+    """Tiles that are under way at once: one computed, the others on their way from memory."""
+    registers: int | None = None
+    """The most that a thread may have: fewer leave room for more programs on a processor, or spill."""
+
+
+# By the bytes of a row of the widest B (or a column of A), its rank made a power of two and 16 at least, up to so many:
+# of an MLP that is not gated, and of a gated one, which has half as much again of everything under way. A shorter span
+# writes more addends of dB and dA (a span r numbers a column), fewer columns more addends of du (a tile of them r a
+# token). Compiled for a Hopper GPU these keep their numbers in registers. 16 tokens a warp at least: Triton gives a
+# product whose result goes into another one's all warps along its rows, and with fewer rows they repeat each other.
+FORWARD_TILES: dict[int, tuple[Tile, Tile]] = {
+    32: (Tile(32, 128, 128, 4), Tile(32, 128, 128, 4)),
+    64: (Tile(32, 128, 128, 4), Tile(32, 64, 128, 4)),
+    128: (Tile(32, 64, 128, 4), Tile(32, 64, 128, 4)),
+    256: (Tile(32, 64, 128, 4, 2), Tile(32, 32, 128, 4, 2)),
+}
+BACKWARD_TILES: dict[int, tuple[Tile, Tile]] = {
+    32: (Tile(64, 128, 512, 4), Tile(64, 64, 512, 4)),
+    64: (Tile(64, 64, 512, 4), Tile(64, 64, 512, 4)),
+    128: (Tile(64, 64, 512, 4, 2), Tile(64, 32, 512, 4, 2)),
+    256: (Tile(64, 32, 512, 4, 2), Tile(64, 32, 512, 4, 1)),
+}
+TABLES = FORWARD_TILES, BACKWARD_TILES
+
+
+class Addends(NamedTuple):
+    """What the programs of a backward pass write for `low_rank_kernels`' sum, one region behind the other."""
+
+    table: Tensor
+    """int64 on the GPU, as in `low_rank_tiles.Sums`: du and dB of each of fc1's adapters, nothing and dA of fc2's."""
+    starts: tuple[int, ...]
+    """Of each of these sums' addends."""
+    size: int
+    """Of all addends, fp32."""
+    longest: int
+    """Places of the longest sum."""
+
+
+def tile_of(
+    factors: Sequence[Tensor], ranks: Sequence[int], tiles: Mapping[int, tuple[Tile, Tile]], *, gated: bool
+) -> Tile | None:
+    """Of `tiles`, the one for factors of these ranks; None where a rank is too large for the kernels."""
+    row = padded(ranks) * factors[0].element_size()
+    return next((of[gated] for most, of in tiles.items() if row <= most), None)
+
+
+@functools.cache  # without a limit: a CUDA graph reads the table for as long as it lives
+def addends_of(
+    ranks: tuple[int, ...], fc2_rank: int, tokens: int, columns: int, tile: Tile, device: torch.device
+) -> Addends:
+    """For fc1's adapters of `ranks` and one of fc2 (0: none) beside `columns` columns of y."""
+    assert len(ranks) + bool(fc2_rank) <= MOST_PARTS
+    tiles, pieces = math.ceil(columns / tile.columns), math.ceil(tokens / tile.span)
+    rows: list[list[int]] = []
+    place, behind = 0, 0
+    for index, rank in enumerate((*ranks, fc2_rank)):
+        if not rank:
+            continue
+        own = tokens * rank if index < len(ranks) else 0
+        rows.append([place, tiles, own, rank, sum(ranks), sum(ranks[:index])])
+        place += tiles * own
+        rows.append([place, pieces, columns * rank, columns * rank, 0, behind])
+        place += pieces * columns * rank
+        behind += columns * rank
+    table = torch.tensor(rows, dtype=torch.int64, device=device)
+    return Addends(table, tuple(row[0] for row in rows), place, max(row[2] for row in rows))
