@@ -201,14 +201,19 @@ def sum_addends(
     du: Tensor | None,
     factors: Sequence[Tensor],
     mains: Sequence[Tensor] | None,
+    *,
+    cut: tuple[int, int] = (_ADDENDS, _PLACES),
 ) -> tuple[Tensor, ...]:
     """Fill du, where there is one, and return the gradient of each factor, unless all are added to `mains`; `table` as
-    in `low_rank_tiles.Sums`, with two sums a factor, of which the longest has so many places."""
-    summing = _sum[(triton.cdiv(longest, _PLACES), table.shape[0])]
+    in `low_rank_tiles.Sums`, with two sums a factor, of which the longest has so many places.
+
+    cut: how many addends a program takes at a time, of how many places.
+    """
+    summing = _sum[(triton.cdiv(longest, cut[1]), table.shape[0])]
     if mains is not None:
-        summing(addends, table, factors[0] if du is None else du, factors[0], *_three(mains), True, _ADDENDS, _PLACES)
+        summing(addends, table, factors[0] if du is None else du, factors[0], *_three(mains), True, *cut)
         return ()
     found = torch.empty(sum(f.numel() for f in factors), dtype=factors[0].dtype, device=addends.device)
-    summing(addends, table, found if du is None else du, found, *_three([found]), False, _ADDENDS, _PLACES)
+    summing(addends, table, found if du is None else du, found, *_three([found]), False, *cut)
     pieces = found.split([f.numel() for f in factors])
     return tuple(piece.view(f.shape) for piece, f in zip(pieces, factors, strict=True))

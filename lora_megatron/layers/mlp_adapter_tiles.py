@@ -46,6 +46,8 @@ BACKWARD_TILES: dict[int, tuple[Tile, Tile]] = {
     256: (Tile(64, 32, 512, 4, 2), Tile(64, 32, 512, 4, 1)),
 }
 TABLES = FORWARD_TILES, BACKWARD_TILES
+SUM = 64, 128
+"""Addends and places at a time of a program that sums: du has hundreds of addends and few places."""
 
 
 class Addends(NamedTuple):

@@ -128,5 +128,5 @@ def gradients(
         maxnreg=tile.registers,
     )  # fmt: skip
     du = None if halves.u is None else torch.empty_like(halves.u)
-    found = sum_addends(addends, cut.table, cut.longest, du, factors, mains)
+    found = sum_addends(addends, cut.table, cut.longest, du, factors, mains, cut=tiles.SUM)
     return Gradients(dz, None if largest is None else largest.view(torch.float32), du, found)
