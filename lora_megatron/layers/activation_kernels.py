@@ -89,8 +89,9 @@ def _gradients(
 
 @triton.jit
 def _forward(
-    x, bias, factor, out, scales, y, columns: tl.constexpr, C: tl.constexpr, KIND: tl.constexpr, GATED: tl.constexpr,
-    BIAS: tl.constexpr, KEEP: tl.constexpr, FACTOR: tl.constexpr, MEASURE: tl.constexpr, CAST: tl.constexpr,
+    x, bias, factor, out, scales, known, y, columns: tl.constexpr, C: tl.constexpr, KIND: tl.constexpr,
+    GATED: tl.constexpr, BIAS: tl.constexpr, KEEP: tl.constexpr, FACTOR: tl.constexpr, MEASURE: tl.constexpr,
+    CAST: tl.constexpr,
 ):  # fmt: skip
     """out = y; with MEASURE or CAST its FP8 codes instead (`storage.kernels.quantise_rows` has the same two), and with
     KEEP y itself beside them."""
@@ -109,7 +110,7 @@ def _forward(
             scale = tl.where(scale > _SMALLEST, tl.div_rn(scale, _LARGEST), 1.0)
         tl.store(scales + row, scale)
     elif CAST:
-        scale = tl.load(scales + row)
+        scale = tl.load(known + row)
         scale = tl.where(scale > _SMALLEST, tl.div_rn(scale, _LARGEST), 1.0)
         tl.store(scales + row, scale)
     if CAST or not MEASURE:
@@ -129,7 +130,7 @@ def _forward(
 
 @triton.jit
 def _backward(
-    x, bias, grad, factor, out, scales, dx, y, columns: tl.constexpr, C: tl.constexpr, KIND: tl.constexpr,
+    x, bias, grad, factor, out, scales, known, dx, y, columns: tl.constexpr, C: tl.constexpr, KIND: tl.constexpr,
     GATED: tl.constexpr, BIAS: tl.constexpr, KEEP_DX: tl.constexpr, KEEP_Y: tl.constexpr, FACTOR: tl.constexpr,
     MEASURE: tl.constexpr, CAST: tl.constexpr,
 ):  # fmt: skip
@@ -155,7 +156,7 @@ def _backward(
             scale = tl.where(scale > _SMALLEST, tl.div_rn(scale, _LARGEST), 1.0)
         tl.store(scales + row, scale)
     elif CAST:
-        scale = tl.load(scales + row)
+        scale = tl.load(known + row)
         scale = tl.where(scale > _SMALLEST, tl.div_rn(scale, _LARGEST), 1.0)
         tl.store(scales + row, scale)
     if CAST or not MEASURE:
@@ -194,7 +195,7 @@ def activate(x: Tensor, bias: Tensor | None, name: str, *, gated: bool) -> Tenso
     rows, columns = _rows(x, gated)
     out = torch.empty(*x.shape[:-1], columns, dtype=x.dtype, device=x.device)
     flags = (columns, _PIECE, name, gated, bias is not None, False, False, False, False)
-    _forward[(rows,)](x, bias, None, out, None, None, *flags, num_warps=8)
+    _forward[(rows,)](x, bias, None, out, None, None, None, *flags, num_warps=8)
     return out
 
 
@@ -203,7 +204,7 @@ def activate_gradient(x: Tensor, bias: Tensor | None, grad: Tensor, name: str, *
     rows, columns = _rows(x, gated)
     out = torch.empty_like(x)
     flags = (columns, _PIECE, name, gated, bias is not None, False, False, False, False, False)
-    _backward[(rows,)](x, bias, grad, None, out, None, None, None, *flags, num_warps=8)
+    _backward[(rows,)](x, bias, grad, None, out, None, None, None, None, *flags, num_warps=8)
     return out
 
 
@@ -267,11 +268,12 @@ def _in_fp8(
     rows = codes.shape[0]
     scales = torch.empty(rows, 1, dtype=torch.float32, device=codes.device)
     warps, *sizes = shape
-    arguments = (*inputs, codes, scales, *kept, *sizes, *flags)
+    before, after = (*inputs, codes), (*kept, *sizes, *flags)
     if agree is None:
-        kernel[(rows,)](*arguments, True, True, num_warps=warps)
+        kernel[(rows,)](*before, scales, None, *after, True, True, num_warps=warps)
     else:
-        kernel[(rows,)](*arguments, True, False, num_warps=warps)
-        agree(scales)
-        kernel[(rows,)](*arguments, False, True, num_warps=warps)
+        largest = torch.empty_like(scales)
+        kernel[(rows,)](*before, largest, None, *after, True, False, num_warps=warps)
+        agree(largest)
+        kernel[(rows,)](*before, scales, largest, *after, False, True, num_warps=warps)
     return scales

@@ -108,10 +108,14 @@ def transpose(source: Tensor) -> Tensor:
 
 @triton.jit
 def _quantise_rows(
-    x, factor, codes, scales, columns: tl.constexpr, C: tl.constexpr,
+    x, factor, codes, scales, known, columns: tl.constexpr, C: tl.constexpr,
     FACTOR: tl.constexpr, MEASURE: tl.constexpr, CAST: tl.constexpr,
 ):  # fmt: skip
-    """One row a program, in pieces of C; a second pass over the row finds it in the cache."""
+    """One row a program, in pieces of C; a second pass over the row finds it in the cache.
+
+    With MEASURE alone scales = largest magnitudes; with CAST alone they are `known`, and elsewhere than scales: a
+    thread may store the one before another has read the other.
+    """
     row = tl.program_id(0).to(tl.int64)
     if MEASURE:
         largest = tl.zeros([C], tl.float32)
@@ -126,7 +130,7 @@ def _quantise_rows(
             scale = tl.where(scale > SMALLEST, tl.div_rn(scale, LARGEST), 1.0)
         tl.store(scales + row, scale)
     else:
-        scale = tl.load(scales + row)
+        scale = tl.load(known + row)
         scale = tl.where(scale > SMALLEST, tl.div_rn(scale, LARGEST), 1.0)
         tl.store(scales + row, scale)
     if CAST:
@@ -150,20 +154,23 @@ def quantise_rows(
     """x diag(factor) in FP8 with a scale per row: [m, k] -> [m, k] e4m3, [m, 1] fp32.
 
     `agree` is given each row's largest magnitude, to raise it to that of all ranks in place. `largest` are these
-    magnitudes where they have been measured: the scales are written over them.
+    magnitudes [m, 1] where they have been measured.
     """
     rows, columns = x.shape
     codes = torch.empty_like(x, dtype=torch.float8_e4m3fn)
-    scales = torch.empty(rows, 1, dtype=torch.float32, device=x.device) if largest is None else largest
-    arguments = (x, factor, codes, scales, columns, _PIECE, factor is not None)
-    if largest is not None:
-        if agree is not None:
-            agree(largest)
-        _quantise_rows[(rows,)](*arguments, False, True, num_warps=_WARPS)
-    elif agree is None:
-        _quantise_rows[(rows,)](*arguments, True, True, num_warps=_WARPS)
-    else:
-        _quantise_rows[(rows,)](*arguments, True, False, num_warps=_WARPS)
-        agree(scales)
-        _quantise_rows[(rows,)](*arguments, False, True, num_warps=_WARPS)
+    scales = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
+
+    def launch(into: Tensor, known: Tensor | None, *, measure: bool, cast: bool) -> None:
+        flags = (columns, _PIECE, factor is not None, measure, cast)
+        _quantise_rows[(rows,)](x, factor, codes, into, known, *flags, num_warps=_WARPS)
+
+    if largest is None and agree is None:
+        launch(scales, None, measure=True, cast=True)
+        return codes, scales
+    if largest is None:
+        largest = torch.empty_like(scales)
+        launch(largest, None, measure=True, cast=False)
+    if agree is not None:
+        agree(largest)
+    launch(scales, largest, measure=False, cast=True)
     return codes, scales
