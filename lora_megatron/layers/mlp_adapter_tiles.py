@@ -31,8 +31,9 @@ class Tile(NamedTuple):
 # By the bytes of a row of the widest B (or a column of A), its rank made a power of two and 16 at least, up to so many:
 # of an MLP that is not gated, and of a gated one, which has half as much again of everything under way. A shorter span
 # writes more addends of dB and dA (a span r numbers a column), fewer columns more addends of du (a tile of them r a
-# token). Compiled for a Hopper GPU these keep their numbers in registers. 16 tokens a warp at least: Triton gives a
-# product whose result goes into another one's all warps along its rows, and with fewer rows they repeat each other.
+# token). Chosen by what they compile to for a Hopper GPU, not by time: in bf16 those of rank 16 spill 64 bytes a thread
+# at most. Backward 16 tokens a warp at least: a product whose result goes into another one has all its warps along its
+# rows in Triton 3.6, and with fewer rows they repeat each other's work.
 FORWARD_TILES: dict[int, tuple[Tile, Tile]] = {
     32: (Tile(32, 128, 128, 4), Tile(32, 128, 128, 4)),
     64: (Tile(32, 128, 128, 4), Tile(32, 64, 128, 4)),
