@@ -9,7 +9,8 @@ pass over them, after which z is still what it was and makes y again wherever th
 follows the other: fc1's update is written over z, and du2 A is added to dy where it lies.
 
 Of FP8 weights the next product reads codes. Without fc1's update in between they come out of the pass that computes
-them; with it, of a second one, to which the first hands each token's largest magnitude.
+them; with it, of a second one. (Largest magnitudes from the first pass would spare that one a reading out of the cache,
+and cost the first more than that.)
 """
 
 from __future__ import annotations
@@ -118,13 +119,13 @@ class AdaptedActivation:
         factor, group = stored.forward_factor(), stored.forward_group
         if self.update is None or not self._in_one_pass(z):
             return activated(act, z, self.bias, factor=factor, group=group, keep=self.a is not None)
-        y, largest = kernels.activate(z, self.bias, self.update, act.name, gated=act.gated, measure=True, factor=factor)
-        return quantise_tokens(y, factor=factor, group=group, largest=largest), y
+        y = self._value(z)
+        return quantise_tokens(y, factor=factor, group=group), y
 
     def _value(self, z: Tensor) -> Tensor:
         if self.update is None or not self._in_one_pass(z):
             return self.activation.value(z, self.bias)
-        return kernels.activate(z, self.bias, self.update, self.activation.name, gated=self.activation.gated)[0]
+        return kernels.activate(z, self.bias, self.update, self.activation.name, gated=self.activation.gated)
 
     def _gradient(self, z: Tensor, dy: Tensor) -> tuple[Rows, Tensor | None, Tensor | None]:
         """What the product of fc1's backward pass reads; dz and y, where adapters read them and they are at hand."""
@@ -141,20 +142,18 @@ class AdaptedActivation:
     def _backward_in_one_pass(self, z: Tensor, dy: Tensor, du2: Tensor | None, leading: tuple[int, ...]) -> Gradients:
         stored = stored_of(self.fc1)
         fp8 = stored if isinstance(stored, Fp8Products) else None
-        factor = None if fp8 is None else fp8.backward_factor()
         # With dropout dy has its part of fc2's adapter already, and dA wants y behind the mask.
         a, back = (self.a, du2) if self.dropout is None else (None, None)
         bs = () if self.update is None else self.update.bs
         factors = (*bs, *(() if a is None else (a,)))
         mains = main_grads_of(factors)
-        dz, largest, du, found = kernels.gradients(
-            z, self.bias, self.update, a, back, dy, self.activation.name, gated=self.activation.gated,
-            measure=fp8 is not None, factor=factor, mains=mains,
-        )  # fmt: skip
+        dz, du, found = kernels.gradients(
+            z, self.bias, self.update, a, back, dy, self.activation.name, gated=self.activation.gated, mains=mains
+        )
         handed = found if mains is None else already_added(factors)
         rows: Rows = (dz,)
         if fp8 is not None:
-            rows = quantise_tokens(dz, factor=factor, group=fp8.backward_group, largest=largest)
+            rows = quantise_tokens(dz, factor=fp8.backward_factor(), group=fp8.backward_group)
         da = None if a is None else handed[-1]
         if self.a is not None and self.dropout is not None and du2 is not None:
             da = self.factor_gradient(z, du2, leading)

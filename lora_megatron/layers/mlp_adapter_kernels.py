@@ -6,10 +6,8 @@
 
 A program holds C columns of the factors and walks over a span of tokens, T at a time. z is read as the product wrote
 it, so nothing between two products is written but what the next one reads, and that once; in fp32 from the first
-operation to the last, but where a tensor core multiplies y or dz, rounded as they are written. Where they are to be
-FP8 codes, each token's largest magnitude comes with them: a maximum of floats above zero is one of integers, the same
-in any order. Sums over tokens and columns are added up in a fixed order, by `low_rank_kernels`. `mlp_adapters` starts
-them.
+operation to the last, but where a tensor core multiplies y or dz, rounded as they are written. Sums over tokens and
+columns are added up in a fixed order, by `low_rank_kernels`. `mlp_adapters` starts them.
 """
 
 from __future__ import annotations
@@ -53,24 +51,10 @@ def _fc1(z, bias, where, column, inside, own, u, b, scale, BIAS: tl.constexpr, A
 
 
 @triton.jit
-def _largest(values, factor, column, own, FACTOR: tl.constexpr):
-    """Of each token: [T]."""
-    magnitudes = tl.abs(values.to(tl.float32))
-    if FACTOR:
-        magnitudes *= tl.load(factor + column, own, 0.0)[None, :]
-    return tl.max(magnitudes, 1)
-
-
-@triton.jit
-def _raise(largest, token, tokens, values):
-    tl.atomic_max(largest + token, values.to(tl.int32, bitcast=True), token < tokens)
-
-
-@triton.jit
 def forward(
-    z, bias, u, b0, b1, factor, y, largest, scale0, scale1, tokens, columns, u_size, r0, r1, first0, first1,
+    z, bias, u, b0, b1, y, scale0, scale1, tokens, columns, u_size, r0, r1, first0, first1,
     span: tl.constexpr, R: tl.constexpr, T: tl.constexpr, C: tl.constexpr, KIND: tl.constexpr, GATED: tl.constexpr,
-    BIAS: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, FACTOR: tl.constexpr, MEASURE: tl.constexpr,
+    BIAS: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr,
 ):  # fmt: skip
     """y; FIRST and SECOND: whether this half of fc1's output is adapted."""
     index = tl.program_id(0) * C + tl.arange(0, C)
@@ -87,19 +71,15 @@ def forward(
             left1 = _u(u, token, tokens, u_size, first1, r1, R, SECOND)
             column = columns + index
             value *= _fc1(z, bias, where + columns, column, inside, own, left1, half1, scale1, BIAS, SECOND)
-        rounded = value.to(y.dtype.element_ty)
-        tl.store(y + token[:, None] * columns + index[None, :], rounded, inside)
-        if MEASURE:
-            _raise(largest, token, tokens, _largest(rounded, factor, index, own, FACTOR))
+        tl.store(y + token[:, None] * columns + index[None, :], value.to(y.dtype.element_ty), inside)
 
 
 @triton.jit
 def backward(
-    z, bias, u, b0, b1, du2, a, dy, factor, dz, largest, du0, db0, du1, db1, da, scale0, scale1, tokens, columns,
+    z, bias, u, b0, b1, du2, a, dy, dz, du0, db0, du1, db1, da, scale0, scale1, tokens, columns,
     u_size, r0, r1, r2, first0, first1,
     span: tl.constexpr, R: tl.constexpr, R2: tl.constexpr, T: tl.constexpr, C: tl.constexpr, KIND: tl.constexpr,
     GATED: tl.constexpr, BIAS: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, FC2: tl.constexpr,
-    FACTOR: tl.constexpr, MEASURE: tl.constexpr,
 ):  # fmt: skip
     """dz, and addends of du (by tiles of columns), dB and dA (by spans of tokens)."""
     tile, piece = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
@@ -135,11 +115,6 @@ def backward(
             tl.store(dz + where + columns, second, inside)
         first = first.to(dz.dtype.element_ty)
         tl.store(dz + where, first, inside)
-        if MEASURE:
-            most = _largest(first, factor, index, own, FACTOR)
-            if GATED:
-                most = tl.maximum(most, _largest(second, factor, columns + index, own, FACTOR))
-            _raise(largest, token, tokens, most)
         if FIRST:
             known = (token[:, None] < tokens) & (rank[None, :] < r0)
             place = (tile * tokens + token[:, None]) * r0 + rank[None, :]

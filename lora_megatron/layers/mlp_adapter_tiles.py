@@ -24,30 +24,29 @@ class Tile(NamedTuple):
     warps: int
     stages: int = 3
     """Tiles that are under way at once: one computed, the others on their way from memory."""
-    registers: int | None = None
-    """The most that a thread may have: fewer leave room for more programs on a processor, or spill."""
 
 
 # By the bytes of a row of the widest B (or a column of A), its rank made a power of two and 16 at least, up to so many:
 # of an MLP that is not gated, and of a gated one, which has half as much again of everything under way. A shorter span
 # writes more addends of dB and dA (a span r numbers a column), fewer columns more addends of du (a tile of them r a
-# token). Chosen by what they compile to for a Hopper GPU, not by time: in bf16 those of rank 16 spill 64 bytes a thread
-# at most. Backward 16 tokens a warp at least: a product whose result goes into another one has all its warps along its
-# rows in Triton 3.6, and with fewer rows they repeat each other's work.
+# token). Those of rank 16 are the fastest of a dozen, or near it, at the sizes of GPT-3 175B and Llama 2 70B between
+# products on an H200; the rest are chosen by what they compile to. Backward 16 tokens a warp at least: a product whose
+# result goes into another one has all its warps along its rows in Triton 3.6, and with fewer rows they repeat each
+# other's work.
 FORWARD_TILES: dict[int, tuple[Tile, Tile]] = {
-    32: (Tile(32, 128, 128, 4), Tile(32, 128, 128, 4)),
+    32: (Tile(32, 128, 128, 4, 1), Tile(32, 128, 512, 4)),
     64: (Tile(32, 128, 128, 4), Tile(32, 64, 128, 4)),
     128: (Tile(32, 64, 128, 4), Tile(32, 64, 128, 4)),
     256: (Tile(32, 64, 128, 4, 2), Tile(32, 32, 128, 4, 2)),
 }
 BACKWARD_TILES: dict[int, tuple[Tile, Tile]] = {
-    32: (Tile(64, 128, 512, 4), Tile(64, 64, 512, 4)),
+    32: (Tile(64, 128, 512, 4), Tile(64, 64, 1024, 4)),
     64: (Tile(64, 64, 512, 4), Tile(64, 64, 512, 4)),
     128: (Tile(64, 64, 512, 4, 2), Tile(64, 32, 512, 4, 2)),
     256: (Tile(64, 32, 512, 4, 2), Tile(64, 32, 512, 4, 1)),
 }
 TABLES = FORWARD_TILES, BACKWARD_TILES
-SUM = 64, 128
+SUM = 32, 128
 """Addends and places at a time of a program that sums: du has hundreds of addends and few places."""
 
 

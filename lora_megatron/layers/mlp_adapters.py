@@ -58,33 +58,27 @@ def activate(
     name: str,
     *,
     gated: bool,
-    measure: bool = False,
-    factor: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """y [m, f] in z's type, from z [m, f or 2 f] without fc1's update; and with `measure` each token's largest
-    magnitude of y diag(factor), [m, 1] fp32. All contiguous."""
+) -> Tensor:
+    """y [m, f] in z's type, from z [m, f or 2 f] without fc1's update. All contiguous."""
     tokens, columns = z.shape[0], z.shape[1] // (2 if gated else 1)
     tile = tiles.tile_of(*_factors(update, None), tiles.FORWARD_TILES, gated=gated)
     assert tile is not None
     assert z.is_contiguous()
     halves = _Halves(update)
     y = torch.empty(tokens, columns, dtype=z.dtype, device=z.device)
-    largest = torch.zeros(tokens, 1, dtype=torch.int32, device=z.device) if measure else None
     kernels.forward[(triton.cdiv(columns, tile.columns), triton.cdiv(tokens, tile.span))](
-        z, bias, halves.u, *halves.bs, factor, y, largest, *halves.scales, tokens, columns, halves.size, *halves.ranks,
+        z, bias, halves.u, *halves.bs, y, *halves.scales, tokens, columns, halves.size, *halves.ranks,
         *halves.firsts, tile.span, padded(halves.ranks), tile.tokens, tile.columns, name, gated, bias is not None,
-        *halves.there, factor is not None, measure, num_warps=tile.warps, num_stages=tile.stages,
-        maxnreg=tile.registers,
+        *halves.there, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    return y, None if largest is None else largest.view(torch.float32)
+    return y
 
 
 class Gradients(NamedTuple):
-    """What a backward pass leaves: dz in the shape of z, and each token's largest magnitude, where asked for; du
-    [m, sum of r]; dB of each of fc1's adapters and dA, unless they have been added to their `mains`."""
+    """What a backward pass leaves: dz in the shape of z; du [m, sum of r]; dB of each of fc1's adapters and dA, unless
+    they have been added to their `mains`."""
 
     dz: Tensor
-    largest: Tensor | None
     du: Tensor | None
     factors: tuple[Tensor, ...]
 
@@ -99,11 +93,9 @@ def gradients(
     name: str,
     *,
     gated: bool,
-    measure: bool = False,
-    factor: Tensor | None = None,
     mains: Sequence[Tensor] | None = None,
 ) -> Gradients:
-    """From dy = dL/dy [m, f] without what comes of fc2's adapter, a [r2, f], du2 [m, r2]; z, update and factor as in
+    """From dy = dL/dy [m, f] without what comes of fc2's adapter, a [r2, f], du2 [m, r2]; z and update as in
     `activate`. Of an MLP that is not gated dz is written over dy. All contiguous.
 
     mains: fp32, as large as each B and A: each gradient is added to its own and none is returned.
@@ -118,15 +110,13 @@ def gradients(
     addends = torch.empty(cut.size, dtype=torch.float32, device=z.device)
     du0, db0, du1, db1 = (addends[cut.starts[2 * which + i] :] for which in halves.which for i in (0, 1))
     dz = torch.empty_like(z) if gated else dy
-    largest = torch.zeros(tokens, 1, dtype=torch.int32, device=z.device) if measure else None
     du2 = None if du2 is None else du2.reshape(-1, fc2_rank).contiguous()
     kernels.backward[(triton.cdiv(columns, tile.columns), triton.cdiv(tokens, tile.span))](
-        z, bias, halves.u, *halves.bs, du2, a, dy, factor, dz, largest, du0, db0, du1, db1, addends[cut.starts[-1] :],
+        z, bias, halves.u, *halves.bs, du2, a, dy, dz, du0, db0, du1, db1, addends[cut.starts[-1] :],
         *halves.scales, tokens, columns, halves.size, *halves.ranks, fc2_rank, *halves.firsts, tile.span,
         padded(halves.ranks), padded([fc2_rank]), tile.tokens, tile.columns, name, gated, bias is not None,
-        *halves.there, a is not None, factor is not None, measure, num_warps=tile.warps, num_stages=tile.stages,
-        maxnreg=tile.registers,
+        *halves.there, a is not None, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     du = None if halves.u is None else torch.empty_like(halves.u)
     found = sum_addends(addends, cut.table, cut.longest, du, factors, mains, cut=tiles.SUM)
-    return Gradients(dz, None if largest is None else largest.view(torch.float32), du, found)
+    return Gradients(dz, du, found)

@@ -107,19 +107,23 @@ def test_on_a_cpu_it_is_plain_algebra(name: str, adapted: str) -> None:
     assert max(errors(results(problem, CPU), problem.wanted()).values()) < 1e-14
 
 
-@pytest.mark.parametrize("ranks", [(4, 16, 5), (16, 3, 16), (17, 1, 64), (1, 128, 2)], ids=str)
 @pytest.mark.parametrize("adapted", ADAPTED)
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 5e-6), (torch.bfloat16, 6e-3)], ids=["fp32", "bf16"])
-@pytest.mark.parametrize(("name", "bias"), [("gelu_tanh", True), ("silu", False)])
+@pytest.mark.parametrize(
+    ("dtype", "bound", "ranks"),
+    [
+        pytest.param(torch.float32, 5e-6, (4, 16, 5), id="fp32"),
+        pytest.param(torch.bfloat16, 6e-3, (16, 3, 16), id="bf16"),
+        pytest.param(torch.bfloat16, 6e-3, (1, 128, 2), id="bf16-wide"),
+    ],
+)
 @pytest.mark.parametrize("device", [pytest.param(torch.device("cuda"), marks=on_gpu, id="gpu")])
 def test_in_one_pass_it_is_plain_algebra(
-    device: torch.device, name: str, bias: bool, dtype: torch.dtype, bound: float, adapted: str, ranks: tuple[int, ...]
+    device: torch.device, dtype: torch.dtype, bound: float, ranks: tuple[int, ...], adapted: str
 ) -> None:
     """With tokens and columns that fill no tile; and to the bit the same when it is done again. In bf16 dz and y are
     rounded before they are multiplied, and each result is."""
-    if dtype == torch.float32 and max(ranks) > 64:
-        pytest.skip("a row of this rank is longer in fp32 than the kernels have tiles for")
-    problem = Problem(name, adapted, bias=bias, ranks=ranks, dtype=dtype)
+    gated = ADAPTED[adapted][0]
+    problem = Problem("silu" if gated else "gelu_tanh", adapted, bias=not gated, ranks=ranks, dtype=dtype)
     between, z, *_ = problem.on(device)
     assert between._in_one_pass(z)
     got = results(problem, device)
@@ -127,11 +131,11 @@ def test_in_one_pass_it_is_plain_algebra(
     assert all(torch.equal(tensor, got[which]) for which, tensor in results(problem, device).items())
 
 
-@pytest.mark.parametrize("name", ACTIVATIONS)
-@pytest.mark.parametrize("adapted", ["fc1 and fc2", "gate, up and fc2", "up and fc2"])
+@pytest.mark.parametrize(
+    ("name", "adapted"), [*((name, "fc1 and fc2") for name in ACTIVATIONS), ("silu", "up and fc2")]
+)
 @pytest.mark.parametrize("device", [pytest.param(torch.device("cuda"), marks=on_gpu, id="gpu")])
-def test_largest_magnitudes_and_gradients_added_to_sums(device: torch.device, adapted: str, name: str) -> None:
-    """A token's largest magnitude is that of the rounded values; what is added to DDP's sums is not rounded."""
+def test_gradients_added_to_sums_are_not_rounded(device: torch.device, adapted: str, name: str) -> None:
     from lora_megatron.layers import mlp_adapters  # needs Triton
 
     problem = Problem(name, adapted, bias=True, ranks=(4, 16, 5), dtype=torch.bfloat16)
@@ -139,16 +143,9 @@ def test_largest_magnitudes_and_gradients_added_to_sums(device: torch.device, ad
     update, a, gated = between.update, between.a, problem.activation.gated
     assert update is not None
     assert a is not None
-    factors = [torch.rand(n, device=device) + 0.5 for n in (COLUMNS, z.shape[1])]
     with torch.no_grad():
-        y, most = mlp_adapters.activate(z, between.bias, update, name, gated=gated, measure=True, factor=factors[0])
         mains = [torch.ones(t.shape, device=device) for t in (*update.bs, a)]
-        found = mlp_adapters.gradients(
-            z, between.bias, update, a, du2, dy, name, gated=gated, measure=True, factor=factors[1], mains=mains
-        )
-    for values, factor, largest in ((y, factors[0], most), (found.dz, factors[1], found.largest)):
-        assert largest is not None
-        assert torch.equal(largest, (values.float() * factor).abs().amax(1, keepdim=True))
+        found = mlp_adapters.gradients(z, between.bias, update, a, du2, dy, name, gated=gated, mains=mains)
     assert found.factors == ()
     wanted = problem.wanted()
     for part, main in zip((*(part.name for part in problem.parts), "fc2"), mains, strict=True):

@@ -57,15 +57,12 @@ class Quantised(NamedTuple):
     scale: Tensor
 
 
-def quantise_tokens(
-    x: Tensor, *, factor: Tensor | None, group: dist.ProcessGroup | None, largest: Tensor | None = None
-) -> Quantised:
-    """q(x diag(factor)) of x [m, k]; `group`: the ranks over which the k inner values of a token are spread; `largest`
-    [m, 1] fp32: this rank's largest magnitudes of x diag(factor), where they are known, which may be written over."""
+def quantise_tokens(x: Tensor, *, factor: Tensor | None, group: dist.ProcessGroup | None) -> Quantised:
+    """q(x diag(factor)) of x [m, k]; `group`: the ranks over which the k inner values of a token are spread."""
     if kernels is not None and x.is_cuda:
-        return Quantised(*kernels.quantise_rows(x.contiguous(), factor, agree=agree_over(group), largest=largest))
+        return Quantised(*kernels.quantise_rows(x.contiguous(), factor, agree=agree_over(group)))
     values = x.float() if factor is None else x.float() * factor
-    largest = values.abs().amax(1, keepdim=True) if largest is None else largest
+    largest = values.abs().amax(1, keepdim=True)
     agree = agree_over(group)
     if agree is not None:
         agree(largest)

@@ -145,16 +145,11 @@ def _quantise_rows(
 
 
 def quantise_rows(
-    x: Tensor,
-    factor: Tensor | None,
-    *,
-    agree: Callable[[Tensor], object] | None = None,
-    largest: Tensor | None = None,
+    x: Tensor, factor: Tensor | None, *, agree: Callable[[Tensor], object] | None = None
 ) -> tuple[Tensor, Tensor]:
     """x diag(factor) in FP8 with a scale per row: [m, k] -> [m, k] e4m3, [m, 1] fp32.
 
-    `agree` is given each row's largest magnitude, to raise it to that of all ranks in place. `largest` are these
-    magnitudes [m, 1] where they have been measured.
+    `agree` is given each row's largest magnitude, to raise it to that of all ranks in place.
     """
     rows, columns = x.shape
     codes = torch.empty_like(x, dtype=torch.float8_e4m3fn)
@@ -164,13 +159,11 @@ def quantise_rows(
         flags = (columns, _PIECE, factor is not None, measure, cast)
         _quantise_rows[(rows,)](x, factor, codes, into, known, *flags, num_warps=_WARPS)
 
-    if largest is None and agree is None:
+    if agree is None:
         launch(scales, None, measure=True, cast=True)
-        return codes, scales
-    if largest is None:
+    else:
         largest = torch.empty_like(scales)
         launch(largest, None, measure=True, cast=False)
-    if agree is not None:
         agree(largest)
-    launch(scales, largest, measure=False, cast=True)
+        launch(scales, largest, measure=False, cast=True)
     return codes, scales
