@@ -112,7 +112,7 @@ TENSOR = ("parallel.pipeline=1", "parallel.tensor=2", "parallel.sequence=true", 
 CHUNKS = ("parallel.virtual_pipeline=24", "base.transposes=group", "data.global_batch_size=32")
 FAST = "base.fast_accum=both"
 GRAPH = "train.cuda_graph=true"
-TAX = ("--cuda-graph", "--layers", "2,8", "--steps", "20", "--rounds", "5")
+TAX = ("--cuda-graph", "--layers", "2,8", "--steps", "20", "--rounds", "3")
 """Two slices far apart: their difference is divided by six layers, and so is what each step varies by."""
 PAIRS = ("data.micro_batch_size=2", "data.global_batch_size=4")
 BATCH_4 = ("data.micro_batch_size=4", "data.global_batch_size=16")
