@@ -8,7 +8,8 @@
 
 A row is a `lora-megatron bench` of a configuration in launch/configs, or a script of this folder; it runs as a process
 of its own, and its report lies in a folder of its name. goals.md and goals.json are written anew after each row, so a
-call that is cut short leaves what was measured. A row whose command fails, or whose report lacks the number, says so.
+call that is cut short leaves what was measured. A row whose command fails, or whose report lacks the number, says so;
+ROW.log has what such a command printed.
 The exit status is 0 whatever was met: goals.json tells.
 
 With --at-once each row has GPUs of its own, those of several GPUs go first, and all share the host's processors.
@@ -62,10 +63,19 @@ def run_row(name: str, folder: Path, shrink: Sequence[str], gpus: Sequence[int] 
     )  # fmt: skip
     result = _result(name, shlex.join(command), seconds=time.monotonic() - started)
     if done.returncode != EXIT_DONE:
-        lines = [line for line in done.stdout.splitlines() if line.strip() and "arning" not in line] or ["no output"]
-        told = [line for line in lines if "error" in line.lower()] or lines
-        result["why"] = f"failed with status {done.returncode}: {told[-1]}"
+        result["why"] = f"failed with status {done.returncode}: {_error_in(done.stdout)}"
+        write_text(folder / f"{name}.log", done.stdout)
     return result
+
+
+def _error_in(output: str) -> str:
+    """The line that says why a command failed: its own, or the last of a traceback, before what torchrun says of it."""
+    lines = [line.strip() for line in output.splitlines() if line.strip() and "arning" not in line] or ["no output"]
+    own = [
+        line for line in lines if not any(word in line for word in ("ChildFailedError", "error_file", "traceback :"))
+    ]
+    told = [line for line in own if "error:" in line.lower()] or [line for line in own if "error" in line.lower()]
+    return (told or own or lines)[-1]
 
 
 def _result(name: str, command: str = "", *, seconds: float = 0.0, why: str = "") -> Report:

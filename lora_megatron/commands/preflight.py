@@ -11,14 +11,13 @@ import json
 import shutil
 import socket
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state as mpu
 
 from lora_megatron import __version__
 from lora_megatron.checkpoint.state import checkpoints
@@ -30,6 +29,7 @@ from lora_megatron.methods.method import Method
 from lora_megatron.model.shape import ModelShape
 from lora_megatron.parallel.agree import device_for_collectives, gather_text, require_equal, together
 from lora_megatron.parallel.free_memory import free_for_this_rank, free_memory
+from lora_megatron.parallel.groups import groups_of_a_step
 from lora_megatron.parallel.hang import show_ranks
 from lora_megatron.planning.memory import MemoryPlan, chunk_layers, plan_this_rank
 from lora_megatron.planning.recompute import settle_here
@@ -87,7 +87,7 @@ def code_version() -> str:
 def check_groups() -> list[str]:
     """Names of the groups this rank is in with others, or of the world; each has added up numbers rightly."""
     ranks_checked = []
-    for name, group in _groups():
+    for name, group in groups_of_a_step():
         members = dist.get_process_group_ranks(group)
         total = torch.tensor(dist.get_rank() + 1.0, device=device_for_collectives())
         dist.all_reduce(total, group=group)
@@ -100,24 +100,6 @@ def check_groups() -> list[str]:
         if len(members) > 1:
             ranks_checked.append(name)
     return ranks_checked or ["of one"]
-
-
-def _groups() -> Iterator[tuple[str, dist.ProcessGroup]]:
-    """All that training uses, in the same order on every rank; those that this rank is not in are left out."""
-    world = dist.group.WORLD
-    assert world is not None
-    yield "world", world
-    yield "tensor", mpu.get_tensor_model_parallel_group()
-    yield "pipeline", mpu.get_pipeline_model_parallel_group()
-    yield "data", mpu.get_data_parallel_group(with_context_parallel=True)
-    yield "model", mpu.get_model_parallel_group()
-    for name, get in (
-        ("embedding", mpu.get_embedding_group),
-        ("position embedding", mpu.get_position_embedding_group),
-    ):
-        group = get(check_initialized=False)
-        if isinstance(group, dist.ProcessGroup):
-            yield name, group
 
 
 def check_devices(devices: list[str]) -> str:

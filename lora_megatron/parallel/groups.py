@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -26,6 +27,9 @@ if not torch.cuda.is_available():
 
 
 _WORLD = ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+TORCH_SHARE = 0.98
+"""Of a GPU's memory, what torch's allocator may take. It keeps what it has had, and gives nothing back when others ask:
+CUDA, which loads a kernel when it is first started, and NCCL then fail, however much of it lies unused."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,7 @@ def join_world(*, timeout_minutes: float = 30.0) -> None:
         # NCCL registers the buffers of collectives in a CUDA graph, but not those of torch's expandable segments.
         os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
         torch.cuda.set_device(_own_gpu())
+        torch.cuda.set_per_process_memory_fraction(TORCH_SHARE)
     backend = "nccl" if use_cuda else "gloo"
     if "RANK" not in os.environ:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
@@ -152,6 +157,8 @@ def build_mesh(layout: Layout, *, seed: int, timeout_minutes: float = 30.0) -> R
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        _connect(device)
     return Ranks(
         rank=dist.get_rank(),
         world_size=world_size,
@@ -163,6 +170,34 @@ def build_mesh(layout: Layout, *, seed: int, timeout_minutes: float = 30.0) -> R
         data_size=mpu.get_data_parallel_world_size(),
         device=device,
     )
+
+
+def groups_of_a_step() -> Iterator[tuple[str, dist.ProcessGroup]]:
+    """All that have a collective in a training step, by name and in the same order on every rank; those that this rank
+    is not in are left out."""
+    world = dist.group.WORLD
+    assert world is not None
+    yield "world", world
+    yield "tensor", mpu.get_tensor_model_parallel_group()
+    yield "pipeline", mpu.get_pipeline_model_parallel_group()
+    yield "data", mpu.get_data_parallel_group(with_context_parallel=True)
+    yield "model", mpu.get_model_parallel_group()
+    yield "optimizer", mpu.get_intra_distributed_optimizer_instance_group()  # norms under optimizer.sharding=megatron
+    for name, get in (
+        ("embedding", mpu.get_embedding_group),
+        ("position embedding", mpu.get_position_embedding_group),
+    ):
+        group = get(check_initialized=False)
+        if isinstance(group, dist.ProcessGroup):
+            yield name, group
+
+
+def _connect(device: torch.device) -> None:
+    """Have NCCL make these groups' communicators now. It makes each with its first collective, and that of the gradient
+    norm is the first of its group: after the passes of a step, when memory is fullest."""
+    for _, group in groups_of_a_step():
+        if group.size() > 1:
+            dist.all_reduce(torch.zeros(1, device=device), group=group)
 
 
 def stop() -> None:

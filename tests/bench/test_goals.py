@@ -102,6 +102,17 @@ def test_a_command_that_fails_says_its_error_and_an_old_report_does_not_stand_fo
     assert failed["why"] == "failed with status 1: error: no memory"
 
 
+def test_of_a_traceback_behind_torchrun_its_own_line_is_told() -> None:
+    output = """[rank0]: torch.distributed.DistBackendError: NCCL error in: NCCLUtils.cpp:93, unhandled cuda error
+E1126 22:35 torch/distributed/elastic/multiprocessing/api.py:986] failed (exitcode: 1) local_rank: 0
+torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
+  error_file: <N/A>
+  traceback : To enable traceback see: https://pytorch.org/docs/stable/elastic/errors.html
+"""
+    assert "NCCL error" in goals._error_in(output)
+    assert goals._error_in("") == "no output"
+
+
 def test_rows_that_cannot_be_compared_say_why(measured: Any) -> None:
     found = measured("full-recomputed,175b-2gpu", BENCH)
     assert "compared with row `full`" in found["full-recomputed"]["why"]

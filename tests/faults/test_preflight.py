@@ -100,8 +100,10 @@ def _check_groups(layout: Layout) -> list[str]:
 
 def test_every_group_of_every_rank_is_tried(pool: Pool) -> None:
     found = pool.run(4, _check_groups, layout=Layout(tensor=2, pipeline=2))
-    assert found == [["world", "tensor", "pipeline", "model", "embedding"]] * 4
-    assert pool.run(4, _check_groups, layout=Layout(tensor=2)) == [["world", "tensor", "data", "model"]] * 4
+    assert found == [["world", "tensor", "pipeline", "model", "optimizer", "embedding"]] * 4
+    assert (
+        pool.run(4, _check_groups, layout=Layout(tensor=2)) == [["world", "tensor", "data", "model", "optimizer"]] * 4
+    )
     assert pool.run(1, _check_groups, layout=Layout()) == [["of one"]]
 
 
