@@ -62,6 +62,7 @@ def run_row(name: str, folder: Path, shrink: Sequence[str], gpus: Sequence[int] 
         env=environment,
     )  # fmt: skip
     result = _result(name, shlex.join(command), seconds=time.monotonic() - started)
+    result["gpus"] = None if gpus is None else list(gpus)
     if done.returncode != EXIT_DONE:
         result["why"] = f"failed with status {done.returncode}: {_error_in(done.stdout)}"
         write_text(folder / f"{name}.log", done.stdout)
@@ -144,7 +145,9 @@ def write(folder: Path, results: Sequence[Report], environment: Report) -> None:
             for v in result["values"]
         ] or [[result["row"], result["why"], "-", "-", "not measured"]]
     names = ", ".join(gpu["name"] for gpu in environment["devices"].get("gpus", [])) or environment["devices"]["type"]
-    lines = ["# Goals", "", f"On {names}.", "", *table(["row", "what", "value", "goal", ""], rows)]
+    beside = any(result.get("gpus") is not None for result in results)
+    how = " Rows side by side, each on GPUs of its own (--at-once)." if beside else ""
+    lines = ["# Goals", "", f"On {names}.{how}", "", *table(["row", "what", "value", "goal", ""], rows)]
     write_text(folder / "goals.md", "\n".join(lines))
 
 

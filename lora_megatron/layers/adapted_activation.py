@@ -4,9 +4,10 @@
     forward     z' = z + s u B^T       y = act(z' + c)            u2 = drop(y) A^T
     backward    dy' = dy + drop(du2 A)  dz = dy' act'(z' + c)     du = s dz B,  dB = s dz^T u,  dA = du2^T drop(y)
 
-z [m, f/t or 2 f/t] is fc1's product, dy [m, f/t] that of fc2's backward pass. On a GPU with Triton each line is one
-pass over them, after which z is still what it was and makes y again wherever that is read. Elsewhere one operation
-follows the other: fc1's update is written over z, and du2 A is added to dy where it lies.
+z [m, f/t or 2 f/t] is fc1's product, dy [m, f/t] that of fc2's backward pass. On a GPU with Triton, at ranks up to 16,
+each line is one pass over them (but for u2, and for what drops out of fc2's), after which z is still what it was and
+makes y again wherever that is read. Elsewhere one operation follows the other: fc1's update is written over z, and du2
+A is added to dy where it lies.
 
 Of FP8 weights the next product reads codes. Without fc1's update in between they come out of the pass that computes
 them; with it, of a second one. (Largest magnitudes out of the first would spare that one a reading from the cache, and
@@ -44,7 +45,7 @@ class Gradients(NamedTuple):
 
     rows: Rows
     du: Tensor | None
-    dbs: tuple[Tensor | None, ...]
+    dbs: tuple[Tensor, ...]
     da: Tensor | None
 
 

@@ -5,9 +5,9 @@
     dy' = dy + du2 A         dz = dy' act'(z')                 du = s dz B   dB = s dz^T u   dA = du2^T y
 
 A program holds C columns of the factors and walks over a span of tokens, T at a time. z is read as the product wrote
-it, so nothing between two products is written but what the next one reads, and that once; in fp32 from the first
-operation to the last, but where a tensor core multiplies y or dz, rounded as they are written. Sums over tokens and
-columns are added up in a fixed order, by `low_rank_kernels`. `mlp_adapters` starts them.
+it, so between two products only what the next one reads is written, and addends of the factors' gradients; in fp32 from
+the first operation to the last, but where a tensor core multiplies y or dz, rounded as they are written. Sums over
+tokens and columns are added up in a fixed order, by `low_rank_kernels`. `mlp_adapters` starts them.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lora_megatron.layers.low_rank_tiles import MOST_PARTS, padded
+from lora_megatron.layers.low_rank_tiles import MOST_PARTS
 
 
 class Tile(NamedTuple):
@@ -26,26 +26,23 @@ class Tile(NamedTuple):
     """Tiles that are under way at once: one computed, the others on their way from memory."""
 
 
-# By the bytes of a row of the widest B (or a column of A), its rank made a power of two and 16 at least, up to so many:
-# of an MLP that is not gated, and of a gated one, which has half as much again of everything under way. A shorter span
-# writes more addends of dB and dA (a span r numbers a column), fewer columns more addends of du (a tile of them r a
-# token). Those of rank 16 are the fastest of a dozen, or near it, at the sizes of GPT-3 175B and Llama 2 70B between
-# products on an H200; the rest are chosen by what they compile to. Backward 16 tokens a warp at least: a product whose
-# result goes into another one has all its warps along its rows in Triton 3.6, and with fewer rows they repeat each
-# other's work.
+# By the bytes of a number: of an MLP that is not gated, and of a gated one, which has half as much again of everything
+# under way. A shorter span writes more addends of dB and dA (a span r numbers a column), fewer columns more addends of
+# du (a tile of them r a token). Those of two bytes are the fastest of a dozen, or near it, at rank 16 and the sizes of
+# GPT-3 175B and Llama 2 70B between products on an H200; the rest are chosen by what they compile to. Backward 16
+# tokens a warp at least: a product whose result goes into another one has all its warps along its rows in Triton 3.6,
+# and with fewer rows they repeat each other's work.
 FORWARD_TILES: dict[int, tuple[Tile, Tile]] = {
-    32: (Tile(32, 128, 128, 4, 1), Tile(32, 128, 512, 4)),
-    64: (Tile(32, 128, 128, 4), Tile(32, 64, 128, 4)),
-    128: (Tile(32, 64, 128, 4), Tile(32, 64, 128, 4)),
-    256: (Tile(32, 64, 128, 4, 2), Tile(32, 32, 128, 4, 2)),
+    2: (Tile(32, 128, 128, 4, 1), Tile(32, 128, 512, 4)),
+    4: (Tile(32, 128, 128, 4), Tile(32, 64, 128, 4)),
 }
 BACKWARD_TILES: dict[int, tuple[Tile, Tile]] = {
-    32: (Tile(64, 128, 512, 4), Tile(64, 64, 1024, 4)),
-    64: (Tile(64, 64, 512, 4), Tile(64, 64, 512, 4)),
-    128: (Tile(64, 64, 512, 4, 2), Tile(64, 32, 512, 4, 2)),
-    256: (Tile(64, 32, 512, 4, 2), Tile(64, 32, 512, 4, 1)),
+    2: (Tile(64, 128, 512, 4), Tile(64, 64, 1024, 4)),
+    4: (Tile(64, 64, 512, 4), Tile(64, 64, 512, 4)),
 }
 TABLES = FORWARD_TILES, BACKWARD_TILES
+MOST_RANK = 16
+"""Of an adapter. Wider ones leave registers for narrower tiles alone, whose addends of du are then as much as z is."""
 SUM = 32, 128
 """Addends and places at a time of a program that sums: du has hundreds of addends and few places."""
 
@@ -63,12 +60,19 @@ class Addends(NamedTuple):
     """Places of the longest sum."""
 
 
-def tile_of(
-    factors: Sequence[Tensor], ranks: Sequence[int], tiles: Mapping[int, tuple[Tile, Tile]], *, gated: bool
-) -> Tile | None:
+def tile_of(itemsize: int, ranks: Sequence[int], tiles: Mapping[int, tuple[Tile, Tile]], *, gated: bool) -> Tile | None:
     """Of `tiles`, the one for factors of these ranks; None where a rank is too large for the kernels."""
-    row = padded(ranks) * factors[0].element_size()
-    return next((of[gated] for most, of in tiles.items() if row <= most), None)
+    return tiles[itemsize][gated] if max(ranks) <= MOST_RANK else None
+
+
+def addend_bytes(ranks: Sequence[int], fc2_rank: int, tokens: int, columns: int, *, gated: bool, itemsize: int) -> int:
+    """Of all addends of a backward pass, for adapters as in `addends_of`; 0 where the kernels do not take them."""
+    known = [*ranks, fc2_rank]
+    tile = tile_of(itemsize, known, BACKWARD_TILES, gated=gated) if any(known) else None
+    if tile is None:
+        return 0
+    tiles, pieces = math.ceil(columns / tile.columns), math.ceil(tokens / tile.span)
+    return 4 * (tiles * tokens * sum(ranks) + pieces * columns * sum(known))
 
 
 @functools.cache  # without a limit: a CUDA graph reads the table for as long as it lives

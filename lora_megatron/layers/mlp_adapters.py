@@ -18,8 +18,8 @@ from lora_megatron.layers.low_rank_tiles import padded
 
 
 def can_take(update: Update | None, a: Tensor | None) -> bool:
-    """Whether the kernels have tiles for adapters of these ranks."""
-    return all(tiles.tile_of(*_factors(update, a), table, gated=False) is not None for table in tiles.TABLES)
+    """Whether the kernels are made for adapters of these ranks."""
+    return max(_factors(update, a)[1]) <= tiles.MOST_RANK
 
 
 def _factors(update: Update | None, a: Tensor | None) -> tuple[tuple[Tensor, ...], list[int]]:
@@ -61,7 +61,7 @@ def activate(
 ) -> Tensor:
     """y [m, f] in z's type, from z [m, f or 2 f] without fc1's update. All contiguous."""
     tokens, columns = z.shape[0], z.shape[1] // (2 if gated else 1)
-    tile = tiles.tile_of(*_factors(update, None), tiles.FORWARD_TILES, gated=gated)
+    tile = tiles.tile_of(z.element_size(), _factors(update, None)[1], tiles.FORWARD_TILES, gated=gated)
     assert tile is not None
     assert z.is_contiguous()
     halves = _Halves(update)
@@ -74,7 +74,7 @@ def activate(
     return y
 
 
-class Gradients(NamedTuple):
+class BackwardPass(NamedTuple):
     """What a backward pass leaves: dz in the shape of z; du [m, sum of r]; dB of each of fc1's adapters and dA, unless
     they have been added to their `mains`."""
 
@@ -94,7 +94,7 @@ def gradients(
     *,
     gated: bool,
     mains: Sequence[Tensor] | None = None,
-) -> Gradients:
+) -> BackwardPass:
     """From dy = dL/dy [m, f] without what comes of fc2's adapter, a [r2, f], du2 [m, r2]; z and update as in
     `activate`. Of an MLP that is not gated dz is written over dy. All contiguous.
 
@@ -102,7 +102,7 @@ def gradients(
     """
     tokens, columns = dy.shape
     factors, ranks = _factors(update, a)
-    tile = tiles.tile_of(factors, ranks, tiles.BACKWARD_TILES, gated=gated)
+    tile = tiles.tile_of(z.element_size(), ranks, tiles.BACKWARD_TILES, gated=gated)
     assert tile is not None
     assert all(t.is_contiguous() for t in (z, dy, *factors, *(mains or ())))
     halves, fc2_rank = _Halves(update), 0 if a is None else a.shape[0]
@@ -119,4 +119,4 @@ def gradients(
     )  # fmt: skip
     du = None if halves.u is None else torch.empty_like(halves.u)
     found = sum_addends(addends, cut.table, cut.longest, du, factors, mains, cut=tiles.SUM)
-    return Gradients(dz, du, found)
+    return BackwardPass(dz, du, found)

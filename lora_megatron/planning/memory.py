@@ -10,13 +10,14 @@ CUDA's context and the communicators' own buffers, which only constants can stan
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from megatron.core import parallel_state as mpu
 
 from lora_megatron.config import BaseSection, Config
 from lora_megatron.layers.exchange import bytes_of
+from lora_megatron.layers.mlp_adapter_tiles import addend_bytes
 from lora_megatron.layers.vocabulary_loss import tokens_per_chunk
 from lora_megatron.methods.method import Method
 from lora_megatron.model.build import build
@@ -25,7 +26,7 @@ from lora_megatron.model.recomputation import NOTHING_RECOMPUTED
 from lora_megatron.model.shape import ModelShape
 from lora_megatron.parallel.sent_outputs import UNDER_WAY
 from lora_megatron.planning.activations import ChunkBytes, Microbatch, chunk_bytes, embedding_bytes, head_bytes
-from lora_megatron.planning.gradients import first_input_needs, layer_flow, layer_flows
+from lora_megatron.planning.gradients import LayerFlow, first_input_needs, layer_flow, layer_flows
 from lora_megatron.planning.schedule import peak
 from lora_megatron.planning.weights import Weight, frozen_bytes, trained_bytes, unpacked_bytes, weights_of
 
@@ -129,7 +130,7 @@ def plan_rank(config: Config, shape: ModelShape, method: Method, weights: Sequen
     )
     worst = peak(place.stage, layout.pipeline, chunks, count)
     stepping = trained.optimizer // (12 if config.train.precision == "bf16" else 8) * ADAMW_TEMPORARY
-    in_backward = _workspace(batch, chunks, weights, config.base)
+    in_backward = _workspace(batch, chunks, weights, config.base, addends=_addends(method, batch, place))
     at_most = max(in_backward, stepping - worst.bytes)
     if config.train.cuda_graph:  # what the passes had stays the graph's while the optimizer steps
         at_most = in_backward + stepping + count * _inputs(config, batch)
@@ -158,11 +159,33 @@ def _outside(config: Config, method: Method, batch: Microbatch, place: Place) ->
     boxes = 0
     if config.parallel.tp_comm_overlap:
         own = batch.tokens // layout.tensor
-        stage = (layer for layers in stage_layers(batch, place.stage) for layer in layers)
-        flows = (layer_flow(batch.shape, method, layer, input_needs=True) for layer in stage)
-        beside = max(linear.rank for flow in flows for linear in flow.linears)
+        beside = max(linear.rank for flow in _stage_flows(method, batch, place) for linear in flow.linears)
         boxes = bytes_of(own, batch.shape.hidden_size, layout.tensor, batch.itemsize, beside=beside)
     return CUDA_CONTEXT + COMMUNICATOR * communicators + boxes
+
+
+def _stage_flows(method: Method, batch: Microbatch, place: Place) -> Iterator[LayerFlow]:
+    """Of all layers of a stage."""
+    for layers in stage_layers(batch, place.stage):
+        yield from (layer_flow(batch.shape, method, layer, input_needs=True) for layer in layers)
+
+
+def _addends(method: Method, batch: Microbatch, place: Place) -> int:
+    """Of the gradients of an MLP's factors, where its adapters are inside the activation's passes."""
+    gated, columns = batch.shape.gated_mlp, batch.shape.ffn_hidden_size // batch.tensor
+    mlps = ((flow.fc1, flow.fc2) for flow in _stage_flows(method, batch, place) if flow.mlp_is_frozen)
+    sizes = (
+        addend_bytes(
+            [adapter.rank for adapter in fc1.adapters],
+            fc2.rank,
+            batch.tokens,
+            columns,
+            gated=gated,
+            itemsize=batch.itemsize,
+        )
+        for fc1, fc2 in mlps
+    )
+    return max(sizes, default=0)
 
 
 def microbatch_of(config: Config, shape: ModelShape) -> Microbatch:
@@ -210,12 +233,15 @@ def chunks_of(shape: ModelShape, method: Method, batch: Microbatch, stage: int) 
     return chunks
 
 
-def _workspace(batch: Microbatch, chunks: Sequence[ChunkBytes], weights: Sequence[Weight], base: BaseSection) -> float:
+def _workspace(
+    batch: Microbatch, chunks: Sequence[ChunkBytes], weights: Sequence[Weight], base: BaseSection, *, addends: int
+) -> float:
     """Bytes on top of what is kept, at the worst moment of forward and backward.
 
     Either at the loss: one chunk of logits in train.precision and in fp32, and its part of the hidden states' gradient.
-    Or in a layer's MLP, by when the loss is gone: the gradients of fc1's output and of fc2's input, and a hidden state;
-    and fc1's output itself, where it is made again and nothing has gone yet that made room for it.
+    Or in a layer's MLP, by when the loss is gone: the gradients of fc1's output and of fc2's input, and a hidden
+    state; `addends` of its factors' gradients; and fc1's output itself, where it is made again and nothing has gone
+    yet that made room for it.
     Full fine-tuning adds the gradient of one weight in train.precision, stored weights what their products read.
     """
     e, shape = batch.itemsize, batch.shape
@@ -225,7 +251,7 @@ def _workspace(batch: Microbatch, chunks: Sequence[ChunkBytes], weights: Sequenc
     at_loss = chunk * ((e + in_fp32) * batch.vocabulary + 2 * e * shape.hidden_size) if loss else 0.0
     gated = 2 if shape.gated_mlp else 1
     wide = (1 + gated) * shape.ffn_hidden_size / batch.tensor
-    in_layer = e * batch.tokens * (wide + shape.hidden_size) + max(each.made_again for each in chunks) - loss
+    in_layer = addends + e * batch.tokens * (wide + shape.hidden_size) + max(each.made_again for each in chunks) - loss
     weight = max((w.size * w.itemsize for w in weights if w.trained), default=0)
     return max(at_loss, in_layer, 0.0) + max(weight, unpacked_bytes(weights, base)) + 2 * CUBLAS_WORKSPACE
 

@@ -75,7 +75,7 @@ def forward_step(sent: SentOutputs, batches: Iterator[Batch], model: nn.Module) 
     if batch["first_sample"] is not None:  # a captured step draws no masks, and may not touch the generators
         set_first_sample(batch["first_sample"])
     output = model(tokens, positions, attention_mask, labels=labels)
-    if output.requires_grad and not get_attr_wrapped_model(model, "post_process"):
+    if not get_attr_wrapped_model(model, "post_process"):
         sent.add(output)
     return output, partial(_loss, mask)
 

@@ -184,3 +184,5 @@ def test_at_once_every_row_is_told_its_gpus(tmp_path: Path, monkeypatch: pytest.
     assert told == {"175b-2gpu": "4,5", "full-recomputed": "6", "full": "7"}
     assert [result["row"] for result in results] == names.split(",")
     assert all(result["values"] for result in results)
+    assert [result["gpus"] for result in results] == [[2], [3], [0, 1]]
+    assert "side by side" in (tmp_path / "out" / "goals.md").read_text(encoding="utf-8")

@@ -49,6 +49,17 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str, status: int = 2
     return lines[0]
 
 
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_pipeline_stages_hold_two_outputs_and_a_message_each_way(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, chunks: int
+) -> None:
+    """However many microbatches are in flight (`parallel.sent_outputs`)."""
+    path = write(tmp_path, parallel={"pipeline": 2, "virtual_pipeline": chunks})
+    hidden = 64 * 64 * 4  # tokens x width of `tiny` x bytes
+    for rank in plan(capsys, path)["ranks"]:
+        assert rank["memory"]["communication"] == 4 * hidden
+
+
 def test_the_papers_175b_on_96_gpus(capsys: pytest.CaptureFixture[str]) -> None:
     started = time.process_time()
     facts = plan(capsys, GPT3)

@@ -13,6 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from lora_megatron.parallel import sent_outputs
 from lora_megatron.parallel.groups import Layout, build_mesh
+from lora_megatron.parallel.sent_outputs import UNDER_WAY
 from lora_megatron.training import step
 from lora_megatron.training.optimizer import wrap_ddp
 from tests.pool import Pool
@@ -33,9 +34,9 @@ class Watched:
         self.work.wait()
 
 
-def send_and_watch(kept: int) -> tuple[list[bool], int]:
+def send_and_watch(kept: int, method: dict[str, Any]) -> tuple[list[bool], int]:
     """Of each send whether its memory was gone when it was waited for; and the most outputs that were alive at once."""
-    experiment = Experiment(layout=LAYOUT, model={"preset": "tiny", "num_layers": 2 * CHUNKS})
+    experiment = Experiment(layout=LAYOUT, model={"preset": "tiny", "num_layers": 2 * CHUNKS}, method=method)
     build_mesh(LAYOUT, seed=1, timeout_minutes=2)
     chunks, _ = build_chunks(experiment)
     ddp = wrap_ddp(chunks, sharding="none", precision="fp32")
@@ -62,9 +63,14 @@ def send_and_watch(kept: int) -> tuple[list[bool], int]:
     return gone, most
 
 
-@pytest.mark.parametrize("kept", [sent_outputs.UNDER_WAY, 1])
-def test_outputs_outlive_their_sends_and_not_by_much(pool: Pool, kept: int) -> None:
-    gone, most = pool.run(2, send_and_watch, kept=kept)[0]
-    assert len(gone) > MICROBATCHES
-    assert any(gone) == (kept == 1)
-    assert most <= sent_outputs.UNDER_WAY + 2, "of the 32 outputs of this stage"
+EVERYWHERE: dict[str, Any] = {"targets": {"q": 4}}
+ABOVE: dict[str, Any] = {"targets": {}, "layers": {"6-7": {"q": 4}}}
+"""So that outputs below need no gradient."""
+
+
+@pytest.mark.parametrize(("kept", "method"), [(UNDER_WAY, EVERYWHERE), (UNDER_WAY, ABOVE), (1, EVERYWHERE)], ids=str)
+def test_outputs_outlive_their_sends_and_not_by_much(pool: Pool, kept: int, method: dict[str, Any]) -> None:
+    for gone, most in pool.run(2, send_and_watch, kept=kept, method=method):
+        assert len(gone) > MICROBATCHES
+        assert any(gone) == (kept == 1)
+        assert most <= UNDER_WAY + 2, "of the 32 outputs of a stage"
