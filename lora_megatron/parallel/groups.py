@@ -157,7 +157,7 @@ def build_mesh(layout: Layout, *, seed: int, timeout_minutes: float = 30.0) -> R
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
+    if dist.get_backend() == "nccl":
         _connect(device)
     return Ranks(
         rank=dist.get_rank(),
