@@ -51,7 +51,7 @@ def _fc1(z, bias, where, column, inside, own, u, b, scale, BIAS: tl.constexpr, A
 
 
 @triton.jit
-def forward(
+def activate_adapted(
     z, bias, u, b0, b1, y, scale0, scale1, tokens, columns, u_size, r0, r1, first0, first1,
     span: tl.constexpr, R: tl.constexpr, T: tl.constexpr, C: tl.constexpr, KIND: tl.constexpr, GATED: tl.constexpr,
     BIAS: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr,
@@ -75,7 +75,7 @@ def forward(
 
 
 @triton.jit
-def backward(
+def adapted_gradients(
     z, bias, u, b0, b1, du2, a, dy, dz, du0, db0, du1, db1, da, scale0, scale1, tokens, columns,
     u_size, r0, r1, r2, first0, first1,
     span: tl.constexpr, R: tl.constexpr, R2: tl.constexpr, T: tl.constexpr, C: tl.constexpr, KIND: tl.constexpr,

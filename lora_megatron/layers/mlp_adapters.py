@@ -66,7 +66,7 @@ def activate(
     assert z.is_contiguous()
     halves = _Halves(update)
     y = torch.empty(tokens, columns, dtype=z.dtype, device=z.device)
-    kernels.forward[(triton.cdiv(columns, tile.columns), triton.cdiv(tokens, tile.span))](
+    kernels.activate_adapted[(triton.cdiv(columns, tile.columns), triton.cdiv(tokens, tile.span))](
         z, bias, halves.u, *halves.bs, y, *halves.scales, tokens, columns, halves.size, *halves.ranks,
         *halves.firsts, tile.span, padded(halves.ranks), tile.tokens, tile.columns, name, gated, bias is not None,
         *halves.there, num_warps=tile.warps, num_stages=tile.stages,
@@ -111,7 +111,7 @@ def gradients(
     du0, db0, du1, db1 = (addends[cut.starts[2 * which + i] :] for which in halves.which for i in (0, 1))
     dz = torch.empty_like(z) if gated else dy
     du2 = None if du2 is None else du2.reshape(-1, fc2_rank).contiguous()
-    kernels.backward[(triton.cdiv(columns, tile.columns), triton.cdiv(tokens, tile.span))](
+    kernels.adapted_gradients[(triton.cdiv(columns, tile.columns), triton.cdiv(tokens, tile.span))](
         z, bias, halves.u, *halves.bs, du2, a, dy, dz, du0, db0, du1, db1, addends[cut.starts[-1] :],
         *halves.scales, tokens, columns, halves.size, *halves.ranks, fc2_rank, *halves.firsts, tile.span,
         padded(halves.ranks), padded([fc2_rank]), tile.tokens, tile.columns, name, gated, bias is not None,

@@ -23,6 +23,9 @@ INSIDE_OTHERS = {
     "_outputs",
     "_sigmoid",
     "_sum_part",
+    "_u",
+    "_b",
+    "_fc1",
 }
 GEMM = "nvjet_hsh_128x256_64x4_2x1_v_bz_coopB_TNT"
 
@@ -42,6 +45,7 @@ def kernel(name: str, start: int, stop: int) -> Kernel:
         ("_gradients", "low-rank kernels"),
         ("_add_rows", "low-rank kernels"),
         ("_sum", "low-rank kernels"),
+        ("adapted_gradients", "low-rank kernels"),
         ("_turn", "rotary positions"),
         ("_quantise_rows", "FP8 casts and transposes"),
         ("_transpose", "FP8 casts and transposes"),

@@ -272,6 +272,7 @@ def stale_data() -> list[str]:
     return complaints(run(config, stale=4)[0], run(config)[0])
 
 
+@pytest.mark.slow  # a rehearsal of the GPU tests above; what it trains, `test_oracle` trains in every run
 def test_rehearsal_of_the_comparison(pool: Pool) -> None:
     assert pool.run(1, compare, case=CASES["fp8-recomputed"], use_graph=False) == [[]]
     assert pool.run(2, compare, case=TWO_GPUS["tp2-sp-bf16"], use_graph=False) == [[], []]
