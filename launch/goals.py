@@ -9,8 +9,7 @@
 A row is a `lora-megatron bench` of a configuration in launch/configs, or a script of this folder; it runs as a process
 of its own, and its report lies in a folder of its name. goals.md and goals.json are written anew after each row, so a
 call that is cut short leaves what was measured. A row whose command fails, or whose report lacks the number, says so;
-ROW.log has what such a command printed.
-The exit status is 0 whatever was met: goals.json tells.
+ROW.log has what a command printed that failed. The exit status is 0 whatever was met: goals.json tells.
 
 With --at-once each row has GPUs of its own, those of several GPUs go first, and all share the host's processors.
 """

@@ -34,7 +34,7 @@ from lora_megatron.layers.storage.stored import stored_of
 try:
     from lora_megatron.layers import mlp_adapters as kernels
 except ImportError:  # no Triton: one operation after the other
-    kernels = None  # type: ignore[assignment]
+    kernels = None  # type: ignore[assignment]  # mypy takes the name for a module; `_in_one_pass` asks for None
 
 Rows = tuple[Tensor, ...]
 """What a product reads: a matrix, or its FP8 codes and scales."""

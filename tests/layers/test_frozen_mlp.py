@@ -71,6 +71,9 @@ def test_one_function_is_its_layers_one_after_the_other(pool: Pool, layout: str,
     assert compare(together, apart, tolerance=1e-5) > 0
 
 
+on_gpu = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a GPU: Triton's kernels are compared, without which the others do"
+)
 MLP: dict[str, Any] = {"recompute": "selective", "recompute_modules": ("mlp",)}
 NF4 = StorageFormat("nf4")
 KEPT = {
@@ -111,7 +114,7 @@ def test_what_is_made_again_is_what_was_kept(pool: Pool, cut: Layout) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@on_gpu
 def test_it_is_on_a_gpu() -> None:
     """Of FP8 weights, whose MLP is the same function either way."""
     pool = Pool(1, backend="nccl")
@@ -146,7 +149,7 @@ def train_both_twice(experiment: Experiment) -> list[Record | None]:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@on_gpu
 def test_adapters_inside_the_passes_are_layers_one_after_the_other() -> None:
     """In fp32 but for the order of sums; elsewhere as far as both are from fp32, and the one function no further from
     it than its layers. And to the bit the same when it is done again."""
@@ -187,7 +190,7 @@ def train_without(what: str) -> tuple[Record | None, Record | None]:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@on_gpu
 def test_a_backward_pass_without_an_adapter_shows() -> None:
     pool = Pool(1, backend="nccl")
     try:
