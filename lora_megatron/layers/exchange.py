@@ -95,10 +95,10 @@ class Exchange:
         if beside is not None:
             box.at(self.rank, beside, total).copy_(beside)
         box.barrier()
-        self.copies.wait_stream(main)
         out = torch.empty(self.size * rows, product.columns, dtype=product.dtype, device=parts[0].device)
         received = [[torch.empty_like(part) for part in parts] for _ in range(self.size - 1)]
         whole = None if beside is None else beside.new_empty(self.size, *beside.shape)
+        self.copies.wait_stream(main)  # behind these: torch's deterministic mode fills new memory, on this stream
         arrivals = []
         with torch.cuda.stream(self.copies):
             for owner, copies in zip(self._others(), received, strict=True):

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from lora_megatron.config import OptimizerSection
 from lora_megatron.model.names import Named
 from lora_megatron.training.cuda_graph import StepGraph
+from lora_megatron.training.looked_up_once import counted_gradients, look_up_once, use_fused_adamw
 
 STATE_KINDS = ("master", "exp_avg", "exp_avg_sq")
 
@@ -125,7 +126,9 @@ class MegatronAdamW:
         for group in self.inner.param_groups:
             group["weight_decay"] = section.weight_decay  # one decay for all that trains
         for optimizer in self._optimizers():
-            _copy_masters_at_once(optimizer)
+            use_fused_adamw(optimizer)
+            look_up_once(optimizer)
+        self._state_bytes = 0
 
     def zero_grad(self) -> None:
         self.inner.zero_grad()
@@ -153,9 +156,7 @@ class MegatronAdamW:
         chained = getattr(self.inner, "chained_optimizers", [self.inner])
         groups: dict[Any, list[Tensor]] = {}
         for optimizer in chained:
-            # The name in 0.19 and the one before it.
-            counted = getattr(optimizer, "get_grads_for_grad_norm", None) or optimizer.get_main_grads_for_grad_norm
-            groups.setdefault(optimizer.get_grad_stats_parallel_group(), []).extend(counted())
+            groups.setdefault(optimizer.get_grad_stats_parallel_group(), []).extend(counted_gradients(optimizer))
         norms = []
         for group, grads in groups.items():
             each: Any = torch.stack(torch._foreach_norm(grads)).double() if grads else []
@@ -230,7 +231,7 @@ class MegatronAdamW:
                 owned.main.copy_(ranged["master"].view_as(owned.main))
             inner = inner_state[owned.main]
             inner.state[owned.main] = {
-                "step": torch.tensor(float(step)),
+                "step": torch.tensor(float(step), device=owned.main.device),
                 **{k: ranged[k].view_as(owned.main).clone() for k in STATE_KINDS[1:]},
             }
         for group in self.inner.param_groups:
@@ -247,6 +248,11 @@ class MegatronAdamW:
         self.inner.reload_model_params()
 
     def state_bytes(self) -> int:
+        if not self._state_bytes and any(optimizer.optimizer.state for optimizer in self._optimizers()):
+            self._state_bytes = self._count_state()  # from now on the same, and asked for in every step
+        return self._state_bytes or self._count_state()
+
+    def _count_state(self) -> int:
         total = 0
         for parameter, owned in self._main_parameters().items():
             if self.precision == "bf16" and owned.main is not parameter:
@@ -255,19 +261,6 @@ class MegatronAdamW:
                 moment = self._moment(owned.main, kind)
                 total += 0 if moment is None else moment.numel() * moment.element_size()
         return total
-
-
-def _copy_masters_at_once(optimizer: Any) -> None:
-    """From fp32 masters to bf16 parameters; megatron-core without apex takes two launches for each of them."""
-    if not hasattr(optimizer, "fp32_from_float16_groups") or hasattr(optimizer, "shard_fp32_from_float16_groups"):
-        return
-
-    def copy() -> None:
-        parameters, masters = optimizer._get_model_and_main_params_data_float16()
-        if masters:
-            torch._foreach_copy_(parameters, masters)
-
-    optimizer._copy_main_params_to_model_params = copy
 
 
 def _clip(parameters: Sequence[Tensor], *, most: float, norm: float) -> None:

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What megatron-core's optimizer looks up for every parameter in every step, looked up once.
+
+The update of a few numbers for each of some thousand factors is bound by the host: megatron-core walks over them seven
+times a step and, without apex, torch's AdamW computes the bias corrections of each on the host. Together that is 40 to
+60 us a factor, while the GPU, which has nothing else to do then, needs less than one. Here
+
+- AdamW is torch's fused one: one launch for some hundred factors, step counts on the device;
+- of bf16 parameters with fp32 masters, the lists of gradients, masters and parameters are made in the first step. A
+  master's gradient is DDP's own fp32 sum, which lies where it lies for as long as DDP does, so it is set once.
+
+megatron-core's distributed optimizer, which has shards of its own, keeps its own steps.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_NORM_GRADS = ("get_grads_for_grad_norm", "get_main_grads_for_grad_norm")
+"""The name in megatron-core 0.19 and the one before it."""
+
+
+def use_fused_adamw(optimizer: Any) -> None:
+    """Of one of megatron-core's optimizers; apex's AdamW is fused anyway."""
+    if isinstance(optimizer.optimizer, torch.optim.Adam):
+        for group in optimizer.optimizer.param_groups:
+            group.update(fused=True, foreach=False)
+
+
+def look_up_once(optimizer: Any) -> None:
+    """Let one of megatron-core's optimizers of bf16 parameters keep its lists from its first step on."""
+    if hasattr(optimizer, "fp32_from_float16_groups") and not hasattr(optimizer, "shard_fp32_from_float16_groups"):
+        _Lists(optimizer)
+
+
+def counted_gradients(optimizer: Any) -> list[Tensor]:
+    """The gradients of which the global norm is made on this rank: replicas on one rank alone."""
+    name = next(name for name in _NORM_GRADS if hasattr(optimizer, name))
+    found: list[Tensor] = getattr(optimizer, name)()
+    return found
+
+
+class _Lists:
+    """In place of the optimizer's own methods of these names."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self._optimizer = optimizer
+        self._prepare, self._zero = optimizer._copy_model_grads_to_main_grads, optimizer.zero_grad
+        self._count = getattr(optimizer, next(name for name in _NORM_GRADS if hasattr(optimizer, name)))
+        self._counted: list[Tensor] | None = None
+        self._parameters = [p for group in optimizer.float16_groups for p in group]
+        self._masters = [p for group in optimizer.fp32_from_float16_groups for p in group]
+        optimizer._copy_model_grads_to_main_grads = self.prepare
+        optimizer.zero_grad = self.zero_grad
+        optimizer._copy_main_params_to_model_params = self.copy
+        for name in _NORM_GRADS:
+            if hasattr(optimizer, name):
+                setattr(optimizer, name, self.counted)
+
+    @property
+    def _is_steady(self) -> bool:
+        """Whether each master's gradient is there to stay."""
+        return self._counted is not None
+
+    def prepare(self) -> None:
+        if self._is_steady:
+            return
+        self._prepare()
+        own = [*zip(self._parameters, self._masters, strict=True)]
+        if all(getattr(parameter, "main_grad", None) is master.grad for parameter, master in own):
+            self._counted = self._count()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        if not self._is_steady:
+            self._zero(set_to_none)
+
+    def counted(self) -> list[Tensor]:
+        return self._count() if self._counted is None else self._counted
+
+    def copy(self) -> None:
+        """From masters to parameters; megatron-core without apex takes two launches for each of them."""
+        if self._masters:
+            torch._foreach_copy_(self._parameters, self._masters)
