@@ -45,7 +45,7 @@ from lora_megatron.model.shape import ModelShape
 from lora_megatron.planning.gpus import find_gpu
 
 KIND = "one_host"
-BUDGET_S = 520.0
+BUDGET_S = 545.0
 _GOALS_GPUS = 8
 _VARIABLES = ("NCCL_", "PYTORCH_", "CUDA_DEVICE_MAX_CONNECTIONS", "OMP_NUM_THREADS")
 _PATIENCE = 2.0

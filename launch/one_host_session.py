@@ -59,9 +59,9 @@ class Session:
         rows = [self._row(row) for row in rows_for(self.gpus, self.shape.num_layers)]
         proof = self._proof()
         adapter = _result(
-            "adapter", f"the adapter of TP={self.gpus} at {proof.other}", 55, proof.words("uninterrupted")
+            "adapter", f"the adapter of TP={self.gpus} at {proof.other}", 58, proof.words("uninterrupted")
         )
-        resume = _result("resume", "a run stopped by SIGTERM and resumed", 85, proof.words("stopped"))
+        resume = _result("resume", "a run stopped by SIGTERM and resumed", 120, proof.words("stopped"))
         return [
             *rows[:3],
             Part(adapter, lambda limit: self._adapter(proof, adapter, limit)),
