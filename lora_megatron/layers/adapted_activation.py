@@ -83,7 +83,7 @@ class AdaptedActivation:
         """dy may be written over."""
         if self.a is not None and (self.dropout is not None or not self._in_one_pass(z)):
             assert du2 is not None
-            dy = add_input_gradient(dy.view(*leading, dy.shape[-1]), du2, self.a, self.dropout).view(dy.shape)
+            dy = add_input_gradient(dy.view(*leading, dy.shape[-1]), du2, (self.a,), self.dropout).view(dy.shape)
         if self._in_one_pass(z):
             return self._backward_in_one_pass(z, dy, du2, leading)
         du, da = None, None

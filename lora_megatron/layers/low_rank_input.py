@@ -5,7 +5,8 @@ forward     u = d A^T            d = drop(x): [s, b, in], A [sum of r, in]
 backward    dA = du^T d,   dx = drop(du A)          under DDP, dA is added to its fp32 sum here and now (`main_grad`)
 
 The dropout mask is a function of the sample (`layers.dropout`) and is drawn again. x itself is computed again where it
-came from a norm or an activation (`rebuilt`), whose input is kept already.
+came from a norm or an activation (`rebuilt`), whose input is kept already; on a GPU, and without dropout, a norm's not
+even that: dA's kernel norms what it reads.
 
 x is handed on to the layer's large product, so that its gradient comes back through here: du A is added to it where it
 lies, instead of to a tensor as large as x that autograd then sums with it.
@@ -20,8 +21,14 @@ import torch
 from torch import Tensor
 
 from lora_megatron.layers.dropout import Dropout
-from lora_megatron.layers.main_grad import gradients_of_rows
+from lora_megatron.layers.main_grad import already_added, gradients_of_rows, main_grads_of
+from lora_megatron.layers.norm import NormedRows, normed_rows
 from lora_megatron.layers.rebuilt import recipe_or_itself
+
+try:
+    from lora_megatron.layers import low_rank_input_kernels as kernels
+except ImportError:  # no Triton: the same, through general products
+    kernels = None  # type: ignore[assignment]
 
 
 class _LowRankInput(torch.autograd.Function):
@@ -41,7 +48,10 @@ class _LowRankInput(torch.autograd.Function):
         if du is None:
             return grad_x, None, *(None for _ in factors)
         if ctx.needs_input_grad[0]:
-            grad_x = add_input_gradient(grad_x, du, stacked(factors), ctx.dropout)
+            grad_x = add_input_gradient(grad_x, du, factors, ctx.dropout)
+        rows = normed_rows(ctx.step, kept) if ctx.dropout is None else None
+        if rows is not None and kernels is not None and kernels.can_take(rows.h, du, factors):
+            return grad_x, None, *_gradients_through_norm(factors, du, rows)
         x = ctx.step.value(*kept)
         x = x if ctx.dropout is None else ctx.dropout(x)
         return grad_x, None, *factor_gradients(factors, du, x)
@@ -57,13 +67,26 @@ def factor_gradients(factors: Sequence[Tensor], du: Tensor, x: Tensor) -> tuple[
     return gradients_of_rows(factors, du.reshape(-1, du.shape[-1]).t(), x.reshape(-1, x.shape[-1]))
 
 
-def add_input_gradient(grad_x: Tensor | None, du: Tensor, a: Tensor, dropout: Dropout | None) -> Tensor:
-    """grad_x + drop(du A), written over grad_x: nothing else reads what the product `x` was handed on to made."""
+def _gradients_through_norm(factors: Sequence[Tensor], du: Tensor, rows: NormedRows) -> tuple[Tensor, ...]:
+    """As `factor_gradients`, where x is the norm of these rows."""
+    mains = main_grads_of(factors)
+    flat = du.reshape(-1, du.shape[-1]).contiguous()
+    found = kernels.factor_gradients_of_normed(rows, flat, factors, mains)
+    return found if mains is None else already_added(factors)
+
+
+def add_input_gradient(grad_x: Tensor | None, du: Tensor, factors: Sequence[Tensor], dropout: Dropout | None) -> Tensor:
+    """grad_x + drop(du A) of all A's [r, in], from du [..., sum of r]; written over grad_x: nothing else reads what the
+    product `x` was handed on to made."""
     if dropout is not None or grad_x is None or not grad_x.is_contiguous():
-        added = torch.matmul(du, a)
+        added = torch.matmul(du, stacked(factors))
         added = added if dropout is None else dropout(added)
         return added if grad_x is None else added.add_(grad_x)
-    grad_x.view(-1, grad_x.shape[-1]).addmm_(du.reshape(-1, du.shape[-1]), a)
+    rows, flat = grad_x.view(-1, grad_x.shape[-1]), du.reshape(-1, du.shape[-1])
+    if kernels is not None and kernels.can_take(rows, flat, factors) and all(a.is_contiguous() for a in factors):
+        kernels.add_to_input_gradient(rows, flat.contiguous(), factors)
+    else:
+        rows.addmm_(flat, stacked(factors))
     return grad_x
 
 

@@ -4,14 +4,16 @@
 megatron-core's fallback to torch's norms refuses sequence parallelism. Here the parameters carry the declaration that
 their gradients are partial sums over sequence shards, and megatron-core sums them.
 
-What is kept for the backward pass is x, in its own precision: mean and variance are computed again, and so is the
-output for an adapter that reads it (`layers.rebuilt`).
+What is kept for the backward pass is x, in its own precision: the output is computed again for an adapter that reads it
+(`layers.rebuilt`). Where a kernel norms, 4 to 8 bytes a token are kept beside x, mean and variance, with which another
+kernel norms what an adapter reads while it reads it; elsewhere these too are computed again.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core.fusions.fused_layer_norm import HAVE_FUSED_LAYER_NORM, FusedLayerNorm
@@ -19,7 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lora_megatron.layers.rebuilt import rebuilt
+from lora_megatron.layers.rebuilt import Step, rebuilt
 from lora_megatron.layers.sharding import REPLICATED, declare
 
 try:
@@ -30,47 +32,80 @@ except ImportError:  # no Triton: torch's own
 
 @dataclass(frozen=True)
 class _LayerNormStep:
-    """(x - mean) / sqrt(var + eps) * weight + bias."""
+    """(x - mean) / sqrt(var + eps) * weight + bias; parameters: weight, bias, statistics.
+
+    statistics: None, or room for those of each row, which a kernel fills, each time with the same.
+    """
 
     eps: float
 
     def value(self, x: Tensor, *parameters: Tensor | None) -> Tensor:
-        weight, bias = parameters
+        weight, bias, statistics = parameters
         assert weight is not None
-        if _by_kernel(x) and not torch.is_grad_enabled():
-            return kernels.norm(x.contiguous(), weight, bias, self.eps)
+        if statistics is not None and not torch.is_grad_enabled():
+            return kernels.norm(x.contiguous(), weight, bias, self.eps, statistics)
         return functional.layer_norm(x, (x.shape[-1],), weight, bias, self.eps)
 
     def input_gradient(self, x: Tensor, grad: Tensor, *parameters: Tensor | None) -> Tensor | None:
-        return _input_gradient(x, grad, parameters[0], self.eps, centred=True)
+        return _input_gradient(x, grad, parameters[0], parameters[-1], centred=True)
 
 
 @dataclass(frozen=True)
 class _RMSNormStep:
-    """x / sqrt(mean(x^2) + eps) * weight; the mean is taken in fp32, as transformers' Llama does."""
+    """x / sqrt(mean(x^2) + eps) * weight; the mean is taken in fp32, as transformers' Llama does.
+
+    parameters: weight, and statistics as of `_LayerNormStep`.
+    """
 
     eps: float
 
     def value(self, x: Tensor, *parameters: Tensor | None) -> Tensor:
-        (weight,) = parameters
+        weight, statistics = parameters
         assert weight is not None
-        if _by_kernel(x) and not torch.is_grad_enabled():
-            return kernels.norm(x.contiguous(), weight, None, self.eps)
+        if statistics is not None and not torch.is_grad_enabled():
+            return kernels.norm(x.contiguous(), weight, None, self.eps, statistics)
         return functional.rms_norm(x.float(), (x.shape[-1],), None, self.eps).to(x.dtype) * weight
 
     def input_gradient(self, x: Tensor, grad: Tensor, *parameters: Tensor | None) -> Tensor | None:
-        return _input_gradient(x, grad, parameters[0], self.eps, centred=False)
+        return _input_gradient(x, grad, parameters[0], parameters[-1], centred=False)
 
 
-def _input_gradient(x: Tensor, grad: Tensor, weight: Tensor | None, eps: float, *, centred: bool) -> Tensor | None:
+def _input_gradient(
+    x: Tensor, grad: Tensor, weight: Tensor | None, statistics: Tensor | None, *, centred: bool
+) -> Tensor | None:
     assert weight is not None
-    if not _by_kernel(x):
+    if statistics is None:
         return None
-    return kernels.norm_gradient(x.contiguous(), grad.contiguous(), weight, eps, centred=centred)
+    return kernels.norm_gradient(x.contiguous(), grad.contiguous(), weight, statistics, centred=centred)
 
 
 def _by_kernel(x: Tensor) -> bool:
     return kernels is not None and x.is_cuda and x.shape[-1] <= kernels.WIDEST
+
+
+def _room_for_statistics(x: Tensor, *, centred: bool) -> Tensor | None:
+    """Where a kernel norms x."""
+    return kernels.room_for_statistics(x, centred=centred) if _by_kernel(x) else None
+
+
+class NormedRows(NamedTuple):
+    """What a norm's output is made of tile by tile, by whoever reads it: h [..., width] contiguous, its input; weight
+    and, of LayerNorm, bias [width]; statistics as of `norm_kernels.room_for_statistics`, filled."""
+
+    h: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    statistics: Tensor
+
+
+def normed_rows(step: Step, ingredients: Sequence[Tensor | None]) -> NormedRows | None:
+    """Of what was made so (`rebuilt.Recipe`), if it is what a kernel normed."""
+    if not isinstance(step, (_LayerNormStep, _RMSNormStep)) or ingredients[-1] is None:
+        return None
+    h, weight, *bias = ingredients[:-1]
+    assert h is not None
+    assert weight is not None
+    return NormedRows(h.contiguous(), weight, bias[0] if bias else None, ingredients[-1])
 
 
 class LayerNorm(nn.Module):
@@ -91,7 +126,8 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden_size] -> the same shape."""
-        return rebuilt(_LayerNormStep(self.eps), x, self.weight, self.bias)
+        statistics = _room_for_statistics(x, centred=True)
+        return rebuilt(_LayerNormStep(self.eps), x, self.weight, self.bias, statistics)
 
 
 class RMSNorm(LayerNorm):
@@ -102,7 +138,7 @@ class RMSNorm(LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden_size] -> the same shape."""
-        return rebuilt(_RMSNormStep(self.eps), x, self.weight)
+        return rebuilt(_RMSNormStep(self.eps), x, self.weight, _room_for_statistics(x, centred=False))
 
 
 class ApexLayerNorm(FusedLayerNorm):

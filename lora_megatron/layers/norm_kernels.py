@@ -4,7 +4,8 @@
     LayerNorm   y = n w + b,   n = (x - mean) / sqrt(var + eps)      RMSNorm   y = n w,   n = x / sqrt(mean(x^2) + eps)
     dx = (v - mean(v) - n mean(v n)) / sqrt(var + eps),  v = dy w;   RMSNorm has no mean(v)
 
-The backward kernel computes the row's statistics again rather than reading them: the row is there anyway.
+A row's statistics, 1 / sqrt(var + eps) and LayerNorm's mean, are written in fp32 for the backward kernels, which so
+need not look at a row twice, nor hold a whole one (`low_rank_input_kernels`).
 """
 
 from __future__ import annotations
@@ -19,21 +20,18 @@ WIDEST = 32768
 
 
 @triton.jit
-def _normed(x, width, eps, inside, CENTRED: tl.constexpr):
-    """(n, 1 / sqrt(var + eps)) of a row in fp32."""
-    if CENTRED:
-        x = tl.where(inside, x - tl.sum(x, 0) / width, 0.0)
-    inverse = 1.0 / tl.sqrt(tl.sum(x * x, 0) / width + eps)
-    return x * inverse, inverse
-
-
-@triton.jit
-def _norm(x, weight, bias, out, width, eps, CENTRED: tl.constexpr, SIZE: tl.constexpr):
+def _norm(x, weight, bias, out, statistics, width, eps, CENTRED: tl.constexpr, SIZE: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * width
     column = tl.arange(0, SIZE)
     inside = column < width
     values = tl.load(x + row + column, inside, 0.0).to(tl.float32)
-    n, _ = _normed(values, width, eps, inside, CENTRED)
+    if CENTRED:
+        mean = tl.sum(values, 0) / width
+        tl.store(statistics + tl.num_programs(0) + tl.program_id(0), mean)
+        values = tl.where(inside, values - mean, 0.0)
+    inverse = 1.0 / tl.sqrt(tl.sum(values * values, 0) / width + eps)
+    tl.store(statistics + tl.program_id(0), inverse)
+    n = values * inverse
     w = tl.load(weight + column, inside, 0.0).to(tl.float32)
     if CENTRED:
         n = n * w + tl.load(bias + column, inside, 0.0).to(tl.float32)
@@ -43,12 +41,15 @@ def _norm(x, weight, bias, out, width, eps, CENTRED: tl.constexpr, SIZE: tl.cons
 
 
 @triton.jit
-def _norm_gradient(x, grad, weight, out, width, eps, CENTRED: tl.constexpr, SIZE: tl.constexpr):
+def _norm_gradient(x, grad, weight, statistics, out, width, CENTRED: tl.constexpr, SIZE: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * width
     column = tl.arange(0, SIZE)
     inside = column < width
     values = tl.load(x + row + column, inside, 0.0).to(tl.float32)
-    n, inverse = _normed(values, width, eps, inside, CENTRED)
+    inverse = tl.load(statistics + tl.program_id(0))
+    if CENTRED:
+        values -= tl.load(statistics + tl.num_programs(0) + tl.program_id(0))
+    n = values * inverse
     v = tl.load(grad + row + column, inside, 0.0).to(tl.float32) * tl.load(weight + column, inside, 0.0).to(tl.float32)
     dx = v - n * (tl.sum(v * n, 0) / width)
     if CENTRED:
@@ -61,15 +62,21 @@ def _launch(width: int) -> dict[str, int]:
     return {"SIZE": size, "num_warps": min(16, max(1, size // 1024))}
 
 
-def norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    """LayerNorm of x [..., width] contiguous, or RMSNorm where there is no bias."""
+def room_for_statistics(x: Tensor, *, centred: bool) -> Tensor:
+    """Of each row of x [..., width], to be written by `norm`: fp32 [2, rows] 1 / sqrt(var + eps) and mean, or [1, rows]
+    of RMSNorm."""
+    return torch.empty(1 + centred, x.numel() // x.shape[-1], dtype=torch.float32, device=x.device)
+
+
+def norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, statistics: Tensor) -> Tensor:
+    """LayerNorm of x [..., width] contiguous, or RMSNorm where there is no bias; its statistics are written too."""
     out, width = torch.empty_like(x), x.shape[-1]
-    _norm[(x.numel() // width,)](x, weight, bias, out, width, eps, bias is not None, **_launch(width))
+    _norm[(x.numel() // width,)](x, weight, bias, out, statistics, width, eps, bias is not None, **_launch(width))
     return out
 
 
-def norm_gradient(x: Tensor, grad: Tensor, weight: Tensor, eps: float, *, centred: bool) -> Tensor:
-    """dL/dx from dL/dy, both [..., width] contiguous; `centred` for LayerNorm."""
+def norm_gradient(x: Tensor, grad: Tensor, weight: Tensor, statistics: Tensor, *, centred: bool) -> Tensor:
+    """dL/dx from dL/dy, both [..., width] contiguous, and what `norm` wrote of x; `centred` for LayerNorm."""
     out, width = torch.empty_like(x), x.shape[-1]
-    _norm_gradient[(x.numel() // width,)](x, grad, weight, out, width, eps, centred, **_launch(width))
+    _norm_gradient[(x.numel() // width,)](x, grad, weight, statistics, out, width, centred, **_launch(width))
     return out
