@@ -217,3 +217,9 @@ def sum_addends(
     summing(addends, table, found if du is None else du, found, *_three([found]), False, *cut)
     pieces = found.split([f.numel() for f in factors])
     return tuple(piece.view(f.shape) for piece, f in zip(pieces, factors, strict=True))
+
+
+def sum_into(out: Tensor, addends: Tensor, table: Tensor, longest: int, *, cut: tuple[int, int]) -> None:
+    """Fill `out` with the one sum of a table with one row; the rest as in `sum_addends`."""
+    assert table.shape[0] == 1
+    _sum[(triton.cdiv(longest, cut[1]), 1)](addends, table, out, out, *_three([out]), False, *cut)

@@ -67,7 +67,7 @@ class Problem:
         return between, moved(self.z), moved(self.dy), moved(self.du2)
 
     def wanted(self) -> dict[str, Tensor]:
-        """y, dz, du, and the gradient of each factor."""
+        """y, u2, dz, du, and the gradient of each factor."""
         leaves = {"dz": self.z, **({} if self.u is None else {"du": self.u})}
         leaves |= {part.name: b for part, b in zip(self.parts, self.bs, strict=True)}
         leaves = {name: t.double().requires_grad_() for name, t in leaves.items()}
@@ -82,16 +82,19 @@ class Problem:
             dy = dy + self.du2.double() @ self.a.double()
         found = dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), dy), strict=True))
         y = y.detach()
-        return {"y": y, **found, **({} if self.du2 is None else {"fc2": self.du2.double().t() @ y})}
+        if self.a is None or self.du2 is None:
+            return {"y": y, **found}
+        return {"y": y, "u2": y @ self.a.double().t(), **found, "fc2": self.du2.double().t() @ y}
 
 
 def results(problem: Problem, device: torch.device) -> dict[str, Tensor]:
     between, z, dy, du2 = problem.on(device)
     z = between.kept(z)
     with torch.no_grad():
-        (y,), _ = between.forward(z, (-1,))
+        (y,), u2 = between.forward(z, (-1,))
         (dz,), du, dbs, da = between.backward(z, dy, du2, (-1,))
-    found = {"y": y, "dz": dz, "du": du, "fc2": da, **dict(zip((p.name for p in problem.parts), dbs, strict=True))}
+    factors = dict(zip((part.name for part in problem.parts), dbs, strict=True))
+    found = {"y": y, "u2": u2, "dz": dz, "du": du, "fc2": da, **factors}
     return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
@@ -153,13 +156,13 @@ def test_gradients_are_added_to_sums_in_fp32(device: torch.device, adapted: str,
         assert float((added - wanted[part]).norm() / wanted[part].norm()) < 4e-3
 
 
-@pytest.mark.parametrize("table", tiles.TABLES, ids=["forward", "backward"])
+@pytest.mark.parametrize("table", tiles.TABLES, ids=["forward", "projection", "backward"])
 def test_tiles_are_what_a_tensor_core_takes(table: dict[int, tuple[tiles.Tile, tiles.Tile]]) -> None:
     assert list(table) == sorted(table)
     for tile in (one for pair in table.values() for one in pair):
         assert all(n & (n - 1) == 0 for n in tile[:4]), "powers of two"
         assert min(tile.tokens, tile.columns) >= 16
-        assert tile.span % tile.tokens == 0
+        assert tile.span % (tile.columns if table is tiles.PROJECTION_TILES else tile.tokens) == 0
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])
