@@ -50,6 +50,8 @@ MOST_RANK = 16
 """Of an adapter. Wider ones leave registers for narrower tiles alone, whose addends of du are then as much as z is."""
 SUM = 32, 128
 """Addends and places at a time of a program that sums: du has hundreds of addends and few places."""
+FACTOR_SUM = 4, 1024
+"""The same of dB and dA, which have an addend of each span of tokens, and many places."""
 
 
 class Addends(NamedTuple):

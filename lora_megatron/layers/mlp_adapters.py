@@ -145,5 +145,5 @@ def gradients(
         *halves.there, a is not None, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     du = None if halves.u is None else torch.empty_like(halves.u)
-    found = sum_addends(addends, cut.table, cut.longest, du, factors, mains, cut=tiles.SUM)
+    found = sum_addends(addends, cut.table, cut.longest, du, factors, mains, cut=tiles.SUM, factor_cut=tiles.FACTOR_SUM)
     return BackwardPass(dz, du, found)

@@ -26,6 +26,7 @@ INSIDE_OTHERS = {
     "_u",
     "_b",
     "_fc1",
+    "_total",
 }
 GEMM = "nvjet_hsh_128x256_64x4_2x1_v_bz_coopB_TNT"
 

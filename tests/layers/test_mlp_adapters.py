@@ -204,3 +204,24 @@ def test_the_plan_knows_of_all_addends(gated: bool) -> None:
     assert known == 4 * tiles.addends_of(ranks, fc2, 300, 1000, tile, CPU).size
     assert tiles.addend_bytes((17,), 0, 300, 1000, gated=gated, itemsize=2) == 0
     assert tiles.addend_bytes((), 0, 300, 1000, gated=gated, itemsize=2) == 0
+
+
+@pytest.mark.parametrize("added", [False, True])
+@pytest.mark.parametrize("device", [pytest.param(torch.device("cuda"), marks=on_gpu, id="gpu")])
+def test_every_addend_and_place_is_summed(device: torch.device, added: bool) -> None:
+    """More addends than a program takes at once (du has 10, a factor 7), more places, and a cut of its own for each."""
+    from lora_megatron.layers.low_rank_kernels import sum_addends  # needs Triton
+
+    cut = tiles.addends_of((5, 1), 3, 200, 640, tiles.Tile(32, 64, 32, 4), device)
+    addends = torch.randn(cut.size, generator=torch.Generator().manual_seed(0)).to(device)
+    factors = [torch.zeros(shape, device=device) for shape in ((640, 5), (640, 1), (3, 640))]
+    du, mains = torch.zeros(200, 6, device=device), [torch.ones_like(factor) for factor in factors]
+    given = mains if added else None
+    found = sum_addends(addends, cut.table, cut.longest, du, factors, given, cut=(4, 512), factor_cut=(2, 128))
+    sums = []
+    for start, (_, count, length, *_) in zip(cut.starts, cut.table.tolist(), strict=True):
+        sums.append(addends[start : start + count * length].view(count, length).double().sum(0))
+    want = torch.cat([sums[0].view(200, 5), sums[2].view(200, 1)], 1)
+    torch.testing.assert_close(du.double(), want, rtol=1e-5, atol=1e-5)  # sums in fp32
+    for got, want in zip(mains if added else found, sums[1::2], strict=True):
+        torch.testing.assert_close(got.double().flatten(), want + added, rtol=1e-5, atol=1e-5)
