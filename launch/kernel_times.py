@@ -13,8 +13,8 @@ KINDS: tuple[tuple[str, str], ...] = (
     ("attention", r"sdpa|flash|fmha|scaled_dot_product"),
     (
         "low-rank kernels",
-        r"^_add$|^_add_rows$|^_gradients$|^_sum$|^activate_adapted$|^adapted_gradients$|^add_input_product$"
-        r"|^normed_factor_gradients$",
+        r"^_add$|^_add_rows$|^_add_residual$|^_gradients$|^_sum$|^activate_adapted$|^activate_and_project$"
+        r"|^adapted_gradients$|^add_input_product$|^normed_factor_gradients$",
     ),
     ("sums over ranks", r"^_sum_in_order$"),
     ("rotary positions", r"^_turn$"),

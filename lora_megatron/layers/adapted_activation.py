@@ -5,9 +5,9 @@
     backward    dy' = dy + drop(du2 A)  dz = dy' act'(z' + c)     du = s dz B,  dB = s dz^T u,  dA = du2^T drop(y)
 
 z [m, f/t or 2 f/t] is fc1's product, dy [m, f/t] that of fc2's backward pass. On a GPU with Triton, at ranks up to 16,
-each line is one pass over them (but for u2, and for what drops out of fc2's), after which z is still what it was and
-makes y again wherever that is read. Elsewhere one operation follows the other: fc1's update is written over z, and du2
-A is added to dy where it lies.
+each line is one pass over them (but for what drops out of fc2's, and for u2 where fc1 has no adapters, whose y may come
+with its FP8 codes), after which z is still what it was and makes y again wherever that is read. Elsewhere one operation
+follows the other: fc1's update is written over z, and du2 A is added to dy where it lies.
 
 Of FP8 weights the next product reads codes. Without fc1's update in between they come out of the pass that computes
 them; with it, of a second one. (Largest magnitudes out of the first would spare that one a reading from the cache, and
@@ -76,7 +76,9 @@ class AdaptedActivation:
 
     def forward(self, z: Tensor, leading: tuple[int, ...]) -> tuple[Rows, Tensor | None]:
         """What fc2's product reads, and u2 [*leading, r] if fc2 is adapted."""
-        rows, y = self._activated(z)
+        rows, y, u2 = self._activated(z)
+        if u2 is not None:
+            return rows, u2.view(*leading, u2.shape[-1])
         return rows, None if self.a is None or y is None else self._dropped(y, leading) @ self.a.t()
 
     def backward(self, z: Tensor, dy: Tensor, du2: Tensor | None, leading: tuple[int, ...]) -> Gradients:
@@ -111,17 +113,24 @@ class AdaptedActivation:
         adapted = self.update is not None or (self.a is not None and self.dropout is None)
         return adapted and kernels.can_take(self.update, self.a)
 
-    def _activated(self, z: Tensor) -> tuple[Rows, Tensor | None]:
-        """What fc2's product reads; and y, where its adapter reads it."""
+    def _activated(self, z: Tensor) -> tuple[Rows, Tensor | None, Tensor | None]:
+        """What fc2's product reads; y, where its adapter reads it; and u2 [m, r], where it comes with y."""
         stored, act = stored_of(self.fc2), self.activation
         if not isinstance(stored, Fp8Products):
-            y = self._value(z)
-            return (y,), y
+            y, u2 = self._projected(z)
+            return (y,), y, u2
         factor, group = stored.forward_factor(), stored.forward_group
         if self.update is None or not self._in_one_pass(z):
-            return activated(act, z, self.bias, factor=factor, group=group, keep=self.a is not None)
-        y = self._value(z)
-        return quantise_tokens(y, factor=factor, group=group), y
+            return *activated(act, z, self.bias, factor=factor, group=group, keep=self.a is not None), None
+        y, u2 = self._projected(z)
+        return quantise_tokens(y, factor=factor, group=group), y, u2
+
+    def _projected(self, z: Tensor) -> tuple[Tensor, Tensor | None]:
+        """y, and u2 [m, r] where one pass makes both."""
+        if self.update is None or self.a is None or self.dropout is not None or not self._in_one_pass(z):
+            return self._value(z), None
+        act = self.activation
+        return kernels.activate_and_project(z, self.bias, self.update, self.a, act.name, gated=act.gated)
 
     def _value(self, z: Tensor) -> Tensor:
         if self.update is None or not self._in_one_pass(z):

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Triton kernels of an MLP's activation with the adapters of both layers inside it.
 
-    z' = z + s u B^T + c     y = act(z')                       gated: of each half its own, y = act(gate) up
+    z' = z + s u B^T + c     y = act(z')     u2 = y A^T        gated: of each half its own, y = act(gate) up
     dy' = dy + du2 A         dz = dy' act'(z')                 du = s dz B   dB = s dz^T u   dA = du2^T y
 
-A program holds C columns of the factors and walks over a span of tokens, T at a time. z is read as the product wrote
-it, so between two products only what the next one reads is written, and addends of the factors' gradients; in fp32 from
-the first operation to the last, but where a tensor core multiplies y or dz, rounded as they are written. Sums over
-tokens and columns are added up in a fixed order, by `low_rank_kernels`. `mlp_adapters` starts them.
+A program holds C columns of the factors and walks over a span of tokens, T at a time; where it sums u2 it has T tokens
+and walks over a span of columns. z is read as the product wrote it, so between two products only what the next one
+reads is written, and addends of u2 and of the factors' gradients; in fp32 from the first operation to the last, but
+where a tensor core multiplies y or dz, rounded as they are written. Sums over tokens and columns are added up in a
+fixed order, by `low_rank_kernels`. `mlp_adapters` starts them.
 """
 
 from __future__ import annotations
@@ -72,6 +73,38 @@ def activate_adapted(
             column = columns + index
             value *= _fc1(z, bias, where + columns, column, inside, own, left1, half1, scale1, BIAS, SECOND)
         tl.store(y + token[:, None] * columns + index[None, :], value.to(y.dtype.element_ty), inside)
+
+
+@triton.jit
+def activate_and_project(
+    z, bias, u, b0, b1, a, y, u2, scale0, scale1, tokens, columns, u_size, r0, r1, r2, first0, first1,
+    span: tl.constexpr, R: tl.constexpr, R2: tl.constexpr, T: tl.constexpr, C: tl.constexpr, KIND: tl.constexpr,
+    GATED: tl.constexpr, BIAS: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr,
+):  # fmt: skip
+    """y, and addends of u2 (by spans of columns): a program has T tokens and walks over a span, C columns at a time."""
+    piece, rank2 = tl.program_id(1), tl.arange(0, R2)
+    token = tl.program_id(0).to(tl.int64) * T + tl.arange(0, T)
+    width = columns * 2 if GATED else columns
+    left0 = _u(u, token, tokens, u_size, first0, r0, R, FIRST)
+    left1 = _u(u, token, tokens, u_size, first1, r1, R, SECOND)
+    total = tl.zeros([T, R2], tl.float32)
+    for step in range(0, span, C):
+        index = piece * span + step + tl.arange(0, C)
+        own = index < columns
+        inside = (token[:, None] < tokens) & own[None, :]
+        half0, half1 = _b(b0, index, columns, r0, R, FIRST), _b(b1, index, columns, r1, R, SECOND)
+        where = token[:, None] * width + index[None, :]
+        value, _ = _value_and_slope(_fc1(z, bias, where, index, inside, own, left0, half0, scale0, BIAS, FIRST), KIND)
+        if GATED:
+            column = columns + index
+            value *= _fc1(z, bias, where + columns, column, inside, own, left1, half1, scale1, BIAS, SECOND)
+        value = value.to(y.dtype.element_ty)
+        tl.store(y + token[:, None] * columns + index[None, :], value, inside)
+        places = rank2[:, None].to(tl.int64) * columns + index[None, :]
+        factor2 = tl.load(a + places, (rank2[:, None] < r2) & own[None, :], 0.0)
+        total += tl.dot(value, tl.trans(factor2), input_precision="ieee")
+    place = (piece.to(tl.int64) * tokens + token[:, None]) * r2 + rank2[None, :]
+    tl.store(u2 + place, total, (token[:, None] < tokens) & (rank2[None, :] < r2))
 
 
 @triton.jit

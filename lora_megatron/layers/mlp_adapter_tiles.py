@@ -20,38 +20,46 @@ class Tile(NamedTuple):
     tokens: int
     columns: int
     span: int
-    """Tokens of a program, which it takes one tile after the other, with its columns of the factors at hand."""
+    """Tokens of a program, which it takes one tile after the other, with its columns of the factors at hand; of
+    PROJECTION_TILES columns, with u2 of its tokens at hand."""
     warps: int
     stages: int = 3
     """Tiles that are under way at once: one computed, the others on their way from memory."""
 
 
 # By the bytes of a number: of an MLP that is not gated, and of a gated one, which has half as much again of everything
-# under way. A shorter span writes more addends of dB and dA (a span r numbers a column), fewer columns more addends of
-# du (a tile of them r a token). Those of two bytes are the fastest of a dozen, or near it, at rank 16 and the sizes of
-# GPT-3 175B and Llama 2 70B between products on an H200; the rest are chosen by what they compile to. Backward 16
-# tokens a warp at least: a product whose result goes into another one has all its warps along its rows in Triton 3.6,
-# and with fewer rows they repeat each other's work.
+# under way. A shorter span writes more addends of dB and dA (a span r numbers a column), or of u2 (r a token); fewer
+# columns more addends of du (a tile of them r a token). Forward and backward those of two bytes are the fastest of a
+# dozen, or near it, at rank 16 and the sizes of GPT-3 175B and Llama 2 70B between products on an H200; the rest are
+# chosen by what they compile to. But for the first table 16 tokens a warp at least: a product whose result goes into
+# another one has all its warps along its rows in Triton 3.6, and with fewer rows they repeat each other's work.
 FORWARD_TILES: dict[int, tuple[Tile, Tile]] = {
     2: (Tile(32, 128, 128, 4, 1), Tile(32, 128, 512, 4)),
     4: (Tile(32, 128, 128, 4), Tile(32, 64, 128, 4)),
+}
+PROJECTION_TILES: dict[int, tuple[Tile, Tile]] = {
+    2: (Tile(64, 64, 1024, 4, 2), Tile(64, 64, 1024, 4, 2)),
+    4: (Tile(64, 32, 1024, 4), Tile(64, 32, 1024, 4)),
 }
 BACKWARD_TILES: dict[int, tuple[Tile, Tile]] = {
     2: (Tile(64, 128, 512, 4), Tile(64, 64, 1024, 4)),
     4: (Tile(64, 64, 512, 4), Tile(64, 64, 512, 4)),
 }
-TABLES = FORWARD_TILES, BACKWARD_TILES
+TABLES = FORWARD_TILES, PROJECTION_TILES, BACKWARD_TILES
 MOST_RANK = 16
 """Of an adapter. Wider ones leave registers for narrower tiles alone, whose addends of du are then as much as z is."""
 SUM = 32, 128
 """Addends and places at a time of a program that sums: du has hundreds of addends and few places."""
+FACTOR_SUM = 4, 1024
+"""The same of dB and dA, which have an addend of each span of tokens, and many places."""
 
 
 class Addends(NamedTuple):
-    """What the programs of a backward pass write for `low_rank_kernels`' sum, one region behind the other."""
+    """What the programs of a pass write for `low_rank_kernels`' sum, one region behind the other."""
 
     table: Tensor
-    """int64 on the GPU, as in `low_rank_tiles.Sums`: du and dB of each of fc1's adapters, nothing and dA of fc2's."""
+    """int64 on the GPU, as in `low_rank_tiles.Sums`: du and dB of each of fc1's adapters, nothing and dA of fc2's; or
+    u2 alone."""
     starts: tuple[int, ...]
     """Of each of these sums' addends."""
     size: int
@@ -76,6 +84,17 @@ def addend_bytes(ranks: Sequence[int], fc2_rank: int, tokens: int, columns: int,
 
 
 @functools.cache  # without a limit: a CUDA graph reads the table for as long as it lives
+def projection_addends_of(rank: int, tokens: int, columns: int, tile: Tile, device: torch.device) -> Addends:
+    """Of u2 [tokens, rank], from `columns` columns of y.
+
+    No plan counts them: in fp32 they are less than dz, of which there is none yet, and gone before y's FP8 codes come.
+    """
+    pieces, places = math.ceil(columns / tile.span), tokens * rank
+    table = torch.tensor([[0, pieces, places, rank, rank, 0]], dtype=torch.int64, device=device)
+    return Addends(table, (0,), pieces * places, places)
+
+
+@functools.cache
 def addends_of(
     ranks: tuple[int, ...], fc2_rank: int, tokens: int, columns: int, tile: Tile, device: torch.device
 ) -> Addends:

@@ -13,7 +13,7 @@ from torch import Tensor
 from lora_megatron.layers import mlp_adapter_kernels as kernels
 from lora_megatron.layers import mlp_adapter_tiles as tiles
 from lora_megatron.layers.low_rank import Update
-from lora_megatron.layers.low_rank_kernels import sum_addends
+from lora_megatron.layers.low_rank_kernels import sum_addends, sum_into
 from lora_megatron.layers.low_rank_tiles import padded
 
 
@@ -74,6 +74,33 @@ def activate(
     return y
 
 
+def activate_and_project(
+    z: Tensor,
+    bias: Tensor | None,
+    update: Update,
+    a: Tensor,
+    name: str,
+    *,
+    gated: bool,
+) -> tuple[Tensor, Tensor]:
+    """y as of `activate`, and u2 = y A^T [m, r2] in its type, from a [r2, f]; of y as it is rounded, summed in fp32."""
+    tokens, (rank, columns) = z.shape[0], a.shape
+    tile = tiles.tile_of(z.element_size(), _factors(update, a)[1], tiles.PROJECTION_TILES, gated=gated)
+    assert tile is not None
+    assert z.is_contiguous()
+    assert a.is_contiguous()
+    halves, cut = _Halves(update), tiles.projection_addends_of(rank, tokens, columns, tile, z.device)
+    addends = torch.empty(cut.size, dtype=torch.float32, device=z.device)
+    y, u2 = (torch.empty(tokens, n, dtype=z.dtype, device=z.device) for n in (columns, rank))
+    kernels.activate_and_project[(triton.cdiv(tokens, tile.tokens), triton.cdiv(columns, tile.span))](
+        z, bias, halves.u, *halves.bs, a, y, addends, *halves.scales, tokens, columns, halves.size, *halves.ranks, rank,
+        *halves.firsts, tile.span, padded(halves.ranks), padded([rank]), tile.tokens, tile.columns, name, gated,
+        bias is not None, *halves.there, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    sum_into(u2, addends, cut.table, cut.longest, cut=tiles.SUM)
+    return y, u2
+
+
 class BackwardPass(NamedTuple):
     """What a backward pass leaves: dz in the shape of z; du [m, sum of r]; dB of each of fc1's adapters and dA, unless
     they have been added to their `mains`."""
@@ -118,5 +145,5 @@ def gradients(
         *halves.there, a is not None, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     du = None if halves.u is None else torch.empty_like(halves.u)
-    found = sum_addends(addends, cut.table, cut.longest, du, factors, mains, cut=tiles.SUM)
+    found = sum_addends(addends, cut.table, cut.longest, du, factors, mains, cut=tiles.SUM, factor_cut=tiles.FACTOR_SUM)
     return BackwardPass(dz, du, found)

@@ -26,6 +26,7 @@ INSIDE_OTHERS = {
     "_u",
     "_b",
     "_fc1",
+    "_total",
 }
 GEMM = "nvjet_hsh_128x256_64x4_2x1_v_bz_coopB_TNT"
 
@@ -45,6 +46,7 @@ def kernel(name: str, start: int, stop: int) -> Kernel:
         ("_gradients", "low-rank kernels"),
         ("_add_rows", "low-rank kernels"),
         ("_sum", "low-rank kernels"),
+        ("activate_and_project", "low-rank kernels"),
         ("adapted_gradients", "low-rank kernels"),
         ("add_input_product", "low-rank kernels"),
         ("normed_factor_gradients", "low-rank kernels"),

@@ -67,7 +67,7 @@ class Problem:
         return between, moved(self.z), moved(self.dy), moved(self.du2)
 
     def wanted(self) -> dict[str, Tensor]:
-        """y, dz, du, and the gradient of each factor."""
+        """y, u2, dz, du, and the gradient of each factor."""
         leaves = {"dz": self.z, **({} if self.u is None else {"du": self.u})}
         leaves |= {part.name: b for part, b in zip(self.parts, self.bs, strict=True)}
         leaves = {name: t.double().requires_grad_() for name, t in leaves.items()}
@@ -82,16 +82,19 @@ class Problem:
             dy = dy + self.du2.double() @ self.a.double()
         found = dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), dy), strict=True))
         y = y.detach()
-        return {"y": y, **found, **({} if self.du2 is None else {"fc2": self.du2.double().t() @ y})}
+        if self.a is None or self.du2 is None:
+            return {"y": y, **found}
+        return {"y": y, "u2": y @ self.a.double().t(), **found, "fc2": self.du2.double().t() @ y}
 
 
 def results(problem: Problem, device: torch.device) -> dict[str, Tensor]:
     between, z, dy, du2 = problem.on(device)
     z = between.kept(z)
     with torch.no_grad():
-        (y,), _ = between.forward(z, (-1,))
+        (y,), u2 = between.forward(z, (-1,))
         (dz,), du, dbs, da = between.backward(z, dy, du2, (-1,))
-    found = {"y": y, "dz": dz, "du": du, "fc2": da, **dict(zip((p.name for p in problem.parts), dbs, strict=True))}
+    factors = dict(zip((part.name for part in problem.parts), dbs, strict=True))
+    found = {"y": y, "u2": u2, "dz": dz, "du": du, "fc2": da, **factors}
     return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
@@ -153,13 +156,13 @@ def test_gradients_are_added_to_sums_in_fp32(device: torch.device, adapted: str,
         assert float((added - wanted[part]).norm() / wanted[part].norm()) < 4e-3
 
 
-@pytest.mark.parametrize("table", tiles.TABLES, ids=["forward", "backward"])
+@pytest.mark.parametrize("table", tiles.TABLES, ids=["forward", "projection", "backward"])
 def test_tiles_are_what_a_tensor_core_takes(table: dict[int, tuple[tiles.Tile, tiles.Tile]]) -> None:
     assert list(table) == sorted(table)
     for tile in (one for pair in table.values() for one in pair):
         assert all(n & (n - 1) == 0 for n in tile[:4]), "powers of two"
         assert min(tile.tokens, tile.columns) >= 16
-        assert tile.span % tile.tokens == 0
+        assert tile.span % (tile.columns if table is tiles.PROJECTION_TILES else tile.tokens) == 0
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])
@@ -201,3 +204,24 @@ def test_the_plan_knows_of_all_addends(gated: bool) -> None:
     assert known == 4 * tiles.addends_of(ranks, fc2, 300, 1000, tile, CPU).size
     assert tiles.addend_bytes((17,), 0, 300, 1000, gated=gated, itemsize=2) == 0
     assert tiles.addend_bytes((), 0, 300, 1000, gated=gated, itemsize=2) == 0
+
+
+@pytest.mark.parametrize("added", [False, True])
+@pytest.mark.parametrize("device", [pytest.param(torch.device("cuda"), marks=on_gpu, id="gpu")])
+def test_every_addend_and_place_is_summed(device: torch.device, added: bool) -> None:
+    """More addends than a program takes at once (du has 10, a factor 7), more places, and a cut of its own for each."""
+    from lora_megatron.layers.low_rank_kernels import sum_addends  # needs Triton
+
+    cut = tiles.addends_of((5, 1), 3, 200, 640, tiles.Tile(32, 64, 32, 4), device)
+    addends = torch.randn(cut.size, generator=torch.Generator().manual_seed(0)).to(device)
+    factors = [torch.zeros(shape, device=device) for shape in ((640, 5), (640, 1), (3, 640))]
+    du, mains = torch.zeros(200, 6, device=device), [torch.ones_like(factor) for factor in factors]
+    given = mains if added else None
+    found = sum_addends(addends, cut.table, cut.longest, du, factors, given, cut=(4, 512), factor_cut=(2, 128))
+    sums = []
+    for start, (_, count, length, *_) in zip(cut.starts, cut.table.tolist(), strict=True):
+        sums.append(addends[start : start + count * length].view(count, length).double().sum(0))
+    want = torch.cat([sums[0].view(200, 5), sums[2].view(200, 1)], 1)
+    torch.testing.assert_close(du.double(), want, rtol=1e-5, atol=1e-5)  # sums in fp32
+    for got, want in zip(mains if added else found, sums[1::2], strict=True):
+        torch.testing.assert_close(got.double().flatten(), want + added, rtol=1e-5, atol=1e-5)
