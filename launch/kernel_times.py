@@ -11,7 +11,10 @@ from lora_megatron.bench.communication import Kernel, collective_of
 
 KINDS: tuple[tuple[str, str], ...] = (
     ("attention", r"sdpa|flash|fmha|scaled_dot_product"),
-    ("low-rank kernels", r"^_add$|^_add_rows$|^_gradients$|^_sum$|^activate_adapted$|^adapted_gradients$"),
+    (
+        "low-rank kernels",
+        r"^_add$|^_add_rows$|^_add_residual$|^_gradients$|^_sum$|^activate_adapted$|^adapted_gradients$",
+    ),
     ("sums over ranks", r"^_sum_in_order$"),
     ("rotary positions", r"^_turn$"),
     ("FP8 casts and transposes", r"^_quantise_rows$|^_transpose$|^_forward$|^_backward$|^_unpack$"),
