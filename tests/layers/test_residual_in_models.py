@@ -37,8 +37,9 @@ def hidden_dropout(probability: float) -> Iterator[None]:
         yield
 
 
-def train_both(experiment: Experiment, probability: float) -> tuple[Record | None, Record | None, int]:
-    """The model as it is, and with updates that its row layers add; and how many the first left to the residual."""
+def train_both(experiment: Experiment, probability: float) -> tuple[Record | None, Record | None, tuple[int, int]]:
+    """The model as it is, and with updates that its row layers add; and how many the first left to the residual's
+    addition, and how many of these that added in one pass."""
 
     def added(layer: Any, output: Tensor, bias: Tensor | None, u: Tensor) -> tuple[Tensor, Tensor | None]:
         return add_low_rank(output, layer.low_rank_update(u)), bias
@@ -52,7 +53,8 @@ def train_both(experiment: Experiment, probability: float) -> tuple[Record | Non
             mock.patch.object(row.LoraRowParallelLinear, "with_update", added),
             mock.patch.object(spec, "get_residual_add", get_bias_dropout_add),
         ):
-            return ours, train_twin(experiment), asked.call_count
+            at_once = sum(call.kwargs.get("residual") is not None for call in asked.call_args_list)
+            return ours, train_twin(experiment), (asked.call_count, at_once)
 
 
 GPT = Experiment(model={"preset": "tiny", "num_layers": 2}, steps=2)
@@ -74,8 +76,9 @@ def test_a_model_is_what_it_was_with_updates_added_by_its_layers(pool: Pool, nam
     experiment = MODELS[name]
     ours, theirs, times = pool.run(1, train_both, experiment=experiment, probability=probability)[0]
     # Two a layer and microbatch, of an evaluation and of each step; recomputation makes two forward passes of those.
-    passes = experiment.global_batch_size * (1 + experiment.steps * (1 + (experiment.recompute == "full")))
-    assert times == 2 * 2 * passes
+    evaluated = 2 * 2 * experiment.global_batch_size
+    trained = evaluated * experiment.steps * (1 + (experiment.recompute == "full"))
+    assert times == (evaluated + trained, evaluated + (0 if probability else trained))
     assert (ours["eval"], ours["loss"]) == (theirs["eval"], theirs["loss"])
     for kind in ("grads", "values"):
         for got, want in zip(ours[kind], theirs[kind], strict=True):
