@@ -191,6 +191,17 @@ def test_it_is_rounded_once(device: torch.device, bias: bool) -> None:
 
 
 @gpu
+def test_nothing_behind_the_output_is_written(device: torch.device) -> None:
+    """Programs at the end of tokens and columns have room for more of both."""
+    memory, ones = (torch.ones(40, 1, 515, device=device) for _ in range(2))
+    update = Update(whole("o", 515), (2.0,), torch.ones(37, 1, 3, device=device), (torch.ones(515, 3, device=device),))
+    with torch.no_grad():
+        together(memory[:37], ones[:37], None, update)
+    assert torch.equal(memory[:37], 8 * ones[:37])
+    assert torch.equal(memory[37:], ones[37:])
+
+
+@gpu
 @pytest.mark.parametrize("bias", [False, True])
 def test_of_gpt3s_width_it_is_what_two_additions_give(device: torch.device, bias: bool) -> None:
     problem = Problem((2048, 1, 12288), 16, bias=bias, dtype=torch.bfloat16)
