@@ -70,13 +70,13 @@ def one_block_per_gated_fc1() -> Any:
 
 def b_applied_before_the_sum() -> Any:
     """Every rank adds the whole low-rank update before the ranks are summed: it counts once per rank."""
-    original = row.add_low_rank
+    original = row.LoraRowParallelLinear.low_rank_update
 
-    def add_low_rank(fused: Tensor, update: Update) -> Tensor:
-        ranks = build.mpu.get_tensor_model_parallel_world_size()
-        return original(fused, replace(update, scales=tuple(scale * ranks for scale in update.scales)))
+    def low_rank_update(layer: row.LoraRowParallelLinear, u: Tensor) -> Update:
+        update, ranks = original(layer, u), build.mpu.get_tensor_model_parallel_world_size()
+        return replace(update, scales=tuple(scale * ranks for scale in update.scales))
 
-    return mock.patch.object(row, "add_low_rank", add_low_rank)
+    return mock.patch.object(row.LoraRowParallelLinear, "low_rank_update", low_rank_update)
 
 
 def a_from_the_fan_in_of_a_shard() -> Any:

@@ -4,6 +4,9 @@
 forward     fused[:, part] += s u B^T                     u = x A^T: [m, r], B: [rows of part, r]
 backward    du = s g[:, part] B,   dB = s g[:, part]^T u,   the gradient of `fused` is g itself
 
+What follows a row layer goes with it: its bias c and the residual are added in the same pass, h = fused + s u B^T + c +
+residual; the gradient of `residual` is g too, and that of c is g summed over tokens.
+
 Under DDP, dB is added to the factor's fp32 sum here and now (`main_grad`).
 """
 
@@ -21,6 +24,7 @@ from lora_megatron.layers.qkv import Part
 
 try:
     from lora_megatron.layers import low_rank_kernels as kernels
+    from lora_megatron.layers import residual_kernels
 except ImportError:  # no Triton: the same, through general products
     kernels = None  # type: ignore[assignment]
 
@@ -36,11 +40,22 @@ class Update:
 
     def add_to(self, flat: Tensor) -> None:
         """Write flat [m, groups * stride] over with itself and the update; no gradient."""
-        if self._by_kernel(flat):
+        if self.by_kernel(flat):
             kernels.add_products(flat, self._flat_u(), self.bs, self.parts, self.scales)
             return
         for part, scale, piece, b in self._each():
             part.of(flat).add_(((piece * scale) @ b.t()).unflatten(-1, (part.groups, -1)))
+
+    def add_to_residual(self, flat: Tensor, residual: Tensor, bias: Tensor | None) -> None:
+        """Likewise with residual [m, n] and bias [n] besides, where the update is of all of flat [m, n]."""
+        if self.by_kernel(flat):
+            (b,), (scale,) = self.bs, self.scales
+            residual_kernels.add_product_and_residual(flat, residual.contiguous(), bias, self._flat_u(), b, scale)
+            return
+        self.add_to(flat)
+        if bias is not None:
+            flat.add_(bias)
+        flat.add_(residual)
 
     def gradients(self, flat: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """(du, what autograd is handed for each B) from the output's gradient [m, groups * stride].
@@ -48,7 +63,7 @@ class Update:
         Called once for a gradient: where a B has a `main_grad`, dB is added to it.
         """
         mains = main_grads_of(self.bs)
-        if self._by_kernel(flat):
+        if self.by_kernel(flat):
             problem = (flat.contiguous(), self._flat_u(), self.bs, self.parts, self.scales)
             du, found = kernels.product_gradients(*problem, mains)
             return du.view(self.u.shape), found if mains is None else already_added(self.bs)
@@ -59,9 +74,9 @@ class Update:
             dbs.extend(gradients_of_rows((b,), values.t(), piece))
         return (dus[0] if len(dus) == 1 else torch.cat(dus, -1)).view(self.u.shape), tuple(dbs)
 
-    def _by_kernel(self, flat: Tensor) -> bool:
-        """Not for very large ranks, which are no update beside a product any more, nor without tokens."""
-        if kernels is None or not flat.is_cuda or flat.dtype == torch.float64 or not flat.shape[0]:
+    def by_kernel(self, flat: Tensor) -> bool:
+        """Whether in one pass. Not for very large ranks, which are no update beside a product, nor without tokens."""
+        if kernels is None or not flat.is_cuda or flat.dtype == torch.float64 or not flat.numel():
             return False
         return kernels.can_take(self.bs)
 
@@ -77,29 +92,48 @@ class Update:
 class _AddLowRank(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, fused: Tensor, parts: tuple[Part, ...], scales: tuple[float, ...], u: Tensor, *bs: Tensor
+        ctx: Any,
+        fused: Tensor,
+        residual: Tensor | None,
+        bias: Tensor | None,
+        parts: tuple[Part, ...],
+        scales: tuple[float, ...],
+        u: Tensor,
+        *bs: Tensor,
     ) -> Tensor:
         ctx.parts, ctx.scales, ctx.bs = parts, scales, bs  # the parameters themselves, for their `main_grad`
         ctx.save_for_backward(u, *bs)  # b for autograd to notice if it changes before the backward pass
         ctx.mark_dirty(fused)
-        Update(parts, scales, u, bs).add_to(fused.view(-1, fused.shape[-1]))
+        update, flat = Update(parts, scales, u, bs), fused.view(-1, fused.shape[-1])
+        if residual is None:
+            update.add_to(flat)
+        else:
+            update.add_to_residual(flat, residual.reshape(flat.shape), bias)
         return fused
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         (grad,) = grads
         u = ctx.saved_tensors[0]
-        du, dbs = Update(ctx.parts, ctx.scales, u, ctx.bs).gradients(grad.reshape(-1, grad.shape[-1]))
-        return grad, None, None, du, *dbs
+        flat = grad.reshape(-1, grad.shape[-1])
+        of_residual, of_bias = (grad if ctx.needs_input_grad[1] else None), None
+        if ctx.needs_input_grad[2]:
+            of_bias = flat.sum(0)
+        du, dbs = Update(ctx.parts, ctx.scales, u, ctx.bs).gradients(flat)
+        return grad, of_residual, of_bias, None, None, du, *dbs
 
 
-def add_low_rank(fused: Tensor, update: Update) -> Tensor:
-    """fused [..., groups * stride] with the update added.
+def add_low_rank(
+    fused: Tensor, update: Update, *, residual: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
+    """fused [..., groups * stride] with the update added; with `residual`, of the same shape and type, that and bias
+    [groups * stride] as well.
 
     Written over `fused`, which nothing else may read or keep for its backward pass.
     """
+    assert bias is None or residual is not None, "a bias by itself is the product's"
     # Autograd forbids in-place changes of what a function, such as a sum over ranks, hands on as it is: that is a view,
     # and others may hold what it is a view of. Nobody does here, which this says, as torch's own matmul does.
     alone = torch.ops.aten._unsafe_view(fused, fused.shape)
-    result: Tensor = _AddLowRank.apply(alone, update.parts, update.scales, update.u, *update.bs)
+    result: Tensor = _AddLowRank.apply(alone, residual, bias, update.parts, update.scales, update.u, *update.bs)
     return result

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lora_megatron.layers.activation import Activation
 from lora_megatron.layers.frozen_mlp import frozen_mlp
-from lora_megatron.layers.low_rank import add_low_rank
+from lora_megatron.layers.residual import LeftToAdd
 from lora_megatron.layers.storage.fp8 import Fp8Products
 from lora_megatron.layers.storage.stored import stored_of
 
@@ -50,19 +50,22 @@ class Mlp(MLP):
 
     def forward(
         self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **megatron: Any
-    ) -> tuple[Tensor, Tensor | None]:
-        """[s or s/t, b, h] -> the same shape, and fc2's bias, which is added with the residual."""
+    ) -> tuple[Tensor, LeftToAdd]:
+        """[s or s/t, b, h] -> the same shape, and what is added with the residual: fc2's bias, perhaps its update."""
         assert per_token_scale is None, "for experts, which this stack has not"
         fc1, fc2 = self.linear_fc1, self.linear_fc2
         if not (_is_frozen(fc1, fc2) and (self.rebuild or _gains_by_one_function(fc1, fc2))):
             y = self.activation(*fc1(hidden_states))
-            result: tuple[Tensor, Tensor | None] = fc2(y)
+            result: tuple[Tensor, LeftToAdd] = fc2(y)
             return result
         output, u = frozen_mlp(hidden_states, fc1, fc2, self.activation, rebuild=self.rebuild)
         if not fc2.sequence_parallel:
             output = reduce_from_tensor_model_parallel_region(output, group=self.tp_group)
             u = None if u is None else fc2.summed(u)
-        return output if u is None else add_low_rank(output, fc2.low_rank_update(u)), fc2.bias
+        if u is None:
+            return output, fc2.bias
+        added: tuple[Tensor, LeftToAdd] = fc2.with_update(output, fc2.bias, u)
+        return added
 
 
 def _is_frozen(fc1: Any, fc2: Any) -> bool:

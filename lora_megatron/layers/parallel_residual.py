@@ -20,5 +20,7 @@ class ParallelResidualLayer(TransformerLayer):
         kwargs.pop("dynamic_inference_decode_only", None)
         x: Tensor = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         attended, context = self._forward_attention(*args, **kwargs)  # x + attention(norm_1(x))
-        fed, bias = self.mlp(self.pre_mlp_layernorm(x))
-        return attended + (fed if bias is None else fed + bias), context
+        fed = self.mlp(self.pre_mlp_layernorm(x))
+        add = self.mlp_bda(self.training, self.config.bias_dropout_fusion)
+        with self.bias_dropout_add_exec_handler():
+            return add(fed, attended, self.hidden_dropout), context

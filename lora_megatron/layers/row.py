@@ -26,6 +26,7 @@ from lora_megatron.layers.lora import AdapterSet, LoraFactors, seed_from
 from lora_megatron.layers.low_rank import Update, add_low_rank
 from lora_megatron.layers.low_rank_input import low_rank_input
 from lora_megatron.layers.qkv import whole
+from lora_megatron.layers.residual import BiasAndUpdate, LeftToAdd
 from lora_megatron.layers.sequence_shards import SequenceShards
 from lora_megatron.layers.sharding import REPLICATED, Shard, declare
 from lora_megatron.layers.storage.choose import StorageFormat
@@ -39,6 +40,8 @@ class LoraRowParallelLinear(RowParallelLinear):
         adapters: the adapter, if any.
         has_bias: whether there is a bias; megatron-core's one switch for all linear layers is not asked.
         storage: the format of a frozen weight; None keeps it as a parameter.
+        skip_update_add: hand the adapter's update on beside the bias instead of adding it, for the addition of the
+            residual (`layers.residual`), as megatron-core's skip_bias_add does with the bias.
         The rest is megatron-core's.
     """
 
@@ -50,9 +53,11 @@ class LoraRowParallelLinear(RowParallelLinear):
         adapters: AdapterSet,
         has_bias: bool,
         storage: StorageFormat | None = None,
+        skip_update_add: bool = False,
         **megatron: Any,
     ) -> None:
         super().__init__(input_size, output_size, **{**megatron, "bias": has_bias})
+        self.skip_update_add = skip_update_add
         declare(self.weight, Shard(1))
         if self.bias is not None:
             declare(self.bias, REPLICATED, sum_over_sequence_shards=self.sequence_parallel)
@@ -107,13 +112,13 @@ class LoraRowParallelLinear(RowParallelLinear):
         assert bias is None, "a row-parallel bias is added after the sum over ranks"
         return frozen_linear(input, weight)
 
-    def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
-        """[s, b, in / t] -> [s or s/t, b, out], and the bias where it is left to the caller."""
+    def forward(self, input_: Tensor) -> tuple[Tensor, LeftToAdd]:
+        """[s, b, in / t] -> [s or s/t, b, out], and what is left to the caller to add."""
         if not self.adapters:
             return self._without_update(input_)[:2]
         u, x = low_rank_input(input_, [self.pair.lora_A], self.dropout_now())
         output, bias, summed = self._without_update(x, u)
-        return add_low_rank(output, self.low_rank_update(self.summed(u) if summed is None else summed)), bias
+        return self.with_update(output, bias, self.summed(u) if summed is None else summed)
 
     def _without_update(self, x: Tensor, u: Tensor | None = None) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The output, the bias where it is left to the caller, and u summed over ranks if it went with the output."""
@@ -143,6 +148,14 @@ class LoraRowParallelLinear(RowParallelLinear):
         elif self.tp_group.size() > 1:
             u = reduce_from_tensor_model_parallel_region(u, group=self.tp_group)
         return u
+
+    def with_update(self, output: Tensor, bias: Tensor | None, u: Tensor) -> tuple[Tensor, LeftToAdd]:
+        """The output [s or s/t, b, out] with the adapter's update added, or beside the bias what adds it; from
+        u [s or s/t, b, r], both summed over ranks."""
+        update = self.low_rank_update(u)
+        if self.skip_update_add:
+            return output, BiasAndUpdate.of(bias, update)
+        return add_low_rank(output, update), bias
 
     def low_rank_update(self, u: Tensor) -> Update:
         """What the adapter adds to the output, from u [s or s/t, b, r], both summed over ranks."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from functools import partial
 
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -26,6 +25,7 @@ from lora_megatron.layers.mlp import MlpSpec
 from lora_megatron.layers.norm import RMSNorm, norm_class
 from lora_megatron.layers.parallel_residual import ParallelResidualLayer
 from lora_megatron.layers.qkv import Part, gated_parts, qkv_parts, whole
+from lora_megatron.layers.residual import get_residual_add
 from lora_megatron.layers.rotary import RotaryAttention
 from lora_megatron.layers.row import LoraRowParallelLinear
 from lora_megatron.layers.storage.choose import StorageFormat
@@ -82,6 +82,7 @@ def layer_spec(
                 "adapters": adapters("self_attention.linear_proj", "o"),
                 "has_bias": shape.proj_bias,
                 "storage": kept("self_attention.linear_proj"),
+                "skip_update_add": True,
             },
         ),
         q_layernorm=RMSNorm if shape.qk_norm else IdentityOp,
@@ -104,6 +105,7 @@ def layer_spec(
                 "adapters": adapters("mlp.linear_fc2", "fc2"),
                 "has_bias": shape.linear_bias,
                 "storage": kept("mlp.linear_fc2"),
+                "skip_update_add": True,
             },
         ),
     )
@@ -116,12 +118,12 @@ def layer_spec(
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=attention,
             ),
-            self_attn_bda=get_bias_dropout_add,
+            self_attn_bda=get_residual_add,
             pre_mlp_layernorm=norm,
             mlp=MlpSpec(
                 mlp, {"activation": Activation(shape.activation, gated=shape.gated_mlp), "rebuild": rebuild_mlp}
             ),
-            mlp_bda=get_bias_dropout_add,
+            mlp_bda=get_residual_add,
         ),
     )
 

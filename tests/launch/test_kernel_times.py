@@ -45,6 +45,7 @@ def kernel(name: str, start: int, stop: int) -> Kernel:
         ("_add", "low-rank kernels"),
         ("_gradients", "low-rank kernels"),
         ("_add_rows", "low-rank kernels"),
+        ("_add_residual", "low-rank kernels"),
         ("_sum", "low-rank kernels"),
         ("activate_and_project", "low-rank kernels"),
         ("adapted_gradients", "low-rank kernels"),
