@@ -140,4 +140,4 @@ def factor_gradients_of_normed(
         h, weight, bias, statistics, du, addends, tokens, width, *_counted_through(ranks), cut.pieces, tile.span,
         padded([sum(ranks)]), tile.tokens, tile.columns, bias is not None, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    return sum_addends(addends, cut.table, cut.longest, None, factors, mains, cut=tiles.SUM)
+    return sum_addends(addends, cut.table, cut.longest, None, factors, mains, factor_cut=tiles.SUM)
