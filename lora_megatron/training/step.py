@@ -75,6 +75,9 @@ def forward_step(sent: SentOutputs, batches: Iterator[Batch], model: nn.Module) 
     if batch["first_sample"] is not None:  # a captured step draws no masks, and may not touch the generators
         set_first_sample(batch["first_sample"])
     output = model(tokens, positions, attention_mask, labels=labels)
+    # megatron-core has put what the stage received where the chunk reads it; left there it would outlive its backward
+    # pass, and with it its gradient.
+    get_attr_wrapped_model(model, "set_input_tensor")(None)
     if not get_attr_wrapped_model(model, "post_process"):
         sent.add(output)
     return output, partial(_loss, mask)
