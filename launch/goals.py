@@ -51,16 +51,23 @@ def command_of(row: Row, folder: Path) -> list[str]:
     return [*start, *row.command, "--out", str(folder)]
 
 
+def shown(name: str, command: Sequence[str]) -> str:
+    """As one would type it."""
+    return shlex.join([*(f"{key}={value}" for key, value in ROWS[name].variables), *command])
+
+
 def run_row(name: str, folder: Path, shrink: Sequence[str], gpus: Sequence[int] | None = None) -> Report:
     """Run a row, on these of the GPUs that this process sees or on all of them; how it ended, and why it failed."""
     command, started = [*command_of(ROWS[name], folder / name), *shrink], time.monotonic()
     print(f"{name} ...", file=sys.stderr, flush=True)
-    environment = os.environ if gpus is None else {**os.environ, "CUDA_VISIBLE_DEVICES": _visible(gpus)}
+    environment = {**os.environ, **dict(ROWS[name].variables)}
+    if gpus is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = _visible(gpus)
     done = subprocess.run(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
         env=environment,
     )  # fmt: skip
-    result = _result(name, shlex.join(command), seconds=time.monotonic() - started)
+    result = _result(name, shown(name, command), seconds=time.monotonic() - started)
     result["gpus"] = None if gpus is None else list(gpus)
     if done.returncode != EXIT_DONE:
         result["why"] = f"failed with status {done.returncode}: {_error_in(done.stdout)}"
@@ -160,7 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.list:
         for name, row in ROWS.items():
-            print(f"{name}: {shlex.join(command_of(row, options.out / name))}")
+            print(f"{name}: {shown(name, command_of(row, options.out / name))}")
         return EXIT_DONE
     try:
         names = names_of(options.rows, list(ROWS), flag="--rows")

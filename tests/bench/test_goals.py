@@ -162,10 +162,11 @@ def test_rows_at_once_share_no_gpu(tmp_path: Path) -> None:
 def test_at_once_every_row_is_told_its_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And a row that is compared with another is, whichever of them ended first."""
     told: dict[str, str] = {}
+    channels: dict[str, str | None] = {}
 
     def pretend(command: list[str], env: dict[str, str], **_: Any) -> subprocess.CompletedProcess[str]:
         folder = Path(command[command.index("--out") + 1])
-        told[folder.name] = env["CUDA_VISIBLE_DEVICES"]
+        told[folder.name], channels[folder.name] = env["CUDA_VISIBLE_DEVICES"], env.get("NCCL_MAX_NCHANNELS")
         if folder.name == "full":
             time.sleep(0.05)
         folder.mkdir(parents=True, exist_ok=True)
@@ -173,15 +174,18 @@ def test_at_once_every_row_is_told_its_gpus(tmp_path: Path, monkeypatch: pytest.
         return subprocess.CompletedProcess(command, 0, stdout="")
 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    monkeypatch.delenv("NCCL_MAX_NCHANNELS", raising=False)
     with (
         patch.object(goals.subprocess, "run", pretend),
         patch.object(goals, "describe_environment", lambda: ENV),
         patch.object(goals.torch.cuda, "device_count", lambda: 4),
     ):
-        names = "full-recomputed,full,175b-2gpu"
+        names = "full-recomputed,full,175b-2gpu-chunks"
         assert goals.main(["--out", str(tmp_path / "out"), "--at-once", "--rows", names]) == 0
     results = json.loads((tmp_path / "out" / "goals.json").read_text(encoding="utf-8"))["results"]
-    assert told == {"175b-2gpu": "4,5", "full-recomputed": "6", "full": "7"}
+    assert told == {"175b-2gpu-chunks": "4,5", "full-recomputed": "6", "full": "7"}
+    assert channels == {"175b-2gpu-chunks": "8", "full-recomputed": None, "full": None}
+    assert [result["command"].startswith("NCCL_MAX_NCHANNELS=8 ") for result in results] == [False, False, True]
     assert [result["row"] for result in results] == names.split(",")
     assert all(result["values"] for result in results)
     assert [result["gpus"] for result in results] == [[2], [3], [0, 1]]
