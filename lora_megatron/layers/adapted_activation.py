@@ -36,6 +36,9 @@ try:
 except ImportError:  # no Triton: one operation after the other
     kernels = None  # type: ignore[assignment]  # mypy takes the name for a module; `_in_one_pass` asks for None
 
+FEWEST_TOKENS = 256
+"""Below that, as in decoding, u2 is a product of its own: the pass that sums it up walks along the columns, and would
+have too few programs for a GPU. Chosen by their number, not measured."""
 Rows = tuple[Tensor, ...]
 """What a product reads: a matrix, or its FP8 codes and scales."""
 
@@ -128,6 +131,8 @@ class AdaptedActivation:
     def _projected(self, z: Tensor) -> tuple[Tensor, Tensor | None]:
         """y, and u2 [m, r] where one pass makes both."""
         if self.update is None or self.a is None or self.dropout is not None or not self._in_one_pass(z):
+            return self._value(z), None
+        if z.shape[0] < FEWEST_TOKENS:
             return self._value(z), None
         act = self.activation
         return kernels.activate_and_project(z, self.bias, self.update, self.a, act.name, gated=act.gated)

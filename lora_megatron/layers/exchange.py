@@ -74,6 +74,7 @@ class Exchange:
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group, self.rank, self.size = group, group.rank(), group.size()
+        assert self.size > 1, "sequence shards of one rank"
         self.copies = torch.cuda.Stream(priority=-1)
         self.boxes = {"gather": _Box(group), "sum": _Box(group)}
         self.beside = 0
@@ -101,17 +102,15 @@ class Exchange:
         self.copies.wait_stream(main)  # behind these: torch's deterministic mode fills new memory, on this stream
         arrivals = []
         with torch.cuda.stream(self.copies):
-            if whole is not None and beside is not None:  # first: it is small, and nothing has to wait for it then
-                for owner in range(self.size):
+            if whole is not None and beside is not None:  # first: who waits for rows has waited for it
+                for owner in (*self._others(), self.rank):
                     source = beside if owner == self.rank else box.at(owner, beside, total)
                     whole[owner].copy_(source, non_blocking=True)
-            arrived = self.copies.record_event()
             for owner, copies in zip(self._others(), received, strict=True):
                 for copy, place in zip(copies, places, strict=True):
                     copy.copy_(box.at(owner, copy, place), non_blocking=True)
                 arrivals.append(self.copies.record_event())
         product.into(out[self.rank * rows :][:rows], *parts)
-        main.wait_event(arrived)  # long since, and not behind the last product, where a wait would take 5 us
         for owner, copies, arrival in zip(self._others(), received, arrivals, strict=True):
             main.wait_event(arrival)
             product.into(out[owner * rows :][:rows], *copies)

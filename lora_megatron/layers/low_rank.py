@@ -132,6 +132,7 @@ def add_low_rank(
     Written over `fused`, which nothing else may read or keep for its backward pass.
     """
     assert bias is None or residual is not None, "a bias by itself is the product's"
+    assert residual is not fused, "it would be written over"
     # Autograd forbids in-place changes of what a function, such as a sum over ranks, hands on as it is: that is a view,
     # and others may hold what it is a view of. Nobody does here, which this says, as torch's own matmul does.
     alone = torch.ops.aten._unsafe_view(fused, fused.shape)

@@ -5,8 +5,8 @@ forward     u = d A^T            d = drop(x): [s, b, in], A [sum of r, in]
 backward    dA = du^T d,   dx = drop(du A)          under DDP, dA is added to its fp32 sum here and now (`main_grad`)
 
 The dropout mask is a function of the sample (`layers.dropout`) and is drawn again. x itself is computed again where it
-came from a norm or an activation (`rebuilt`), whose input is kept already; on a GPU, and without dropout, a norm's not
-even that: dA's kernel norms what it reads.
+came from a norm or an activation (`rebuilt`), whose input is kept already; a norm's not even that where there is a
+kernel for dA, which norms what it reads (`low_rank_input_kernels.can_take`, and without dropout).
 
 x is handed on to the layer's large product, so that its gradient comes back through here: du A is added to it where it
 lies, instead of to a tensor as large as x that autograd then sums with it.

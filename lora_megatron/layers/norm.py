@@ -5,8 +5,10 @@ megatron-core's fallback to torch's norms refuses sequence parallelism. Here the
 their gradients are partial sums over sequence shards, and megatron-core sums them.
 
 What is kept for the backward pass is x, in its own precision: the output is computed again for an adapter that reads it
-(`layers.rebuilt`). Where a kernel norms, 4 to 8 bytes a token are kept beside x, mean and variance, with which another
-kernel norms what an adapter reads while it reads it; elsewhere these too are computed again.
+(`layers.rebuilt`). Where a kernel norms, two fp32 numbers of each row (a token, or of q and k a head of one) are kept
+beside x, its mean and 1 / sqrt(var + eps), or of RMSNorm the latter alone. With them another kernel norms what an
+adapter reads while it reads it; elsewhere they too are computed again. The plan leaves them out: at most some 0.3% of a
+layer.
 """
 
 from __future__ import annotations

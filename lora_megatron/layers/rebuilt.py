@@ -18,8 +18,8 @@ from torch import Tensor
 
 
 class Step(Protocol):
-    """y = value(x, *parameters), a pure function; it may note what it found on the way in a last parameter made for
-    that, which is kept with the others."""
+    """y = value(x, *parameters), the same for the same x, whatever a last parameter holds that is made for notes of
+    what it found on the way; that is kept with the others."""
 
     def value(self, x: Tensor, *parameters: Tensor | None) -> Tensor:
         """y of x."""

@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """What megatron-core's optimizer looks up for every parameter in every step, looked up once.
 
-The update of a few numbers for each of some thousand factors is bound by the host: megatron-core walks over them seven
-times a step and, without apex, torch's AdamW computes the bias corrections of each on the host. Together that is 40 to
-60 us a factor, while the GPU, which has nothing else to do then, needs less than one. Here
+The update of a few numbers for each of some thousand factors is bound by the host: megatron-core walks over them time
+and again in a step and, without apex, torch's AdamW computes the bias corrections of each on the host, while the GPU
+has nothing else to do (`launch/results/2026-11-goals.md` has what that cost on H200s). Here
 
 - AdamW is torch's fused one: one launch for some hundred factors, step counts on the device;
 - of bf16 parameters with fp32 masters, the lists of gradients, masters and parameters are made in the first step. A
   master's gradient is DDP's own fp32 sum, which lies where it lies for as long as DDP does, so it is set once.
 
-megatron-core's distributed optimizer, which has shards of its own, keeps its own steps.
+megatron-core's distributed optimizer, which has shards of its own, has the fused AdamW and keeps its own lists. So does
+one that steps fp32 parameters beside those of bf16.
 """
 
 from __future__ import annotations
@@ -25,14 +26,20 @@ _NORM_GRADS = ("get_grads_for_grad_norm", "get_main_grads_for_grad_norm")
 
 def use_fused_adamw(optimizer: Any) -> None:
     """Of one of megatron-core's optimizers; apex's AdamW is fused anyway."""
-    if isinstance(optimizer.optimizer, torch.optim.Adam):
+    if isinstance(optimizer.optimizer, (torch.optim.Adam, torch.optim.AdamW)):
         for group in optimizer.optimizer.param_groups:
             group.update(fused=True, foreach=False)
 
 
+def is_fused_adamw(inner: Any) -> bool:
+    """Of torch, which then counts its steps where the parameters lie."""
+    return any(group.get("fused") for group in inner.param_groups)
+
+
 def look_up_once(optimizer: Any) -> None:
     """Let one of megatron-core's optimizers of bf16 parameters keep its lists from its first step on."""
-    if hasattr(optimizer, "fp32_from_float16_groups") and not hasattr(optimizer, "shard_fp32_from_float16_groups"):
+    is_sharded = hasattr(optimizer, "shard_fp32_from_float16_groups")
+    if hasattr(optimizer, "fp32_from_float16_groups") and not is_sharded and not any(optimizer.fp32_from_fp32_groups):
         _Lists(optimizer)
 
 
@@ -47,7 +54,6 @@ class _Lists:
     """In place of the optimizer's own methods of these names."""
 
     def __init__(self, optimizer: Any) -> None:
-        self._optimizer = optimizer
         self._prepare, self._zero = optimizer._copy_model_grads_to_main_grads, optimizer.zero_grad
         self._count = getattr(optimizer, next(name for name in _NORM_GRADS if hasattr(optimizer, name)))
         self._counted: list[Tensor] | None = None
@@ -70,15 +76,15 @@ class _Lists:
             return
         self._prepare()
         own = [*zip(self._parameters, self._masters, strict=True)]
-        if all(getattr(parameter, "main_grad", None) is master.grad for parameter, master in own):
+        if all(m.grad is not None and m.grad is getattr(p, "main_grad", None) for p, m in own):
             self._counted = self._count()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         if not self._is_steady:
             self._zero(set_to_none)
 
-    def counted(self) -> list[Tensor]:
-        return self._count() if self._counted is None else self._counted
+    def counted(self, *group: Any) -> list[Tensor]:
+        return self._count(*group) if group or self._counted is None else self._counted
 
     def copy(self) -> None:
         """From masters to parameters; megatron-core without apex takes two launches for each of them."""

@@ -30,7 +30,12 @@ from torch import Tensor, nn
 from lora_megatron.config import OptimizerSection
 from lora_megatron.model.names import Named
 from lora_megatron.training.cuda_graph import StepGraph
-from lora_megatron.training.looked_up_once import counted_gradients, look_up_once, use_fused_adamw
+from lora_megatron.training.looked_up_once import (
+    counted_gradients,
+    is_fused_adamw,
+    look_up_once,
+    use_fused_adamw,
+)
 
 STATE_KINDS = ("master", "exp_avg", "exp_avg_sq")
 
@@ -231,7 +236,7 @@ class MegatronAdamW:
                 owned.main.copy_(ranged["master"].view_as(owned.main))
             inner = inner_state[owned.main]
             inner.state[owned.main] = {
-                "step": torch.tensor(float(step), device=owned.main.device),
+                "step": torch.tensor(float(step), device=owned.main.device if is_fused_adamw(inner) else None),
                 **{k: ranged[k].view_as(owned.main).clone() for k in STATE_KINDS[1:]},
             }
         for group in self.inner.param_groups:

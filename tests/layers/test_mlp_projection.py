@@ -89,9 +89,12 @@ PROBLEM = Problem("gelu_tanh", "fc1 and fc2", bias=True, ranks=(4, 16, 5), dtype
 
 
 def forward_through(
-    monkeypatch: pytest.MonkeyPatch, between: AdaptedActivation, z: Tensor
+    monkeypatch: pytest.MonkeyPatch, between: AdaptedActivation, z: Tensor, *, fewest: int = TOKENS
 ) -> tuple[list[str], Tensor | None]:
-    """The passes of a forward pass, as if on a GPU, and u2; each gives ones for y, and for u2 twos."""
+    """The passes of a forward pass, as if on a GPU, and u2; each gives ones for y, and for u2 twos.
+
+    fewest: tokens for which one pass is to make both.
+    """
     called: list[str] = []
 
     def activate(*_: Any, **__: Any) -> Tensor:
@@ -104,6 +107,7 @@ def forward_through(
 
     passes = SimpleNamespace(activate=activate, activate_and_project=activate_and_project)
     monkeypatch.setattr(adapted_activation, "kernels", passes)
+    monkeypatch.setattr(adapted_activation, "FEWEST_TOKENS", fewest)
     monkeypatch.setattr(AdaptedActivation, "_in_one_pass", lambda self, z: True)
     with torch.no_grad():
         (y,), u2 = between.forward(z, (-1, 3))
@@ -117,6 +121,15 @@ def test_u2_is_what_the_pass_made(monkeypatch: pytest.MonkeyPatch) -> None:
     assert called == ["activate_and_project"]
     assert u2 is not None
     assert torch.equal(u2, torch.full((TOKENS // 3, 3, 5), 2.0))
+
+
+def test_of_few_tokens_u2_is_a_product_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    between, z, *_ = PROBLEM.on(CPU)
+    called, u2 = forward_through(monkeypatch, between, z, fewest=TOKENS + 1)
+    assert called == ["activate"]
+    assert u2 is not None
+    assert between.a is not None
+    torch.testing.assert_close(u2.view(TOKENS, -1), torch.ones(TOKENS, COLUMNS) @ between.a.t())
 
 
 def test_what_drops_out_is_a_product_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

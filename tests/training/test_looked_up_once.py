@@ -20,7 +20,7 @@ from lora_megatron.training.step import run_microbatches
 from tests.pool import Pool
 from tests.twin import Experiment, build_chunks, microbatch
 
-STEPS, BAD = 5, 3
+STEPS, BAD, CLIP = 5, 3, 0.5
 Steps = tuple[list[float], dict[str, torch.Tensor], int, list[int]]
 
 
@@ -37,7 +37,7 @@ def steps(*, keep: bool) -> Steps:
         mock.patch.object(OfHalfPrecision, "_copy_model_grads_to_main_grads", lambda self: look_up(self)),
         mock.patch.object(module, "look_up_once", module.look_up_once if keep else lambda optimizer: None),
     ):
-        optimizer = choose_optimizer(ddp, OptimizerSection(lr=1e-2, clip_grad=0.5), precision="bf16")
+        optimizer = choose_optimizer(ddp, OptimizerSection(lr=1e-2, clip_grad=CLIP), precision="bf16")
         assert isinstance(optimizer, MegatronAdamW)
         for step in range(STEPS):
             optimizer.zero_grad()
@@ -58,7 +58,7 @@ def test_steps_are_the_same_to_the_bit(both: list[Steps]) -> None:
     (norms, state, _, _), (other_norms, other_state, _, _) = both
     assert norms == other_norms
     assert [math.isfinite(norm) for norm in norms] == [step != BAD for step in range(STEPS)]
-    assert max(norms) > 0.5  # some are clipped
+    assert max(filter(math.isfinite, norms)) > CLIP
     assert state.keys() == other_state.keys()
     assert [name for name, value in state.items() if not torch.equal(value, other_state[name])] == []
 
