@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -13,6 +14,7 @@ from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params 
 from lora_megatron.config import OptimizerSection
 from lora_megatron.model.names import named_parameters
 from lora_megatron.parallel.groups import build_mesh
+from lora_megatron.training import looked_up_once
 from lora_megatron.training import optimizer as module
 from lora_megatron.training.choose_optimizer import choose_optimizer
 from lora_megatron.training.optimizer import MegatronAdamW, trained, wrap_ddp
@@ -24,9 +26,12 @@ STEPS, BAD, CLIP = 5, 3, 0.5
 Steps = tuple[list[float], dict[str, torch.Tensor], int, list[int]]
 
 
-def steps(*, keep: bool) -> Steps:
+def steps(*, keep: bool, reload: bool = False) -> Steps:
     """(gradient norms, state at the end, times that gradients were looked up, bytes of the state after each step);
-    the gradients of one step are not finite."""
+    the gradients of one step are not finite.
+
+    reload: after the second step take the state from a copy of it, as from a checkpoint.
+    """
     experiment = Experiment(precision="bf16")
     build_mesh(experiment.layout, seed=1, timeout_minutes=2)
     chunks, _ = build_chunks(experiment)
@@ -46,6 +51,9 @@ def steps(*, keep: bool) -> Steps:
                 next(iter(names)).main_grad.fill_(math.inf)
             norms.append(optimizer.step())
             sizes.append(optimizer.state_bytes())
+            if reload and step == 1:
+                copy = {name: value.clone() for name, value in optimizer.named_state(names)}
+                optimizer.load_named_state(names, copy.__getitem__, step=2)
     return norms, dict(optimizer.named_state(names)), look_up.call_count, sizes
 
 
@@ -61,6 +69,20 @@ def test_steps_are_the_same_to_the_bit(both: list[Steps]) -> None:
     assert max(filter(math.isfinite, norms)) > CLIP
     assert state.keys() == other_state.keys()
     assert [name for name, value in state.items() if not torch.equal(value, other_state[name])] == []
+
+
+def test_a_state_that_is_loaded_in_between_goes_on(pool: Pool, both: list[Steps]) -> None:
+    norms, state, calls, _ = pool.run(1, steps, keep=True, reload=True)[0]
+    assert (norms, calls) == (both[1][0], 1)
+    assert [name for name, value in state.items() if not torch.equal(value, both[1][1][name])] == []
+
+
+def test_fp32_parameters_beside_those_of_bf16_keep_megatron_cores_own_steps() -> None:
+    """Their gradients are set and taken away in each step."""
+    groups = {"fp32_from_float16_groups": [[]], "float16_groups": [[]], "fp32_from_fp32_groups": [[object()]]}
+    optimizer = SimpleNamespace(**groups)
+    looked_up_once.look_up_once(optimizer)
+    assert vars(optimizer) == groups
 
 
 def test_lists_are_made_once(both: list[Steps]) -> None:
