@@ -184,6 +184,7 @@ def test_adapters_over_fp8_and_nf4_are_as_good_as_over_bf16(pool: Pool, trained:
     require_quality(held_out(pool, trained, ["fp8", "nf4"]), reference)
 
 
+@pytest.mark.slow
 def test_held_out_loss_notices_half_a_scale(pool: Pool, trained: Path, reference: float) -> None:
     losses = held_out(pool, trained, ["fp8"], broken="half the scale")
     with pytest.raises(AssertionError, match="held-out loss of fp8 is"):

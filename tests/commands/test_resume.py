@@ -60,7 +60,7 @@ def check_resuming_at(steps: list[int], pool: Pool, world: int, tmp_path: Path, 
     ("world", "sections", "steps"),
     [
         (1, {}, list(range(1, STEPS))),
-        (2, {"parallel": {"tensor": 2, "sequence": True}}, [1, 2, 5, 10]),
+        (2, {"parallel": {"tensor": 2, "sequence": True}}, [1, 5]),
         pytest.param(2, {"parallel": {"pipeline": 2}, "train": {"precision": "bf16"}}, [1, 10], marks=pytest.mark.slow),
         (2, {"optimizer": {"lr": 5e-3, "sharding": "megatron"}}, [1, 4]),
     ],

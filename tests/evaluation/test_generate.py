@@ -76,7 +76,7 @@ def prepare(base: Path, out: Path) -> None:
     make_adapter(base, out, targets={"q": 4, "v": 4, "fc1": 2})
 
 
-@pytest.mark.parametrize("name", END)
+@pytest.mark.parametrize("name", ["gpt2", pytest.param("llama", marks=pytest.mark.slow)])
 def test_tokens_equal_transformers(pool: Pool, saved: Callable[[str], Path], tmp_path: Path, name: str) -> None:
     base, adapter, merged = saved(name), tmp_path / "adapter", tmp_path / "merged"
     pool.run(1, prepare, base=base, out=adapter)

@@ -78,7 +78,7 @@ SHARES = [0.01, pytest.param(0.5, marks=pytest.mark.slow), 0.99]
 """Of a file, or of a checkpoint, that still can be written; the middle of it takes half a minute more."""
 
 
-@pytest.mark.parametrize(("layout", "victim"), [("TP2", 0), ("PP2", 1)])
+@pytest.mark.parametrize(("layout", "victim"), [("TP2", 0), pytest.param("PP2", 1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("share", SHARES)
 def test_a_file_that_cannot_grow(
     corpus: Path, tmp_path: Path, undisturbed: Undisturbed, layout: str, victim: int, share: float

@@ -82,7 +82,7 @@ def undisturbed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
         (2, 0, (signal.SIGTERM,), "held_out.run_microbatches", 5, 3),
         (1, 0, (signal.SIGTERM, signal.SIGTERM), "saving.save_checkpoint", 1, 5),
         (1, 0, (signal.SIGUSR2,), "saving.save_checkpoint", 2, 6),
-        (2, 1, (signal.SIGTERM,), "command.build", 1, 0),
+        pytest.param(2, 1, (signal.SIGTERM,), "command.build", 1, 0, marks=pytest.mark.slow),
     ],
     ids=["step", "twice in the last step", "first evaluation", "evaluation", "twice in a save", "last save", "start"],
 )

@@ -115,6 +115,7 @@ def fresh() -> Iterator[Pool]:
     pool.close()
 
 
+@pytest.mark.slow
 def test_a_rank_needs_its_shard_and_one_tensor(fresh: Pool, tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path / "model", CONFIG)
     largest = max(CONFIG["vocab_size"], CONFIG["intermediate_size"]) * CONFIG["hidden_size"] * 4

@@ -222,6 +222,7 @@ def test_when_the_time_is_over_what_waits_does_not_begin(tmp_path: Path) -> None
     assert sorted(path.name for path in (tmp_path / "logs").iterdir()) == ["one.log", "two.log"]
 
 
+@pytest.mark.slow
 def test_the_report_of_a_failed_experiment_names_what_is_missing(tmp_path: Path) -> None:
     raw = write_raw(tmp_path / "raw")
     settings = Settings(raw=raw, out=tmp_path / "out", seeds=(1,), shrink=("train.stepps=3",))

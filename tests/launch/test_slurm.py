@@ -81,6 +81,7 @@ def _output(folder: Path) -> str:
     return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_two_nodes_train_the_same_losses_through_a_signal_and_a_requeue(
     cluster: Cluster, pool: Pool, corpus: Path, tmp_path: Path

@@ -202,6 +202,7 @@ def test_training_behind_an_exchange(nccl: Pool, world: int) -> None:
     check_training(nccl, world, formats=[None, StorageFormat("fp8"), StorageFormat("nf4", "fp8")])
 
 
+@pytest.mark.slow
 def test_training_through_files(pool: Pool) -> None:
     check_training(pool, 2, formats=[None, StorageFormat("fp8")])
 

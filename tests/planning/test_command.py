@@ -139,6 +139,7 @@ def test_too_few_gpus_name_the_fewest_that_do(capsys: pytest.CaptureFixture[str]
     assert "the fewest GPUs that do are 6 with parallel.tensor=2 parallel.pipeline=3" in line
 
 
+@pytest.mark.slow
 def test_what_gpus_share_is_planned(capsys: pytest.CaptureFixture[str]) -> None:
     """One rank's tokens in one box, all ranks' in the other, outside torch's allocator; and beside them what adapters
     make of them, as wide as in the layer of this rank that has most."""
