@@ -34,7 +34,7 @@ from lora_megatron.layers.storage.product import Product
 try:
     from lora_megatron.layers import exchange_kernels as kernels
 except ImportError:  # no Triton
-    kernels = None  # type: ignore[assignment]
+    kernels = None  # type: ignore[assignment]  # mypy takes the name for a module; None is what is asked for below
 
 _ALIGNMENT = 256  # bytes between parts of a box
 _made: dict[dist.ProcessGroup, Exchange] = {}

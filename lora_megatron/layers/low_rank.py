@@ -26,7 +26,7 @@ try:
     from lora_megatron.layers import low_rank_kernels as kernels
     from lora_megatron.layers import residual_kernels
 except ImportError:  # no Triton: the same, through general products
-    kernels = None  # type: ignore[assignment]
+    kernels = None  # type: ignore[assignment]  # mypy takes the name for a module; None is what is asked for below
 
 
 @dataclass(frozen=True)

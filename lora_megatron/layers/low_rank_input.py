@@ -28,7 +28,7 @@ from lora_megatron.layers.rebuilt import recipe_or_itself
 try:
     from lora_megatron.layers import low_rank_input_kernels as kernels
 except ImportError:  # no Triton: the same, through general products
-    kernels = None  # type: ignore[assignment]
+    kernels = None  # type: ignore[assignment]  # mypy takes the name for a module; None is what is asked for below
 
 
 class _LowRankInput(torch.autograd.Function):

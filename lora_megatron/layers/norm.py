@@ -29,7 +29,7 @@ from lora_megatron.layers.sharding import REPLICATED, declare
 try:
     from lora_megatron.layers import norm_kernels as kernels
 except ImportError:  # no Triton: torch's own
-    kernels = None  # type: ignore[assignment]
+    kernels = None  # type: ignore[assignment]  # mypy takes the name for a module; None is what is asked for below
 
 
 @dataclass(frozen=True)

@@ -45,9 +45,12 @@ def look_up_once(optimizer: Any) -> None:
 
 def counted_gradients(optimizer: Any) -> list[Tensor]:
     """The gradients of which the global norm is made on this rank: replicas on one rank alone."""
-    name = next(name for name in _NORM_GRADS if hasattr(optimizer, name))
-    found: list[Tensor] = getattr(optimizer, name)()
+    found: list[Tensor] = _counting(optimizer)()
     return found
+
+
+def _counting(optimizer: Any) -> Any:
+    return getattr(optimizer, next(name for name in _NORM_GRADS if hasattr(optimizer, name)))
 
 
 class _Lists:
@@ -55,7 +58,7 @@ class _Lists:
 
     def __init__(self, optimizer: Any) -> None:
         self._prepare, self._zero = optimizer._copy_model_grads_to_main_grads, optimizer.zero_grad
-        self._count = getattr(optimizer, next(name for name in _NORM_GRADS if hasattr(optimizer, name)))
+        self._count = _counting(optimizer)
         self._counted: list[Tensor] | None = None
         self._parameters = [p for group in optimizer.float16_groups for p in group]
         self._masters = [p for group in optimizer.fp32_from_float16_groups for p in group]
