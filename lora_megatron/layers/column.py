@@ -124,11 +124,23 @@ class LoraColumnParallelLinear(ColumnParallelLinear):
         output, u = gathered_linear(x, weight, frozen, self.shards, u)
         return output if trained is None else output + trained, u
 
-    def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        """[s or s/t, b, in] -> [s, b, out / t], and the bias where it is left to the caller."""
+    def forward(
+        self, input_: Tensor, *args: Any, leave_update: bool = False, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | Update | None]:
+        """[s or s/t, b, in] -> [s, b, out / t], and the bias where it is left to the caller; with `leave_update` the
+        output without the adapters' update, and in the bias's place the update, for a caller who adds it."""
         if not self.adapters:
             plain: tuple[Tensor, Tensor | None] = super().forward(input_, *args, **kwargs)
             return plain
+        output, u, left = self._without_update(input_, *args, **kwargs)
+        update = self.low_rank_update(u)
+        if leave_update:
+            assert left is None, "a bias and an update left: one of them would be lost"
+            return output, update
+        return add_low_rank(output, update), left
+
+    def _without_update(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The output without it, u of the output's tokens, and the bias that is left."""
         u, x = self.low_rank_input(input_)
         if self._u_goes_with_tokens:
             assert not self.gather_output, "sequence parallelism gathers tokens, not outputs"
@@ -136,9 +148,9 @@ class LoraColumnParallelLinear(ColumnParallelLinear):
             added, left = (None, self.bias) if self.skip_bias_add else (self.bias, None)
             output, whole = self._gathered(x, self.weight, added, u)
             assert whole is not None
-            return add_low_rank(output, self.low_rank_update(whole)), left
+            return output, whole, left
         output, left = super().forward(x, *args, **kwargs)
-        return add_low_rank(output, self.low_rank_update(u)), left
+        return output, u, left
 
     @property
     def _u_goes_with_tokens(self) -> bool:

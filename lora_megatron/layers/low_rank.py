@@ -12,7 +12,7 @@ Under DDP, dB is added to the factor's fp32 sum here and now (`main_grad`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,6 +73,27 @@ class Update:
             dus.append(values @ b)
             dbs.extend(gradients_of_rows((b,), values.t(), piece))
         return (dus[0] if len(dus) == 1 else torch.cat(dus, -1)).view(self.u.shape), tuple(dbs)
+
+    def gradients_of_parts(
+        self, grads: Sequence[Tensor], all_parts: tuple[Part, ...]
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """(the output's gradient [m, groups * stride], and `gradients` of it) from a gradient [m, part.rows] of each of
+        `all_parts`, which the output consists of."""
+        if not self.by_kernel(grads[0]):
+            runs = [grad.unflatten(-1, (part.groups, -1)) for grad, part in zip(grads, all_parts, strict=True)]
+            flat = torch.cat(runs, -1).flatten(-2)
+            return flat, *self.gradients(flat)
+        mains = main_grads_of(self.bs)
+        own = {part.name: index for index, part in enumerate(self.parts)}
+
+        def each(values: Sequence[Any], otherwise: Any) -> list[Any]:
+            return [values[own[part.name]] if part.name in own else otherwise for part in all_parts]
+
+        flat, du, found = kernels.split_gradients(
+            [grad.contiguous() for grad in grads], self._flat_u(), each(self.bs, None), all_parts,
+            each(self.scales, 1.0), None if mains is None else each(mains, None),
+        )  # fmt: skip
+        return flat, du.view(self.u.shape), found if mains is None else already_added(self.bs)
 
     def by_kernel(self, flat: Tensor) -> bool:
         """Whether in one pass. Not for very large ranks, which are no update beside a product, nor without tokens."""

@@ -6,7 +6,7 @@
 
 All adapters of a layer, three at most, share each launch. Their ranks are counted through: rank j of them all, a column
 of du, is row j - first of a factor, of which there are three places and `second` and `third` the first rank of the
-latter two. Sums are fp32; those over tokens are added up in a fixed order, by `low_rank_kernels`.
+latter two. Sums are fp32; those over tokens are added up in a fixed order, by `addend_kernels`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_megatron.layers import low_rank_input_tiles as tiles
-from lora_megatron.layers.low_rank_kernels import sum_addends
+from lora_megatron.layers.addend_kernels import sum_addends
 from lora_megatron.layers.low_rank_tiles import MOST_PARTS, padded
 from lora_megatron.layers.norm import NormedRows
 

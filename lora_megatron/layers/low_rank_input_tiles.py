@@ -39,7 +39,7 @@ SUM = 4, 1024
 
 
 class Addends(NamedTuple):
-    """What the programs of a backward pass write for `low_rank_kernels`' sum: of each factor [pieces, r, width]."""
+    """What the programs of a backward pass write for `addend_kernels`' sum: of each factor [pieces, r, width]."""
 
     table: Tensor
     """int64 on the GPU, as in `low_rank_tiles.Sums`: nothing (du is known here) and dA of each factor."""

@@ -20,10 +20,10 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_megatron.layers import low_rank_tiles as tiles
+from lora_megatron.layers.addend_kernels import chosen, sum_addends, three
 from lora_megatron.layers.qkv import Part
 
 _FIELDS, _SUM_FIELDS = tl.constexpr(tiles.FIELDS), tl.constexpr(tiles.SUM_FIELDS)
-_ADDENDS, _PLACES = 16, 512
 
 
 @triton.jit
@@ -31,17 +31,6 @@ def _which(table, tile):
     """The part (0, 1 or 2) that a tile of columns belongs to."""
     after_first = (tile >= tl.load(table + _FIELDS)).to(tl.int32)
     return after_first + (tile >= tl.load(table + 2 * _FIELDS)).to(tl.int32)
-
-
-@triton.jit
-def _of(which, first, second, third):
-    """That part's one of three pointers or numbers."""
-    chosen = first
-    if which == 1:
-        chosen = second
-    if which == 2:
-        chosen = third
-    return chosen
 
 
 @triton.jit
@@ -60,7 +49,7 @@ def _add(
     tile = tl.program_id(0)
     which = _which(table, tile)
     row = table + which * _FIELDS
-    b, scale = _of(which, b0, b1, b2), _of(which, scale0, scale1, scale2)
+    b, scale = chosen(which, b0, b1, b2), chosen(which, scale0, scale1, scale2)
     n = tl.multiple_of(tl.load(row + 1), ALIGNED)
     r, first = tl.multiple_of(tl.load(row + 4), EVEN), tl.multiple_of(tl.load(row + 5), EVEN)
     token = tl.program_id(1).to(tl.int64) * T + tl.arange(0, T)
@@ -79,15 +68,17 @@ def _add(
 
 @triton.jit
 def _gradients(
-    grad, u, table, sums, addends, b0, b1, b2, scale0, scale1, scale2, tokens, row_size, u_size, stride,
-    span: tl.constexpr, R: tl.constexpr, T: tl.constexpr, C: tl.constexpr, ALIGNED: tl.constexpr, EVEN: tl.constexpr,
+    grad, own0, own1, own2, u, table, sums, addends, b0, b1, b2, scale0, scale1, scale2, tokens, row_size, u_size,
+    stride, span: tl.constexpr, R: tl.constexpr, T: tl.constexpr, C: tl.constexpr, ALIGNED: tl.constexpr,
+    EVEN: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """A program has C columns and walks over `span` tokens: its share of those columns' rows of db, and of those
-    tokens' du, each an addend of `_sum`."""
+    tokens' du, each an addend of `addend_kernels`. With SPLIT each part's gradient is a matrix of its own, and `grad`
+    is filled with them on the way."""
     tile, piece = tl.program_id(0), tl.program_id(1)
     which = _which(table, tile)
     row = table + which * _FIELDS
-    b, scale = _of(which, b0, b1, b2), _of(which, scale0, scale1, scale2)
+    b, scale = chosen(which, b0, b1, b2), chosen(which, scale0, scale1, scale2)
     n = tl.multiple_of(tl.load(row + 1), ALIGNED)
     r, first = tl.multiple_of(tl.load(row + 4), EVEN), tl.multiple_of(tl.load(row + 5), EVEN)
     own = tile - tl.load(row)
@@ -97,11 +88,17 @@ def _gradients(
     rank = tl.arange(0, R)
     column = _columns(row, index, stride, ALIGNED)
     right = tl.load(b + index[:, None] * r + rank[None, :], (index[:, None] < n) & (rank[None, :] < r), 0.0)
+    source = tl.multiple_of(chosen(which, own0, own1, own2), 16)
     total = tl.zeros([C, R], tl.float32)
     for step in range(0, span, T):
         token = piece * span + step + tl.arange(0, T).to(tl.int64)
         inside = (token[:, None] < tokens) & (index[None, :] < n)
-        values = tl.load(grad + token[:, None] * row_size + column[None, :], inside, 0.0)
+        where = token[:, None] * row_size + column[None, :]
+        if SPLIT:
+            values = tl.load(source + token[:, None] * n + index[None, :], inside, 0.0)
+            tl.store(grad + where, values, inside)
+        else:
+            values = tl.load(grad + where, inside, 0.0)
         known = (token[:, None] < tokens) & (rank[None, :] < r)
         left = tl.load(u + token[:, None] * u_size + first + rank[None, :], known, 0.0)
         share = tl.dot(values, right, input_precision="ieee") * scale
@@ -110,54 +107,9 @@ def _gradients(
     tl.store(db + index[:, None] * r + rank[None, :], total * scale, (index[:, None] < n) & (rank[None, :] < r))
 
 
-@triton.jit
-def _total(addends, row, place, A: tl.constexpr, P: tl.constexpr):
-    """Of the addends of P places, A at a time: [P]."""
-    count, length = tl.load(row + 1), tl.load(row + 2)
-    base = addends + tl.load(row) + place[None, :]
-    total = tl.zeros([P], tl.float32)
-    for start in range(0, count, A):
-        index = start + tl.arange(0, A).to(tl.int64)
-        inside = (index[:, None] < count) & (place[None, :] < length)
-        total += tl.sum(tl.load(base + index[:, None] * length, inside, 0.0), 0)
-    return total
-
-
-@triton.jit
-def _sum(
-    addends, table, du, dbs, main0, main1, main2, ADD: tl.constexpr, A: tl.constexpr, P: tl.constexpr,
-    FACTOR_A: tl.constexpr, FACTOR_P: tl.constexpr,
-):  # fmt: skip
-    """P places of one sum, over its addends in a fixed order, A at a time; every other sum is a du, the rest are cut
-    their own way. With ADD a db is added to what its part's `main` holds, otherwise written to its place in `dbs`."""
-    row = table + tl.program_id(1) * _SUM_FIELDS
-    length, r, pitch = tl.load(row + 2), tl.load(row + 3), tl.load(row + 4)
-    if tl.program_id(1) % 2 == 0:
-        place = tl.program_id(0).to(tl.int64) * P + tl.arange(0, P)
-        if tl.program_id(0).to(tl.int64) * P < length:
-            total = _total(addends, row, place, A, P)
-            where = (place // r) * pitch + tl.load(row + 5) + place % r
-            tl.store(du + where, total.to(du.dtype.element_ty), place < length)
-    else:  # under names of their own: a name has one shape in both branches
-        own = tl.program_id(0).to(tl.int64) * FACTOR_P + tl.arange(0, FACTOR_P)
-        if tl.program_id(0).to(tl.int64) * FACTOR_P < length:
-            gradient = _total(addends, row, own, FACTOR_A, FACTOR_P)
-            if ADD:
-                out = _of(tl.program_id(1) // 2, main0, main1, main2) + own
-                tl.store(out, tl.load(out, own < length, 0.0) + gradient, own < length)
-            else:
-                there = (own // r) * pitch + tl.load(row + 5) + own % r
-                tl.store(dbs + there, gradient.to(dbs.dtype.element_ty), own < length)
-
-
 def can_take(bs: Sequence[Tensor]) -> bool:
     """Whether the kernels have tiles for factors of these ranks."""
     return all(tiles.tile_of(bs, table) is not None for table in (tiles.ADD_TILES, tiles.GRADIENT_TILES))
-
-
-def _three(values: Sequence[object]) -> list[object]:
-    """One for each part a kernel can have; those beyond are not looked at."""
-    return [*values, *[values[0]] * (tiles.MOST_PARTS - len(values))]
 
 
 def add_products(
@@ -174,7 +126,7 @@ def add_products(
     ranks = tuple(b.shape[1] for b in bs)
     places = tiles.places_of(parts, ranks, tile.columns, fused.device)
     _add[(places.tiles, triton.cdiv(u.shape[0], tile.tokens))](
-        fused, u, places.table, *_three(bs), *_three(scales), u.shape[0], fused.shape[1], u.shape[1], parts[0].stride,
+        fused, u, places.table, *three(bs), *three(scales), u.shape[0], fused.shape[1], u.shape[1], parts[0].stride,
         tiles.padded(ranks), tile.tokens, tile.columns, places.aligned, places.even, num_warps=tile.warps,
     )  # fmt: skip
 
@@ -193,49 +145,52 @@ def product_gradients(
     With `mains`, fp32 and as large as each b, each db is added to its own and none is returned.
     """
     assert all(t.is_contiguous() for t in (grad, u, *bs, *(mains or ())))
-    tile = tiles.tile_of(bs, tiles.GRADIENT_TILES)
+    return _gradients_of(grad, None, u, bs, tuple(b.shape[1] for b in bs), parts, scales, mains)
+
+
+def split_gradients(
+    grads: Sequence[Tensor],
+    u: Tensor,
+    bs: Sequence[Tensor | None],
+    parts: tuple[Part, ...],
+    scales: Sequence[float],
+    mains: Sequence[Tensor | None] | None = None,
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """(the fused output's gradient [m, groups * stride], du, db of each b), where each part has a gradient [m,
+    part.rows] of its own: put together in the pass that reads them.
+
+    bs, scales, mains: as of `product_gradients`, one for each part; a part without an adapter has None, and any scale.
+    """
+    known = [b for b in bs if b is not None]
+    assert all(t.is_contiguous() for t in (*grads, u, *known))
+    ranks = tuple(0 if b is None else b.shape[1] for b in bs)
+    fused = torch.empty(u.shape[0], parts[0].groups * parts[0].stride, dtype=grads[0].dtype, device=u.device)
+    filled = [known[0] if b is None else b for b in bs]
+    sums = None if mains is None else [u if main is None else main for main in mains]
+    return fused, *_gradients_of(fused, grads, u, filled, ranks, parts, scales, sums)
+
+
+def _gradients_of(
+    grad: Tensor,
+    own: Sequence[Tensor] | None,
+    u: Tensor,
+    bs: Sequence[Tensor],
+    ranks: tuple[int, ...],
+    parts: tuple[Part, ...],
+    scales: Sequence[float],
+    mains: Sequence[Tensor] | None,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Of a fused gradient that is there, or of the parts' `own` ones; what has rank 0 is not looked at."""
+    adapted = [b for b, rank in zip(bs, ranks, strict=True) if rank]
+    tile = tiles.tile_of(adapted, tiles.GRADIENT_TILES)
     assert tile is not None
-    ranks = tuple(b.shape[1] for b in bs)
     places = tiles.places_of(parts, ranks, tile.columns, grad.device)
     sums = tiles.sums_of(parts, ranks, places.counts, u.shape[0], tile.tokens, grad.device)
     addends = torch.empty(sums.addends, dtype=torch.float32, device=grad.device)
     _gradients[(places.tiles, sums.pieces)](
-        grad, u, places.table, sums.table, addends, *_three(bs), *_three(scales), u.shape[0], grad.shape[1], u.shape[1],
-        parts[0].stride, sums.span, tiles.padded(ranks), tile.tokens, tile.columns, places.aligned, places.even,
-        num_warps=tile.warps,
+        grad, *three([grad] if own is None else own), u, places.table, sums.table, addends, *three(bs), *three(scales),
+        u.shape[0], grad.shape[1], u.shape[1], parts[0].stride, sums.span, tiles.padded(ranks), tile.tokens,
+        tile.columns, places.aligned, places.even, own is not None, num_warps=tile.warps,
     )  # fmt: skip
     du = torch.empty_like(u)
-    return du, sum_addends(addends, sums.table, sums.longest, du, bs, mains)
-
-
-def sum_addends(
-    addends: Tensor,
-    table: Tensor,
-    longest: int,
-    du: Tensor | None,
-    factors: Sequence[Tensor],
-    mains: Sequence[Tensor] | None,
-    *,
-    cut: tuple[int, int] = (_ADDENDS, _PLACES),
-    factor_cut: tuple[int, int] = (_ADDENDS, _PLACES),
-) -> tuple[Tensor, ...]:
-    """Fill du, where there is one, and return the gradient of each factor, unless all are added to `mains`; `table` as
-    in `low_rank_tiles.Sums`, with two sums a factor, of which the longest has so many places.
-
-    cut, factor_cut: how many addends a program takes at a time, of how many places; of a du, and of a factor.
-    """
-    of_du = 0 if du is None else triton.cdiv(du.numel(), cut[1])
-    summing = _sum[(max(of_du, triton.cdiv(longest, factor_cut[1])), table.shape[0])]
-    if mains is not None:
-        summing(addends, table, factors[0] if du is None else du, factors[0], *_three(mains), True, *cut, *factor_cut)
-        return ()
-    found = torch.empty(sum(f.numel() for f in factors), dtype=factors[0].dtype, device=addends.device)
-    summing(addends, table, found if du is None else du, found, *_three([found]), False, *cut, *factor_cut)
-    pieces = found.split([f.numel() for f in factors])
-    return tuple(piece.view(f.shape) for piece, f in zip(pieces, factors, strict=True))
-
-
-def sum_into(out: Tensor, addends: Tensor, table: Tensor, longest: int, *, cut: tuple[int, int]) -> None:
-    """Fill `out` with the one sum of a table with one row; the rest as in `sum_addends`."""
-    assert table.shape[0] == 1
-    _sum[(triton.cdiv(longest, cut[1]), 1)](addends, table, out, out, *_three([out]), False, *cut, *cut)
+    return du, sum_addends(addends, sums.table, sums.longest, du, adapted, mains)

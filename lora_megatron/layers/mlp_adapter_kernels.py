@@ -8,7 +8,7 @@ A program holds C columns of the factors and walks over a span of tokens, T at a
 and walks over a span of columns. z is read as the product wrote it, so between two products only what the next one
 reads is written, and addends of u2 and of the factors' gradients; in fp32 from the first operation to the last, but
 where a tensor core multiplies y or dz, rounded as they are written. Sums over tokens and columns are added up in a
-fixed order, by `low_rank_kernels`. `mlp_adapters` starts them.
+fixed order, by `addend_kernels`. `mlp_adapters` starts them.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ FACTOR_SUM = 4, 1024
 
 
 class Addends(NamedTuple):
-    """What the programs of a pass write for `low_rank_kernels`' sum, one region behind the other."""
+    """What the programs of a pass write for `addend_kernels`' sum, one region behind the other."""
 
     table: Tensor
     """int64 on the GPU, as in `low_rank_tiles.Sums`: du and dB of each of fc1's adapters, nothing and dA of fc2's; or

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from lora_megatron.layers import mlp_adapter_kernels as kernels
 from lora_megatron.layers import mlp_adapter_tiles as tiles
+from lora_megatron.layers.addend_kernels import sum_addends, sum_into
 from lora_megatron.layers.low_rank import Update
-from lora_megatron.layers.low_rank_kernels import sum_addends, sum_into
 from lora_megatron.layers.low_rank_tiles import padded
 
 

@@ -13,9 +13,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.identity_op import IdentityOp
 from torch import Tensor
+
+from lora_megatron.layers.adapted_attention import AdaptedAttention
 
 try:
     from lora_megatron.layers import rotary_kernels as kernels
@@ -24,9 +25,11 @@ except ImportError:  # no Triton: the same numbers, from more passes
 
 
 def turned(x: Tensor, angles: Tensor, *, back: bool = False) -> Tensor:
-    """x [s, b, heads, d] turned by angles fp32 [s, b or 1, 1, rotary], whose halves are alike; no gradient."""
+    """x [s, b, heads, d], or [s, b, groups, heads of a group, d], turned by angles fp32 [s, b or 1, 1, rotary], whose
+    halves are alike -> [s, b, heads, d]; no gradient."""
     if kernels is not None and x.is_cuda and x.dtype != torch.float64:
         return kernels.turn(x, angles, back=back)
+    x = x.flatten(2, -2)
     rotary = angles.shape[-1]
     values = x[..., :rotary].to(torch.promote_types(x.dtype, torch.float32))
     first, second = values.chunk(2, -1)
@@ -40,12 +43,13 @@ class _Turn(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, angles: Tensor) -> Tensor:
         ctx.save_for_backward(angles)
+        ctx.shape = x.shape
         return turned(x, angles)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (angles,) = ctx.saved_tensors
-        return turned(grads[0], angles, back=True), None
+        return turned(grads[0], angles, back=True).view(ctx.shape), None
 
 
 def turn(x: Tensor, angles: Tensor) -> Tensor:
@@ -54,7 +58,7 @@ def turn(x: Tensor, angles: Tensor) -> Tensor:
     return result
 
 
-class RotaryAttention(SelfAttention):
+class RotaryAttention(AdaptedAttention):
     """megatron-core's attention; q and k are turned here, before it looks at them, and not by it."""
 
     _angles: Tensor | None = None
@@ -79,3 +83,9 @@ class RotaryAttention(SelfAttention):
             # A view would keep all of the fused output, of which nobody needs q and k any more.
             value = value.clone(memory_format=torch.contiguous_format)
         return turn(query, self._angles), turn(key, self._angles), value
+
+    def heads_of(self, query: Tensor) -> Tensor:
+        """As it is where it is about to be turned, which copies it out of the groups by the way."""
+        if self._angles is None:
+            return super().heads_of(query)
+        return query.unflatten(-1, (-1, self.hidden_size_per_attention_head))

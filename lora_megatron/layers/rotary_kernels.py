@@ -14,7 +14,7 @@ _HEADS = 64
 
 @triton.jit
 def _turn(
-    x, angles, out, batch, heads, half, width, sign, x_s, x_b, x_h, angle_s, angle_b,
+    x, angles, out, batch, heads, grouped, half, width, sign, x_s, x_b, x_g, x_h, angle_s, angle_b,
     H: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
     """H heads of one token; `half` pairs of each, and the columns behind them as they are."""
@@ -24,7 +24,7 @@ def _turn(
     pair = tl.arange(0, HALF)
     angle = tl.load(angles + position * angle_s + sample * angle_b + pair, pair < half, 0.0)
     cos, sin = tl.cos(angle)[None, :], (tl.sin(angle) * sign)[None, :]
-    source = x + position * x_s + sample * x_b + head[:, None] * x_h
+    source = x + position * x_s + sample * x_b + ((head // grouped) * x_g + (head % grouped) * x_h)[:, None]
     target = out + (token * heads + head[:, None]) * width
     inside = (head[:, None] < heads) & (pair[None, :] < half)
     first = tl.load(source + pair[None, :], inside, 0.0).to(tl.float32)
@@ -38,17 +38,20 @@ def _turn(
 
 
 def turn(x: Tensor, angles: Tensor, *, back: bool) -> Tensor:
-    """x [s, b, heads, d] of any strides with contiguous heads, angles fp32 [s, b or 1, 1, rotary] -> contiguous."""
+    """x [s, b, heads, d], or [s, b, groups, heads of a group, d], of any strides with contiguous heads, and angles fp32
+    [s, b or 1, 1, rotary] -> [s, b, heads, d] contiguous."""
     if x.stride(-1) != 1:
         x = x.contiguous()
     if angles.dtype != torch.float32 or angles.stride(-1) != 1:
         angles = angles.float().contiguous()
-    s, b, heads, width = x.shape
+    x = x.unsqueeze(2) if x.dim() == 4 else x
+    s, b, groups, grouped, width = x.shape
+    heads = groups * grouped
     half = angles.shape[-1] // 2
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = torch.empty(s, b, heads, width, dtype=x.dtype, device=x.device)
     rest = width - 2 * half
     _turn[(s * b, triton.cdiv(heads, _HEADS))](
-        x, angles, out, b, heads, half, width, -1.0 if back else 1.0, *x.stride()[:3],
+        x, angles, out, b, heads, grouped, half, width, -1.0 if back else 1.0, *x.stride()[:4],
         angles.stride(0), angles.stride(1) if angles.shape[1] > 1 else 0,
         _HEADS, triton.next_power_of_2(half), triton.next_power_of_2(rest) if rest else 0,
     )  # fmt: skip

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLPSubmodules
@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from lora_megatron.layers.activation import Activation
+from lora_megatron.layers.adapted_attention import AdaptedAttention
 from lora_megatron.layers.attention import SdpaAttention
 from lora_megatron.layers.column import LoraColumnParallelLinear
 from lora_megatron.layers.lora import AdapterSet
@@ -114,7 +115,7 @@ def layer_spec(
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm,
             self_attention=ModuleSpec(
-                module=RotaryAttention if shape.position == "rope" else SelfAttention,
+                module=RotaryAttention if shape.position == "rope" else AdaptedAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=attention,
             ),

@@ -135,6 +135,41 @@ def test_the_low_rank_update_and_its_gradients(
         assert off(got, want) < bound
 
 
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-6), (torch.bfloat16, 4e-3)])
+@pytest.mark.parametrize("ranks", [(5, 1, 17), (4, 0, 4), (0, 130, 0)], ids=str)
+@pytest.mark.parametrize("groups", [8, 4])
+def test_gradients_of_q_k_and_v_are_put_together(
+    groups: int, ranks: tuple[int, int, int], dtype: torch.dtype, bound: float
+) -> None:
+    """The fused gradient to the bit; du and dB as from it, also where dB goes to DDP's sums."""
+    generator = torch.Generator().manual_seed(0)
+    parts, scales = qkv_parts(8, groups, 32), (1.7, 0.5, -2.0)
+    own = [torch.randn(300, part.rows, generator=generator).to(dtype) for part in parts]
+    u = torch.randn(300, sum(ranks), generator=generator).to(dtype)
+    factors = [
+        torch.randn(part.rows, rank, generator=generator).to(dtype) for part, rank in zip(parts, ranks, strict=True)
+    ]
+    chosen = [index for index, rank in enumerate(ranks) if rank]
+
+    def update(device: torch.device, kind: torch.dtype) -> Update:
+        bs = tuple(nn.Parameter(factors[index].to(device, kind)) for index in chosen)
+        return Update(tuple(parts[i] for i in chosen), tuple(scales[i] for i in chosen), u.to(device, kind), bs)
+
+    exact = update(CPU, torch.float64)
+    fused, du, dbs = exact.gradients_of_parts([grad.double() for grad in own], parts)
+    ours = update(GPU, dtype)
+    for summed in (False, True):
+        bs: tuple[Any, ...] = ours.bs
+        for b in bs:
+            if summed:
+                b.main_grad, b.grad_added_to_main_grad = torch.zeros_like(b, dtype=torch.float32), False
+        got, got_du, got_dbs = ours.gradients_of_parts([grad.to(GPU) for grad in own], parts)
+        assert torch.equal(got.cpu(), fused.to(dtype))
+        assert off(got_du, du) < bound
+        for found, want in zip([b.main_grad for b in bs] if summed else got_dbs, dbs, strict=True):
+            assert off(found, want) < (3e-6 if summed else bound)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("first", [5, 130, 300])
 @pytest.mark.parametrize("parts", FUSED.values(), ids=FUSED)
@@ -184,6 +219,8 @@ def test_queries_are_turned_and_gradients_turned_back(rotary: int, rows: int, dt
     angles = torch.rand(50, rows, 1, rotary // 2, generator=generator).repeat(1, 1, 1, 2) * 8000
     for back in (False, True):
         assert off(turned(x.to(GPU), angles.to(GPU), back=back), turned(x.double(), angles.double(), back=back)) < bound
+    q = fused[..., : 16 * 32].unflatten(-1, (16, 32))  # [s, b, groups, heads of a group, d]: no view of all heads
+    assert torch.equal(turned(q.to(GPU), angles.to(GPU)), turned(q.to(GPU).flatten(2, 3), angles.to(GPU)))
     k = fused[..., -64:-32]  # a view with gaps
     assert off(turned(k.to(GPU), angles.to(GPU)), turned(k.double(), angles.double())) < bound
 

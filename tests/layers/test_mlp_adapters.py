@@ -210,7 +210,7 @@ def test_the_plan_knows_of_all_addends(gated: bool) -> None:
 @pytest.mark.parametrize("device", [pytest.param(torch.device("cuda"), marks=on_gpu, id="gpu")])
 def test_every_addend_and_place_is_summed(device: torch.device, added: bool) -> None:
     """More addends than a program takes at once (du has 10, a factor 7), more places, and a cut of its own for each."""
-    from lora_megatron.layers.low_rank_kernels import sum_addends  # needs Triton
+    from lora_megatron.layers.addend_kernels import sum_addends  # needs Triton
 
     cut = tiles.addends_of((5, 1), 3, 200, 640, tiles.Tile(32, 64, 32, 4), device)
     addends = torch.randn(cut.size, generator=torch.Generator().manual_seed(0)).to(device)

@@ -12,6 +12,7 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.identity_op import IdentityOp
 from torch import Tensor, nn
 
+from lora_megatron.layers.adapted_attention import AdaptedAttention
 from lora_megatron.layers.rotary import RotaryAttention, turn, turned
 
 
@@ -45,6 +46,16 @@ def test_turning_back_undoes_turning_and_keeps_the_rest() -> None:
     torch.testing.assert_close(turned(there, angles_of(1, 8), back=True), x)
     assert torch.equal(there[..., 8:], x[..., 8:])
     assert not torch.allclose(there[..., :8], x[..., :8], atol=0.1)
+
+
+def test_heads_in_groups_are_copied_out_of_them() -> None:
+    """q of a fused output, between whose groups k and v lie: as a copy of its heads is turned, and its gradient."""
+    fused = torch.randn(12, 3, 2, (3 + 2) * 16, dtype=torch.float64, requires_grad=True)
+    angles, grad = angles_of(1, 16).double(), torch.randn(12, 3, 6, 16, dtype=torch.float64)
+    views = (fused[..., :48].unflatten(-1, (3, 16)), fused[..., :48].reshape(12, 3, 6, 16))
+    grouped, apart = (turn(query, angles) for query in views)
+    assert torch.equal(grouped, apart)
+    assert torch.equal(*(torch.autograd.grad(y, fused, grad)[0] for y in (grouped, apart)))
 
 
 def test_nothing_but_the_angles_is_kept() -> None:
@@ -86,7 +97,7 @@ def fused(attention: RotaryAttention, angles: Tensor, *, trained: bool = True) -
 
     with (
         patch.object(SelfAttention, "forward", forward),
-        patch.object(SelfAttention, "get_query_key_value_tensors", lambda self: views),
+        patch.object(AdaptedAttention, "get_query_key_value_tensors", lambda self: views),
     ):
         query, key, value = attention(torch.empty(0), None, rotary_pos_emb=angles)
     assert torch.equal(query, turned(views[0], angles))
