@@ -166,7 +166,10 @@ def split_gradients(
     ranks = tuple(0 if b is None else b.shape[1] for b in bs)
     fused = torch.empty(u.shape[0], parts[0].groups * parts[0].stride, dtype=grads[0].dtype, device=u.device)
     filled = [known[0] if b is None else b for b in bs]
-    sums = None if mains is None else [u if main is None else main for main in mains]
+    sums = None
+    if mains is not None:
+        there = next(main for main in mains if main is not None)
+        sums = [there if main is None else main for main in mains]
     return fused, *_gradients_of(fused, grads, u, filled, ranks, parts, scales, sums)
 
 
@@ -182,7 +185,7 @@ def _gradients_of(
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Of a fused gradient that is there, or of the parts' `own` ones; what has rank 0 is not looked at."""
     adapted = [b for b, rank in zip(bs, ranks, strict=True) if rank]
-    tile = tiles.tile_of(adapted, tiles.GRADIENT_TILES)
+    tile = tiles.gradient_tile_of(adapted, parts)
     assert tile is not None
     places = tiles.places_of(parts, ranks, tile.columns, grad.device)
     sums = tiles.sums_of(parts, ranks, places.counts, u.shape[0], tile.tokens, grad.device)
@@ -193,4 +196,5 @@ def _gradients_of(
         tile.columns, places.aligned, places.even, own is not None, num_warps=tile.warps,
     )  # fmt: skip
     du = torch.empty_like(u)
-    return du, sum_addends(addends, sums.table, sums.longest, du, adapted, mains)
+    cuts = {"cut": tiles.DU_SUM, "factor_cut": tiles.FACTOR_SUM}
+    return du, sum_addends(addends, sums.table, sums.longest, du, adapted, mains, **cuts)

@@ -31,6 +31,12 @@ class Tile(NamedTuple):
 _WIDE = {256: Tile(64, 128, 4), 512: Tile(32, 64, 4), 1024: Tile(32, 64, 4)}
 ADD_TILES: dict[int, Tile] = {32: Tile(16, 256, 4), 64: Tile(32, 256, 8), **_WIDE}
 GRADIENT_TILES: dict[int, Tile] = {32: Tile(32, 512, 4), 64: Tile(32, 256, 8), **_WIDE}
+NARROW_GRADIENT_TILES: dict[int, Tile] = {**GRADIENT_TILES, 32: Tile(32, 256, 4)}
+NARROW = 20480
+"""Columns of all parts together up to which narrow tiles are faster: of GPT-3 175B's outputs, at rank 16 on an H200
+between products, those of h = 12288 and of q, k and v at TP=2 (18432), but not at TP=1 (36864)."""
+DU_SUM, FACTOR_SUM = (32, 256), (8, 256)
+"""Addends and places at a time of a program that sums, measured likewise for narrow tiles."""
 
 PROGRAMS = 512
 """That read a gradient at once, about: some for each of a GPU's 100 to 150 processors."""
@@ -75,6 +81,12 @@ def tile_of(bs: Sequence[Tensor], tiles: Mapping[int, Tile]) -> Tile | None:
     """Of `tiles`, the one for factors of these ranks; None where a rank is too large for the kernels."""
     row = padded([b.shape[1] for b in bs]) * bs[0].element_size()
     return next((tile for most, tile in tiles.items() if row <= most), None)
+
+
+def gradient_tile_of(bs: Sequence[Tensor], parts: Sequence[Part]) -> Tile | None:
+    """The same for the gradients of an output that consists of these parts."""
+    is_narrow = sum(part.rows for part in parts) <= NARROW
+    return tile_of(bs, NARROW_GRADIENT_TILES if is_narrow else GRADIENT_TILES)
 
 
 def padded(ranks: Sequence[int]) -> int:

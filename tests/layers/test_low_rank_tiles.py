@@ -21,7 +21,9 @@ RANKS = (5, 1, 17)
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("table", [tiles.ADD_TILES, tiles.GRADIENT_TILES], ids=["update", "gradients"])
+@pytest.mark.parametrize(
+    "table", [tiles.ADD_TILES, tiles.GRADIENT_TILES, tiles.NARROW_GRADIENT_TILES], ids=["update", "gradients", "narrow"]
+)
 def test_tiles_are_what_a_tensor_core_takes(table: dict[int, tiles.Tile]) -> None:
     assert list(table) == sorted(table)
     for tile in table.values():
@@ -32,7 +34,7 @@ def test_tiles_are_what_a_tensor_core_takes(table: dict[int, tiles.Tile]) -> Non
 
 @pytest.mark.parametrize(("dtype", "most"), [(torch.bfloat16, 512), (torch.float32, 256)])
 def test_very_large_ranks_have_no_tile(dtype: torch.dtype, most: int) -> None:
-    for table in (tiles.ADD_TILES, tiles.GRADIENT_TILES):
+    for table in (tiles.ADD_TILES, tiles.GRADIENT_TILES, tiles.NARROW_GRADIENT_TILES):
         for rank in (1, 16, 17, 64, most):
             assert tiles.tile_of([torch.empty(3, 1, dtype=dtype), torch.empty(3, rank, dtype=dtype)], table)
         assert tiles.tile_of([torch.empty(3, most + 1, dtype=dtype)], table) is None
