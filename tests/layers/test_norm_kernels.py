@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lora_megatron.layers import norm
+from lora_megatron.layers.rebuilt import taken_over
 from tests.layers.test_low_rank_input_kernels import HAS_GPU, NORMS, by_kernel, interpreted, large, off, random
 
 EPS = 1e-5
@@ -107,3 +110,41 @@ def test_without_an_addend_it_is_as_with_zeros(
 ) -> None:
     problem = Problem(name, shape, dtype)
     assert torch.equal(problem.gradient(kernels, None), problem.gradient(kernels, torch.zeros_like(problem.x)))
+
+
+@pytest.mark.parametrize("read", ["both", "y", "residual", "both, of another layout"])
+@pytest.mark.parametrize("shape", [pytest.param((7, 2, 150), marks=by_kernel, id="small")])
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
+@every_norm
+def test_a_norm_beside_a_residual_has_it_added_there(
+    kernels: Any, name: str, trained: bool, shape: tuple[int, ...], read: str
+) -> None:
+    """In one launch, unless its parameters train."""
+    config: Any = SimpleNamespace(
+        params_dtype=torch.float32, use_cpu_initialization=not HAS_GPU, sequence_parallel=False
+    )
+    problem, module = Problem(name, shape, torch.float32), NORMS[name](config, shape[-1], beside_residual=True)
+    module.requires_grad_(trained)
+    with torch.no_grad():
+        for parameter, values in zip(module.parameters(), (problem.weight, problem.bias), strict=False):
+            assert values is not None
+            parameter.copy_(values)
+    leaf = problem.x.requires_grad_()
+    h = leaf * 1
+    y, beside = module(h), problem.beside
+    residual = taken_over(h)
+    assert residual is not h
+    pairs = [(y, problem.grad)] if read != "residual" else []
+    if read == "both, of another layout":
+        residual, beside = residual.transpose(0, 1) * 1, beside.transpose(0, 1).contiguous()
+    if read != "y":
+        pairs.append((residual, beside))
+    with mock.patch.object(kernels, "norm_gradient", side_effect=kernels.norm_gradient) as launched:
+        torch.autograd.backward([t for t, _ in pairs], [grad for _, grad in pairs])
+    want = problem.wanted()
+    want = problem.beside if read == "residual" else want - problem.beside.double() if read == "y" else want
+    assert leaf.grad is not None
+    assert off(leaf.grad, want.double()) < 1e-6
+    assert launched.call_count == (0 if trained or read == "residual" else 1)
+    if launched.call_count:
+        assert (launched.call_args.kwargs["beside"] is None) == (read == "y")
