@@ -19,11 +19,12 @@ from typing import Any, NamedTuple
 
 import torch
 from megatron.core.fusions.fused_layer_norm import HAVE_FUSED_LAYER_NORM, FusedLayerNorm
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lora_megatron.layers.rebuilt import Step, rebuilt
+from lora_megatron.layers.rebuilt import NormStep, Step, rebuilt, rebuilt_beside_residual
 from lora_megatron.layers.sharding import REPLICATED, declare
 
 try:
@@ -48,8 +49,10 @@ class _LayerNormStep:
             return kernels.norm(x.contiguous(), weight, bias, self.eps, statistics)
         return functional.layer_norm(x, (x.shape[-1],), weight, bias, self.eps)
 
-    def input_gradient(self, x: Tensor, grad: Tensor, *parameters: Tensor | None) -> Tensor | None:
-        return _input_gradient(x, grad, parameters[0], parameters[-1], centred=True)
+    def input_gradient(
+        self, x: Tensor, grad: Tensor, *parameters: Tensor | None, beside: Tensor | None = None
+    ) -> Tensor | None:
+        return _input_gradient(x, grad, parameters[0], parameters[-1], beside, centred=True)
 
 
 @dataclass(frozen=True)
@@ -68,17 +71,26 @@ class _RMSNormStep:
             return kernels.norm(x.contiguous(), weight, None, self.eps, statistics)
         return functional.rms_norm(x.float(), (x.shape[-1],), None, self.eps).to(x.dtype) * weight
 
-    def input_gradient(self, x: Tensor, grad: Tensor, *parameters: Tensor | None) -> Tensor | None:
-        return _input_gradient(x, grad, parameters[0], parameters[-1], centred=False)
+    def input_gradient(
+        self, x: Tensor, grad: Tensor, *parameters: Tensor | None, beside: Tensor | None = None
+    ) -> Tensor | None:
+        return _input_gradient(x, grad, parameters[0], parameters[-1], beside, centred=False)
 
 
 def _input_gradient(
-    x: Tensor, grad: Tensor, weight: Tensor | None, statistics: Tensor | None, *, centred: bool
+    x: Tensor,
+    grad: Tensor,
+    weight: Tensor | None,
+    statistics: Tensor | None,
+    beside: Tensor | None,
+    *,
+    centred: bool,
 ) -> Tensor | None:
     assert weight is not None
     if statistics is None:
         return None
-    return kernels.norm_gradient(x.contiguous(), grad.contiguous(), weight, statistics, centred=centred)
+    beside = None if beside is None else beside.contiguous()
+    return kernels.norm_gradient(x.contiguous(), grad.contiguous(), weight, statistics, centred=centred, beside=beside)
 
 
 def _by_kernel(x: Tensor) -> bool:
@@ -111,11 +123,24 @@ def normed_rows(step: Step, ingredients: Sequence[Tensor | None]) -> NormedRows 
 
 
 class LayerNorm(nn.Module):
-    """y = (x - mean) / sqrt(var + eps) * weight + bias over the last dimension; x [s or s/t, b, hidden_size]."""
+    """y = (x - mean) / sqrt(var + eps) * weight + bias over the last dimension; x [s or s/t, b, hidden_size].
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **megatron: Any) -> None:
+    Args:
+        beside_residual: x is the residual too, which `layers.residual` adds: its gradient comes through here.
+        The rest is megatron-core's.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        hidden_size: int,
+        eps: float = 1e-5,
+        *,
+        beside_residual: bool = False,
+        **megatron: Any,
+    ) -> None:
         super().__init__()
-        self.shape, self.eps = (hidden_size,), eps
+        self.shape, self.eps, self.beside_residual = (hidden_size,), eps, beside_residual
         device = None if config.use_cpu_initialization else torch.cuda.current_device()
         self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
         declare(self.weight, REPLICATED, sum_over_sequence_shards=config.sequence_parallel)
@@ -128,8 +153,10 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden_size] -> the same shape."""
-        statistics = _room_for_statistics(x, centred=True)
-        return rebuilt(_LayerNormStep(self.eps), x, self.weight, self.bias, statistics)
+        return self._made(_LayerNormStep(self.eps), x, self.weight, self.bias, _room_for_statistics(x, centred=True))
+
+    def _made(self, step: NormStep, x: Tensor, *parameters: Tensor | None) -> Tensor:
+        return (rebuilt_beside_residual if self.beside_residual else rebuilt)(step, x, *parameters)
 
 
 class RMSNorm(LayerNorm):
@@ -140,7 +167,7 @@ class RMSNorm(LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden_size] -> the same shape."""
-        return rebuilt(_RMSNormStep(self.eps), x, self.weight, _room_for_statistics(x, centred=False))
+        return self._made(_RMSNormStep(self.eps), x, self.weight, _room_for_statistics(x, centred=False))
 
 
 class ApexLayerNorm(FusedLayerNorm):
@@ -157,3 +184,9 @@ def norm_class(normalization: str) -> type[nn.Module]:
     if normalization == "LayerNorm" and HAVE_FUSED_LAYER_NORM and torch.cuda.is_available():
         return ApexLayerNorm
     return {"LayerNorm": LayerNorm, "RMSNorm": RMSNorm}[normalization]
+
+
+def norm_beside_residual(normalization: str) -> ModuleSpec:
+    """The same for a norm whose input is the residual too; apex's function knows no second gradient."""
+    norm = norm_class(normalization)
+    return ModuleSpec(norm, params={"beside_residual": True} if issubclass(norm, LayerNorm) else {})

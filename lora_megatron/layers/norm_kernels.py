@@ -4,6 +4,8 @@
     LayerNorm   y = n w + b,   n = (x - mean) / sqrt(var + eps)      RMSNorm   y = n w,   n = x / sqrt(mean(x^2) + eps)
     dx = (v - mean(v) - n mean(v n)) / sqrt(var + eps),  v = dy w;   RMSNorm has no mean(v)
 
+Where x is the residual too, the gradient that it has as such is added to dx, in fp32, before that is rounded.
+
 A row's statistics, 1 / sqrt(var + eps) and LayerNorm's mean, are written in fp32 for the backward kernels, which so
 need not look at a row twice, nor hold a whole one (`low_rank_input_kernels`).
 """
@@ -41,7 +43,9 @@ def _norm(x, weight, bias, out, statistics, width, eps, CENTRED: tl.constexpr, S
 
 
 @triton.jit
-def _norm_gradient(x, grad, weight, statistics, out, width, CENTRED: tl.constexpr, SIZE: tl.constexpr):
+def _norm_gradient(
+    x, grad, weight, statistics, beside, out, width, CENTRED: tl.constexpr, ADDED: tl.constexpr, SIZE: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64) * width
     column = tl.arange(0, SIZE)
     inside = column < width
@@ -54,7 +58,10 @@ def _norm_gradient(x, grad, weight, statistics, out, width, CENTRED: tl.constexp
     dx = v - n * (tl.sum(v * n, 0) / width)
     if CENTRED:
         dx -= tl.sum(v, 0) / width
-    tl.store(out + row + column, (dx * inverse).to(out.dtype.element_ty), inside)
+    dx *= inverse
+    if ADDED:
+        dx += tl.load(beside + row + column, inside, 0.0).to(tl.float32)
+    tl.store(out + row + column, dx.to(out.dtype.element_ty), inside)
 
 
 def _launch(width: int) -> dict[str, int]:
@@ -75,8 +82,12 @@ def norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, statistics:
     return out
 
 
-def norm_gradient(x: Tensor, grad: Tensor, weight: Tensor, statistics: Tensor, *, centred: bool) -> Tensor:
-    """dL/dx from dL/dy, both [..., width] contiguous, and what `norm` wrote of x; `centred` for LayerNorm."""
+def norm_gradient(
+    x: Tensor, grad: Tensor, weight: Tensor, statistics: Tensor, *, centred: bool, beside: Tensor | None = None
+) -> Tensor:
+    """dL/dx from dL/dy, both [..., width] contiguous, and what `norm` wrote of x; `centred` for LayerNorm. `beside`, of
+    x's shape and contiguous, is added."""
     out, width = torch.empty_like(x), x.shape[-1]
-    _norm_gradient[(x.numel() // width,)](x, grad, weight, statistics, out, width, centred, **_launch(width))
+    switches = (centred, beside is not None)
+    _norm_gradient[(x.numel() // width,)](x, grad, weight, statistics, beside, out, width, *switches, **_launch(width))
     return out

@@ -5,6 +5,8 @@ megatron-core's attention and MLP hand on a pair, a row layer's output and the b
 gives the pair to the addition that the spec names. A row layer with `skip_update_add` puts its update in the bias's
 place, bias and all, and `get_residual_add` is the addition that knows it. What else comes in a pair is megatron-core's.
 
+The residual is the input of the norm before the branch, and is taken over from that (`layers.rebuilt`).
+
 Dropout of hidden states drops from y + c + s u B^T: then the update is added first, and the rest as ever.
 """
 
@@ -19,6 +21,7 @@ from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from torch import Tensor
 
 from lora_megatron.layers.low_rank import Update, add_low_rank
+from lora_megatron.layers.rebuilt import taken_over
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ def get_residual_add(training: bool, fused: bool) -> Callable[[tuple[Tensor, Any
 
     def add(pair: tuple[Tensor, Any], residual: Tensor, probability: float) -> Tensor:
         y, left = pair
+        residual = taken_over(residual)
         if not isinstance(left, BiasAndUpdate):
             result: Tensor = others(pair, residual, probability)
             return result

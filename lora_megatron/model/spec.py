@@ -23,7 +23,7 @@ from lora_megatron.layers.attention import SdpaAttention
 from lora_megatron.layers.column import LoraColumnParallelLinear
 from lora_megatron.layers.lora import AdapterSet
 from lora_megatron.layers.mlp import MlpSpec
-from lora_megatron.layers.norm import RMSNorm, norm_class
+from lora_megatron.layers.norm import RMSNorm, norm_beside_residual, norm_class
 from lora_megatron.layers.parallel_residual import ParallelResidualLayer
 from lora_megatron.layers.qkv import Part, gated_parts, qkv_parts, whole
 from lora_megatron.layers.residual import get_residual_add
@@ -65,7 +65,7 @@ def layer_spec(
         trained = method.is_trainable(f"decoder.layers.{layer}.{linear}.weight")
         return None if trained else storage
 
-    norm = norm_class(shape.normalization)
+    beside_residual = norm_beside_residual(shape.normalization)
     attention = SelfAttentionSubmodules(
         linear_qkv=ModuleSpec(
             LoraColumnParallelLinear,
@@ -113,14 +113,15 @@ def layer_spec(
     return ModuleSpec(
         module=ParallelResidualLayer if shape.parallel_residual else TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=norm,
+            input_layernorm=beside_residual,
             self_attention=ModuleSpec(
                 module=RotaryAttention if shape.position == "rope" else AdaptedAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=attention,
             ),
             self_attn_bda=get_residual_add,
-            pre_mlp_layernorm=norm,
+            # Where branches are parallel, the second adds its output to that of the first, not to what its norm reads.
+            pre_mlp_layernorm=norm_class(shape.normalization) if shape.parallel_residual else beside_residual,
             mlp=MlpSpec(
                 mlp, {"activation": Activation(shape.activation, gated=shape.gated_mlp), "rebuild": rebuild_mlp}
             ),

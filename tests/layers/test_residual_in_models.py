@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lora_megatron.layers import residual, row
 from lora_megatron.layers.low_rank import add_low_rank
+from lora_megatron.layers.rebuilt import taken_over
 from lora_megatron.model import build, spec
 from tests.pool import Pool
 from tests.twin import Experiment, Record, train_twin
@@ -44,6 +45,11 @@ def train_both(experiment: Experiment, probability: float) -> tuple[Record | Non
     def added(layer: Any, output: Tensor, bias: Tensor | None, u: Tensor) -> tuple[Tensor, Tensor | None]:
         return add_low_rank(output, layer.low_rank_update(u)), bias
 
+    def megatrons(training: bool, fused: bool) -> Any:
+        # In both the norm adds the residual's gradient: where branches are parallel, sums of three have an order.
+        add = get_bias_dropout_add(training, fused)
+        return lambda pair, kept, probability: add(pair, taken_over(kept), probability)
+
     with hidden_dropout(probability):
         torch.manual_seed(0)
         with mock.patch.object(residual, "add_low_rank", side_effect=add_low_rank) as asked:
@@ -51,7 +57,7 @@ def train_both(experiment: Experiment, probability: float) -> tuple[Record | Non
         torch.manual_seed(0)
         with (
             mock.patch.object(row.LoraRowParallelLinear, "with_update", added),
-            mock.patch.object(spec, "get_residual_add", get_bias_dropout_add),
+            mock.patch.object(spec, "get_residual_add", megatrons),
         ):
             at_once = sum(call.kwargs.get("residual") is not None for call in asked.call_args_list)
             return ours, train_twin(experiment), (asked.call_count, at_once)
