@@ -117,11 +117,16 @@ class LoraColumnParallelLinear(ColumnParallelLinear):
         return output if trained is None else output + trained
 
     def _gathered(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, u: Tensor | None = None
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        u: Tensor | None = None,
+        factors: tuple[Tensor, ...] = (),
     ) -> tuple[Tensor, Tensor | None]:
-        """The output and u of all ranks' tokens, from x and u of this rank's."""
+        """The output and u of all ranks' tokens, from x and u of this rank's; `factors` as of `low_rank_input`."""
         frozen, trained = _frozen_or_trained(bias)
-        output, u = gathered_linear(x, weight, frozen, self.shards, u)
+        output, u = gathered_linear(x, weight, frozen, self.shards, u, factors)
         return output if trained is None else output + trained, u
 
     def forward(
@@ -141,12 +146,12 @@ class LoraColumnParallelLinear(ColumnParallelLinear):
 
     def _without_update(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor | None]:
         """The output without it, u of the output's tokens, and the bias that is left."""
-        u, x = self.low_rank_input(input_)
+        u, x, factors = self.low_rank_input(input_)
         if self._u_goes_with_tokens:
             assert not self.gather_output, "sequence parallelism gathers tokens, not outputs"
             assert (args, kwargs) == ((), {}), "another weight, or an output to gather"
             added, left = (None, self.bias) if self.skip_bias_add else (self.bias, None)
-            output, whole = self._gathered(x, self.weight, added, u)
+            output, whole = self._gathered(x, self.weight, added, u, factors)
             assert whole is not None
             return output, whole, left
         output, left = super().forward(x, *args, **kwargs)
@@ -157,23 +162,27 @@ class LoraColumnParallelLinear(ColumnParallelLinear):
         """A trained weight has megatron-core gather its tokens."""
         return self.sequence_parallel and not self.weight.requires_grad
 
-    def low_rank_input(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """u = x A^T of all adapters, from x [s or s/t, b, in]; and x for the large product. With sequence shards over a
-        frozen weight u is this rank's tokens' [s/t, b, sum of r], to go with x; else it is whole [s, b, sum of r]."""
+    def low_rank_input(self, x: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """u = x A^T of all adapters, from x [s or s/t, b, in]; x for the large product; and A's. With sequence shards
+        over a frozen weight u is this rank's tokens' [s/t, b, sum of r], to go with x; else it is whole [s, b, sum of
+        r]. If there are any A's, the product's gradient of x must have du A in it."""
         pairs = [cast(LoraFactors, pair) for pair in self.adapters.values()]
         drop = None
         if self.dropout and self.training:
             cut = (self.tp_group.rank(), self.tp_group.size()) if self.sequence_parallel else (0, 1)
             drop = Dropout.of_this_microbatch(self.dropout, self.dropout_seed, sequence=cut)
+        factors = tuple(pair.lora_A for pair in pairs)
+        # Where a sum over ranks ends in dx and du, du A is added in the same pass.
+        product_adds = self._u_goes_with_tokens and drop is None
         # x is read once for all A's of the layer, and one collective serves them all.
-        u, x = low_rank_input(x, [pair.lora_A for pair in pairs], drop)  # [s or s/t, b, sum of r]
+        u, x = low_rank_input(x, factors, drop, product_adds=product_adds)  # [s or s/t, b, sum of r]
         if self._u_goes_with_tokens:
-            return u, x
+            return u, x, factors if product_adds else ()
         if self.sequence_parallel:
             u = gather_from_sequence_parallel_region(u, group=self.tp_group)  # g
         elif self.tp_group.size() > 1:
             u = copy_to_tensor_model_parallel_region(u, group=self.tp_group)  # f
-        return u, x
+        return u, x, ()
 
     def low_rank_update(self, u: Tensor) -> Update:
         """What the adapters add to the output, from u [s, b, sum of r]."""

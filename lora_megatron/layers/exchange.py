@@ -29,6 +29,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lora_megatron.errors import ConfigError
+from lora_megatron.layers.low_rank_input import add_input_gradient
 from lora_megatron.layers.storage.product import Product
 
 try:
@@ -117,10 +118,14 @@ class Exchange:
         return out, None if whole is None else whole.flatten(0, 1)
 
     def sum_of_products(
-        self, product: Product, parts: Sequence[Tensor], beside: Tensor | None = None
+        self,
+        product: Product,
+        parts: Sequence[Tensor],
+        beside: Tensor | None = None,
+        factors: Sequence[Tensor] = (),
     ) -> tuple[Tensor, Tensor | None]:
         """`parts` of all t m rows -> this rank's m rows of the sum over ranks [m, n]; and of that of `beside`
-        [t m / b, b, k]."""
+        [t m / b, b, k], whose product with the stacked `factors` [k, n] is added to the rows."""
         main, rows = torch.cuda.current_stream(), parts[0].shape[0] // self.size
         like = torch.empty(self.size, rows, product.columns, dtype=product.dtype, device="meta")
         place = _aligned(like.numel() * like.element_size())
@@ -144,9 +149,7 @@ class Exchange:
         product.into(addends[0][self.rank], *(_rows(part, self.rank * rows, rows) for part in parts))
         main.wait_stream(self.copies)
         box.barrier()
-        by_kernel = kernels is not None and addends[0].is_cuda
-        sums = kernels.sums_in_order(addends) if by_kernel else [each.sum(0) for each in addends]
-        return sums[0], sums[1] if len(sums) > 1 else None
+        return _sums(addends, factors)
 
     def _others(self) -> list[int]:
         """The other ranks, each of which has a different first one."""
@@ -166,6 +169,18 @@ class Exchange:
             box.barrier()
         self.last = kind
         return box
+
+
+def _sums(addends: Sequence[Tensor], factors: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Over ranks, of rows and of what went beside them, if anything; with its product with `factors` added."""
+    by_kernel = kernels is not None and addends[0].is_cuda
+    if by_kernel and kernels.can_add(addends, factors):
+        rows, beside = kernels.sums_with_products(addends, factors)
+        return rows, beside
+    rows, *rest = kernels.sums_in_order(addends) if by_kernel else [each.sum(0) for each in addends]
+    if factors:
+        rows = add_input_gradient(rows, rest[0], factors, None)
+    return rows, rest[0] if rest else None
 
 
 def _rows(part: Tensor, start: int, count: int) -> Tensor:

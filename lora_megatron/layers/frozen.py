@@ -11,6 +11,7 @@ another format (`layers.storage`) is unpacked, or multiplied as it is, in each o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -61,22 +62,28 @@ class _GatheredLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, shards: SequenceShards, u: Tensor | None
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        shards: SequenceShards,
+        u: Tensor | None,
+        factors: Sequence[Tensor],
     ) -> tuple[Tensor, Tensor | None]:
-        ctx.weight, ctx.shards = weight, shards
+        ctx.weight, ctx.shards, ctx.factors = weight, shards, factors
         product = forward_product(weight, x.dtype, bias)
         output, u = shards.product_of_all(product, *product.parts(x.reshape(-1, x.shape[-1])), beside=u)
         return _in_sequence(output, x), u
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None, Tensor | None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None, Tensor | None, None]:
         grad, du = grads
         if not ctx.needs_input_grad[0]:
-            return None, None, None, None, ctx.shards.sum_of(du)
+            return None, None, None, None, ctx.shards.sum_of(du), None
         product = backward_product(ctx.weight, grad.dtype)
         rows = product.parts(grad.reshape(-1, grad.shape[-1]))
-        grad_x, du = ctx.shards.sum_of_products(product, *rows, beside=du)
-        return grad_x.view(-1, *grad.shape[1:-1], grad_x.shape[-1]), None, None, None, du
+        grad_x, du = ctx.shards.sum_of_products(product, *rows, beside=du, factors=ctx.factors)
+        return grad_x.view(-1, *grad.shape[1:-1], grad_x.shape[-1]), None, None, None, du, None
 
 
 class _ScatteredLinear(torch.autograd.Function):
@@ -157,15 +164,21 @@ def frozen_linear(
 
 
 def gathered_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, shards: SequenceShards, u: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    shards: SequenceShards,
+    u: Tensor | None = None,
+    factors: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor | None]:
     """y = x W^T + bias of a column layer under sequence parallelism: x [s/t, b, in], this rank's tokens -> [s, b, out];
     and u [s/t, b, r], which goes beside x -> [s, b, r].
 
     weight, bias: this rank's rows, frozen. Gradients are summed over the ranks, each of which keeps its tokens.
+    factors: A's by which u = x A^T was made, if the gradient of x through u is to be part of x's here.
     """
     assert not weight.requires_grad
-    result: tuple[Tensor, Tensor | None] = _GatheredLinear.apply(x, weight, bias, shards, u)
+    result: tuple[Tensor, Tensor | None] = _GatheredLinear.apply(x, weight, bias, shards, u, factors)
     return result
 
 

@@ -49,6 +49,8 @@ class _Plan:
     parts: tuple[Part, ...]
     scales: tuple[float, ...]
     """Of fc1's adapters."""
+    factors: tuple[Tensor, ...]
+    """A's of fc1 whose du A is to be part of the gradient of x."""
     dropout: Dropout | None
     """Of fc2's."""
 
@@ -67,11 +69,14 @@ class _Plan:
             return product.of(*rows), beside
         return self.shards.product_of_all(product, *rows, beside=beside)
 
-    def summed(self, product: Product, rows: Rows, beside: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """This rank's parts of two sums; with sequence shards the sums, of its own tokens."""
+    def summed(
+        self, product: Product, rows: Rows, beside: Tensor | None, factors: tuple[Tensor, ...] = ()
+    ) -> tuple[Tensor, Tensor | None]:
+        """This rank's parts of two sums; with sequence shards the sums, of its own tokens, and with the second one's
+        product with `factors` in the first."""
         if self.shards is None:
             return product.of(*rows), beside
-        return self.shards.sum_of_products(product, *rows, beside=beside)
+        return self.shards.sum_of_products(product, *rows, beside=beside, factors=factors)
 
 
 class _FrozenMlp(torch.autograd.Function):
@@ -131,7 +136,7 @@ class _FrozenMlp(torch.autograd.Function):
         plan = ctx.plan
         if not ctx.needs_input_grad[2]:
             return None, du if du is None or plan.shards is None else plan.shards.sum_of(du)
-        grad_x, du = plan.summed(backward_product(plan.fc1, dtype), rows, du)
+        grad_x, du = plan.summed(backward_product(plan.fc1, dtype), rows, du, plan.factors)
         if plan.sum_input_gradient_over is not None:
             dist.all_reduce(grad_x, group=plan.sum_input_gradient_over)
         return grad_x.view(*leading, grad_x.shape[-1]), du
@@ -148,8 +153,9 @@ def frozen_mlp(
     # Before fc1's adapters read x: what they hand on is x, but no longer tells how it was made.
     recipe = recipe_or_itself(x) if rebuild else None
     u, update = None, None
+    factors: tuple[Tensor, ...] = ()
     if fc1.adapters:
-        u, x = fc1.low_rank_input(x)
+        u, x, factors = fc1.low_rank_input(x)
         update = fc1.low_rank_update(u)
     plan = _Plan(
         fc1.weight,
@@ -159,6 +165,7 @@ def frozen_mlp(
         fc1.shards if fc1.sequence_parallel else None,
         parts=() if update is None else update.parts,
         scales=() if update is None else update.scales,
+        factors=factors,
         dropout=fc2.dropout_now() if fc2.adapters else None,
     )
     bs = () if update is None else update.bs

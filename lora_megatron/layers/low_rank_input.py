@@ -33,9 +33,11 @@ except ImportError:  # no Triton: the same, through general products
 
 class _LowRankInput(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dropout: Dropout | None, *factors: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, x: Tensor, dropout: Dropout | None, product_adds: bool, *factors: Tensor
+    ) -> tuple[Tensor, Tensor]:
         recipe = recipe_or_itself(x)
-        ctx.step, ctx.dropout, ctx.factors = recipe.step, dropout, factors
+        ctx.step, ctx.dropout, ctx.factors, ctx.product_adds = recipe.step, dropout, factors, product_adds
         ctx.save_for_backward(*factors, *recipe.ingredients)  # factors for autograd to notice if they change
         ctx.set_materialize_grads(False)
         return torch.matmul(x if dropout is None else dropout(x), stacked(factors).t()), x
@@ -46,15 +48,15 @@ class _LowRankInput(torch.autograd.Function):
         factors = ctx.factors  # the parameters themselves, for their `main_grad`
         kept = ctx.saved_tensors[len(factors) :]
         if du is None:
-            return grad_x, None, *(None for _ in factors)
-        if ctx.needs_input_grad[0]:
+            return grad_x, None, None, *(None for _ in factors)
+        if ctx.needs_input_grad[0] and not ctx.product_adds:
             grad_x = add_input_gradient(grad_x, du, factors, ctx.dropout)
         rows = normed_rows(ctx.step, kept) if ctx.dropout is None else None
         if rows is not None and kernels is not None and kernels.can_take(rows.h, du, factors):
-            return grad_x, None, *_gradients_through_norm(factors, du, rows)
+            return grad_x, None, None, *_gradients_through_norm(factors, du, rows)
         x = ctx.step.value(*kept)
         x = x if ctx.dropout is None else ctx.dropout(x)
-        return grad_x, None, *factor_gradients(factors, du, x)
+        return grad_x, None, None, *factor_gradients(factors, du, x)
 
 
 def stacked(factors: Sequence[Tensor]) -> Tensor:
@@ -90,8 +92,14 @@ def add_input_gradient(grad_x: Tensor | None, du: Tensor, factors: Sequence[Tens
     return grad_x
 
 
-def low_rank_input(x: Tensor, factors: Sequence[Tensor], dropout: Dropout | None) -> tuple[Tensor, Tensor]:
+def low_rank_input(
+    x: Tensor, factors: Sequence[Tensor], dropout: Dropout | None, *, product_adds: bool = False
+) -> tuple[Tensor, Tensor]:
     """u [s, b, sum of r] from x [s, b, in] and each adapter's A [r, in], read once for all of them; and x, for one
-    product, whose gradient of it must be a tensor of its own: du A is added to that in place."""
-    u, handed_on = _LowRankInput.apply(x, dropout, *factors)
+    product, whose gradient of it must be a tensor of its own: du A is added to that in place.
+
+    product_adds: the product gives x's gradient with du A in it (without dropout alone): that is not added here.
+    """
+    assert dropout is None or not product_adds
+    u, handed_on = _LowRankInput.apply(x, dropout, product_adds, *factors)
     return u, handed_on if x.requires_grad else x  # factors that train give what is handed on a gradient too

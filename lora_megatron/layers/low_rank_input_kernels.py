@@ -34,6 +34,17 @@ def _rows_of(a, j, begin, end, width, column, own):
 
 
 @triton.jit
+def stacked(a0, a1, a2, j, second, third, ranks, width, column, own, FACTORS: tl.constexpr):
+    """All factors, one below the other: [K, C]."""
+    rows = _rows_of(a0, j, 0, second, width, column, own)
+    if FACTORS > 1:
+        rows += _rows_of(a1, j, second, third, width, column, own)
+    if FACTORS > 2:
+        rows += _rows_of(a2, j, third, ranks, width, column, own)
+    return rows
+
+
+@triton.jit
 def add_input_product(
     out, du, a0, a1, a2, tokens, width, ranks, second, third,
     span: tl.constexpr, K: tl.constexpr, T: tl.constexpr, C: tl.constexpr, FACTORS: tl.constexpr,
@@ -41,11 +52,7 @@ def add_input_product(
     """out[token, column] += du[token] . A[:, column]; a program has C columns and walks over `span` tokens."""
     column, j = tl.program_id(0) * C + tl.arange(0, C), tl.arange(0, K)
     own = column < width
-    right = _rows_of(a0, j, 0, second, width, column, own)
-    if FACTORS > 1:
-        right += _rows_of(a1, j, second, third, width, column, own)
-    if FACTORS > 2:
-        right += _rows_of(a2, j, third, ranks, width, column, own)
+    right = stacked(a0, a1, a2, j, second, third, ranks, width, column, own, FACTORS)
     for step in range(0, span, T):
         token = tl.program_id(1).to(tl.int64) * span + step + tl.arange(0, T)
         known = (token[:, None] < tokens) & (j[None, :] < ranks)
@@ -91,7 +98,7 @@ def _ranks(factors: Sequence[Tensor]) -> tuple[int, ...]:
     return tuple(a.shape[0] for a in factors)
 
 
-def _counted_through(ranks: Sequence[int]) -> tuple[int, int, int]:
+def counted_through(ranks: Sequence[int]) -> tuple[int, int, int]:
     """How many, and the first rank of a second and of a third factor: behind all where there is none."""
     return sum(ranks), ranks[0], sum(ranks[:2])
 
@@ -116,7 +123,7 @@ def add_to_input_gradient(grad_x: Tensor, du: Tensor, factors: Sequence[Tensor])
     assert tile is not None
     three = [*factors, *[factors[0]] * (MOST_PARTS - len(factors))]
     add_input_product[(triton.cdiv(width, tile.columns), triton.cdiv(tokens, tile.span))](
-        grad_x, du, *three, tokens, width, *_counted_through(ranks), tile.span, padded([sum(ranks)]), tile.tokens,
+        grad_x, du, *three, tokens, width, *counted_through(ranks), tile.span, padded([sum(ranks)]), tile.tokens,
         tile.columns, len(factors), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
@@ -137,7 +144,7 @@ def factor_gradients_of_normed(
     cut = tiles.addends_of(ranks, tokens, width, tile.span, h.device)
     addends = torch.empty(cut.size, dtype=torch.float32, device=h.device)
     normed_factor_gradients[(triton.cdiv(width, tile.columns), cut.pieces)](
-        h, weight, bias, statistics, du, addends, tokens, width, *_counted_through(ranks), cut.pieces, tile.span,
+        h, weight, bias, statistics, du, addends, tokens, width, *counted_through(ranks), cut.pieces, tile.span,
         padded([sum(ranks)]), tile.tokens, tile.columns, bias is not None, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return sum_addends(addends, cut.table, cut.longest, None, factors, mains, factor_cut=tiles.SUM)

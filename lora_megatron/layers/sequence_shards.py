@@ -14,6 +14,7 @@ an exchange's box, behind its one barrier; without an exchange by a collective o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lora_megatron.layers.exchange import Exchange, exchange_over
+from lora_megatron.layers.low_rank_input import add_input_gradient
 from lora_megatron.layers.storage.product import Product
 
 
@@ -54,14 +56,22 @@ class SequenceShards:
         return output, None if beside is None else _gathered(beside.contiguous(), self.group)
 
     def sum_of_products(
-        self, product: Product, *parts: Tensor, beside: Tensor | None = None
+        self, product: Product, *parts: Tensor, beside: Tensor | None = None, factors: Sequence[Tensor] = ()
     ) -> tuple[Tensor, Tensor | None]:
         """This rank's tokens of the sum of all ranks' products: `parts` of t m rows -> [m, n]; and of the sum of their
-        `beside` [s, b, k] -> [s/t, b, k]."""
+        `beside` [s, b, k] -> [s/t, b, k].
+
+        factors: A's [r, n] of which, one below the other, `beside` is a gradient's left factor: du A is added to the
+        rows.
+        """
+        assert beside is not None or not factors
         if self.exchange is not None:
-            return self.exchange.sum_of_products(product, parts, beside)
+            return self.exchange.sum_of_products(product, parts, beside, factors)
         output = _scattered(product.of(*parts), self.group)
-        return output, None if beside is None else _scattered(beside.contiguous(), self.group)
+        if beside is None:
+            return output, None
+        own = _scattered(beside.contiguous(), self.group)
+        return (add_input_gradient(output, own, factors, None) if factors else output), own
 
     def of_all(self, own: Tensor) -> Tensor:
         """What goes beside tokens, where they stay: [s/t, b, k] -> [s, b, k]."""

@@ -134,9 +134,11 @@ def test_boxes_are_made_once_and_as_large_as_planned(pool: Pool, precision: str,
         assert sum(each[-1] for each in sizes) == planned
 
 
-def own_part_alone(self: exchange.Exchange, product: Product, parts: Any, beside: Tensor | None = None) -> Any:
+def own_part_alone(
+    self: exchange.Exchange, product: Product, parts: Any, beside: Tensor | None = None, factors: Any = ()
+) -> Any:
     """A sum that leaves out what other ranks sent beside the rows."""
-    output, extra = SOUND["sum_of_products"](self, product, parts, beside)
+    output, extra = SOUND["sum_of_products"](self, product, parts, beside, factors)
     return output, extra if beside is None else beside.unflatten(0, (self.size, -1))[self.rank]
 
 
@@ -146,14 +148,21 @@ def own_rows_alone(self: exchange.Exchange, product: Product, parts: Any, beside
     return output, extra if beside is None else torch.cat([beside] * self.size)
 
 
+def without_the_adapters_part(
+    self: exchange.Exchange, product: Product, parts: Any, beside: Tensor | None = None, factors: Any = ()
+) -> Any:
+    """A sum to which du A is not added."""
+    return SOUND["sum_of_products"](self, product, parts, beside)
+
+
 SOUND: dict[str, Any] = {name: getattr(exchange.Exchange, name) for name in ("sum_of_products", "product_of_all")}
 FAULTS = {"sum_of_products": own_part_alone, "product_of_all": own_rows_alone}
 """Of the exchange; and of whose pass."""
 FORWARD = {"product_of_all": ("q", "fc1"), "sum_of_products": ("o", "fc2")}
 
 
-def train_broken(fault: str, experiments: list[Experiment]) -> list[Record | None]:
-    with exchanging(), mock.patch.object(exchange.Exchange, fault, FAULTS[fault]):
+def train_broken(fault: str, experiments: list[Experiment], *, how: Any = None) -> list[Record | None]:
+    with exchanging(), mock.patch.object(exchange.Exchange, fault, how or FAULTS[fault]):
         return train_twins(experiments)
 
 
@@ -188,4 +197,17 @@ def test_training_notices_what_a_gather_or_a_sum_leaves_out(pool: Pool, fault: s
         (target,) = experiment.method["targets"]
         forward = target in FORWARD[fault]
         with pytest.raises(Mismatch, match="^eval" if forward else "^norm of step 0"):
+            compare(record, twin)
+
+
+def test_training_notices_a_gradient_without_what_goes_through_an_adapter(pool: Pool) -> None:
+    """Of what the second layer's adapters read: the first layer has another gradient. That of q is too small to see."""
+    fault: dict[str, Any] = {"fault": "sum_of_products", "how": without_the_adapters_part}
+    experiments = [replace(ADAPTED, method={"targets": {target: 2}}, **AGAIN) for target in ("v", "fc1")]
+    whole = [replace(one, layout=Layout(), tp_comm_overlap=False) for one in experiments]
+    broken = pool.run(2, train_broken, **fault, experiments=experiments)[0]
+    sound = pool.run(2, train_soundly, experiments=experiments)[0]
+    for record, good, twin in zip(broken, sound, pool.run(1, train_twins, experiments=whole)[0], strict=True):
+        assert compare(good, twin) > 0
+        with pytest.raises(Mismatch, match=r"^norm of step 0"):
             compare(record, twin)

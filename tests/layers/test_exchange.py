@@ -85,8 +85,8 @@ def differences(
     return found
 
 
-CALLS = {"g": "product_of_all", "s": "sum_of_products", "G": "of_all", "S": "sum_of"}
-"""The last two are of what otherwise goes beside, alone."""
+CALLS = {"g": "product_of_all", "s": "sum_of_products", "a": "sum_of_products", "G": "of_all", "S": "sum_of"}
+"""The last two are of what otherwise goes beside, alone; with `a` its product with factors is added to the rows."""
 
 
 def _answers(
@@ -95,9 +95,17 @@ def _answers(
     call = getattr(shards, CALLS[kind])
     if kind in "GS":
         return {kind: call(beside)}
-    output, extra = call(product, *parts, beside=beside)
+    added = {"factors": _factors(product, beside)} if kind == "a" and beside is not None else {}
+    output, extra = call(product, *parts, beside=beside, **added)
     assert (extra is None) == (beside is None)
     return {kind: output} if extra is None else {kind: output, f"{kind} beside": extra}
+
+
+def _factors(product: Product, beside: torch.Tensor) -> list[torch.Tensor]:
+    """Of rank 1 each, as large as the product's columns; the same on every rank."""
+    generator = torch.Generator().manual_seed(9)
+    factors = torch.randn(beside.shape[-1], product.columns, generator=generator).to(device(), product.dtype)
+    return list(factors.split(1))
 
 
 def _operands(
@@ -138,12 +146,12 @@ def wrong(pool: Pool, world: int, **what: Any) -> list[str]:
 def test_an_exchange_gives_what_collectives_give(nccl: Pool, world: int) -> None:
     if world > GPUS:
         pytest.skip(f"needs {world} CUDA devices")
-    assert wrong(nccl, world, sizes=[(16, 32, 64), (512, 256, 1024)], turns="gsggsssgGsSgGSS") == []
+    assert wrong(nccl, world, sizes=[(16, 32, 64), (512, 256, 1024)], turns="gsggsssgGsSgGSSagaa") == []
 
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_it_does_through_files_too(pool: Pool, world: int) -> None:
-    assert wrong(pool, world, sizes=[(8, 32, 16), (16, 32, 64)], turns="gsggsssgGsSgGSS", delay=DELAY_S) == []
+    assert wrong(pool, world, sizes=[(8, 32, 16), (16, 32, 64)], turns="gsggsssgGsSgGSSagaa", delay=DELAY_S) == []
 
 
 @pytest.mark.parametrize(("fault", "turns"), [(NO_BARRIER, "g"), (NO_BARRIER, "s"), (NO_TURNS, "gg"), (NO_TURNS, "ss")])

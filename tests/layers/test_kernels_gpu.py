@@ -277,3 +277,24 @@ def test_sums_over_ranks_are_rounded_once(ranks: int, dtype: torch.dtype) -> Non
     for addends in ([first], *([first, other] for other in others)):
         for got, each in zip(exchange_kernels.sums_in_order(addends), addends, strict=True):
             assert torch.equal(got, functools.reduce(torch.add, each.float().unbind()).to(dtype))
+
+
+@pytest.mark.parametrize("ranks", [(4,), (16, 16), (5, 1, 17)], ids=str)
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_adapters_read_has_their_part_added_in_the_sum(
+    dtype: torch.dtype, count: int, ranks: tuple[int, ...]
+) -> None:
+    """dx = sum of dx_i + du A, rounded once, of du as it is written: summed and rounded."""
+    from lora_megatron.layers import exchange_kernels  # needs Triton
+
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.randn(count, 150, 300, generator=generator).to(GPU, dtype)
+    beside = torch.randn(count, 150, 1, sum(ranks), generator=generator).to(GPU, dtype)
+    factors = [torch.randn(rank, 300, generator=generator).to(GPU, dtype) for rank in ranks]
+    assert exchange_kernels.can_add([rows, beside], factors)
+    assert not exchange_kernels.can_add([rows, beside], ())
+    got, du = exchange_kernels.sums_with_products([rows, beside], factors)
+    assert torch.equal(du, exchange_kernels.sums_in_order([rows, beside])[1])
+    want = rows.double().sum(0) + du.double().view(150, -1) @ torch.cat(factors).double()
+    assert off(got, want) < (1e-6 if dtype == torch.float32 else 3e-3)
