@@ -98,7 +98,12 @@ def config_of(case: Case, options: argparse.Namespace) -> Config:
                 "micro_batch_size": options.batch,
                 "global_batch_size": options.batch,
             },
-            "train": {"precision": "bf16", "recompute": "none", "cuda_graph": options.cuda_graph},
+            "train": {
+                "precision": "bf16",
+                "recompute": "none",
+                "cuda_graph": options.cuda_graph,
+                "attention": options.attention,
+            },
         }
     )
 
@@ -234,6 +239,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--targets", default=",".join(TARGETS), help=f"(default: {','.join(TARGETS)})")
     parser.add_argument("--sequence-parallel", action="store_true", help="shard activations over the tensor ranks")
     parser.add_argument("--cuda-graph", action="store_true", help="train.cuda_graph: no time of the host in the tax")
+    parser.add_argument("--attention", default="torch", help="train.attention, torch or fa4 (default: torch)")
     parser.add_argument("--out", type=Path, required=True, help="folder of report.json and report.md")
     return parser.parse_args(arguments)
 

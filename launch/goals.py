@@ -4,6 +4,7 @@
     python launch/goals.py --out runs/goals                        # all rows that this machine has the GPUs for
     python launch/goals.py --out runs/goals --at-once              # likewise, as many at a time as there are GPUs for
     python launch/goals.py --out runs/goals --rows 175b-nf4,tax    # some of them
+    python launch/goals.py --out runs/goals --attention fa4        # with FlashAttention 4 (train.attention)
     python launch/goals.py --list                                  # the rows and the commands behind them
 
 A row is a `lora-megatron bench` of a configuration in launch/configs, or a script of this folder; it runs as a process
@@ -26,6 +27,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,7 +36,7 @@ if str(ROOT) not in sys.path:
 
 import torch
 
-from launch.goals_rows import ROWS, Report, Row
+from launch.goals_rows import ROWS, Report, Row, with_attention
 from launch.side_by_side import make_folder, names_of
 from lora_megatron.errors import EXIT_DONE, ConfigError
 from lora_megatron.measure.atomic import write_json, write_text
@@ -44,11 +46,19 @@ from lora_megatron.measure.markdown import table
 COMPARE = {">=": operator.ge, "<=": operator.le}
 
 
-def command_of(row: Row, folder: Path) -> list[str]:
+@dataclass(frozen=True)
+class How:
+    """What is changed in the command of every row: train.attention, and arguments that are added."""
+
+    attention: str
+    shrink: tuple[str, ...]
+
+
+def command_of(row: Row, folder: Path, attention: str) -> list[str]:
     start = [sys.executable]
     if row.gpus > 1:
         start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(row.gpus)]
-    return [*start, *row.command, "--out", str(folder)]
+    return [*start, *with_attention(row.command, attention), "--out", str(folder)]
 
 
 def shown(name: str, command: Sequence[str]) -> str:
@@ -56,9 +66,9 @@ def shown(name: str, command: Sequence[str]) -> str:
     return shlex.join([*(f"{key}={value}" for key, value in ROWS[name].variables), *command])
 
 
-def run_row(name: str, folder: Path, shrink: Sequence[str], gpus: Sequence[int] | None = None) -> Report:
+def run_row(name: str, folder: Path, how: How, gpus: Sequence[int] | None = None) -> Report:
     """Run a row, on these of the GPUs that this process sees or on all of them; how it ended, and why it failed."""
-    command, started = [*command_of(ROWS[name], folder / name), *shrink], time.monotonic()
+    command, started = [*command_of(ROWS[name], folder / name, how.attention), *how.shrink], time.monotonic()
     print(f"{name} ...", file=sys.stderr, flush=True)
     environment = {**os.environ, **dict(ROWS[name].variables)}
     if gpus is not None:
@@ -115,12 +125,12 @@ def judged(result: Report, folder: Path) -> Report:
     return {**result, "values": values, "why": why}
 
 
-def one_by_one(names: Sequence[str], folder: Path, shrink: Sequence[str]) -> Iterator[Report]:
+def one_by_one(names: Sequence[str], folder: Path, how: How) -> Iterator[Report]:
     for name in names:
-        yield run_row(name, folder, shrink)
+        yield run_row(name, folder, how)
 
 
-def at_once(names: Sequence[str], folder: Path, shrink: Sequence[str], gpus: int) -> Iterator[Report]:
+def at_once(names: Sequence[str], folder: Path, how: How, gpus: int) -> Iterator[Report]:
     """As many rows at a time as there are GPUs for, each on its own; in the order in which they end."""
     waiting = sorted(names, key=lambda name: -ROWS[name].gpus)
     free, running = list(range(gpus)), dict[Future[Report], list[int]]()
@@ -130,7 +140,7 @@ def at_once(names: Sequence[str], folder: Path, shrink: Sequence[str], gpus: int
                 if ROWS[name].gpus <= len(free):
                     waiting.remove(name)
                     taken, free = free[: ROWS[name].gpus], free[ROWS[name].gpus :]
-                    running[threads.submit(run_row, name, folder, shrink, taken)] = taken
+                    running[threads.submit(run_row, name, folder, how, taken)] = taken
             for ended in wait(running, return_when=FIRST_COMPLETED).done:
                 free = sorted(free + running.pop(ended))
                 yield ended.result()
@@ -162,12 +172,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/goals"), help="folder to write (default: %(default)s)")
     parser.add_argument("--rows", default=",".join(ROWS), help="names from --list (default: all)")
     parser.add_argument("--at-once", action="store_true", help="as many rows at a time as there are GPUs for")
+    parser.add_argument(
+        "--attention", choices=("torch", "fa4"), default="torch", help="train.attention of all rows but peft"
+    )
     parser.add_argument("--list", action="store_true", help="print the rows and their commands")
     parser.add_argument("--shrink", default="", help="arguments added to every command, to try the script on a CPU")
     options = parser.parse_args(arguments)
     if options.list:
         for name, row in ROWS.items():
-            print(f"{name}: {shown(name, command_of(row, options.out / name))}")
+            print(f"{name}: {shown(name, command_of(row, options.out / name, options.attention))}")
         return EXIT_DONE
     try:
         names = names_of(options.rows, list(ROWS), flag="--rows")
@@ -181,12 +194,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in names:  # an earlier call's must not stand for a row that fails now
         (options.out / name / "report.json").unlink(missing_ok=True)
     environment, here = describe_environment(), max(1, torch.cuda.device_count())
-    shrink = shlex.split(options.shrink)
+    how = How(options.attention, tuple(shlex.split(options.shrink)))
     possible = [name for name in names if ROWS[name].gpus <= here]
     impossible = [name for name in names if ROWS[name].gpus > here]
     results = [_result(name, why=f"needs {ROWS[name].gpus} GPUs, here is {here}") for name in impossible]
-    measuring = at_once(possible, options.out, shrink, here) if options.at_once else None
-    for result in measuring or one_by_one(possible, options.out, shrink):
+    measuring = at_once(possible, options.out, how, here) if options.at_once else None
+    for result in measuring or one_by_one(possible, options.out, how):
         results.append(result)
         results.sort(key=lambda each: names.index(each["row"]))
         write(options.out, [judged(each, options.out) for each in results], environment)

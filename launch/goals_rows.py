@@ -43,6 +43,15 @@ def bench(
     return ("-m", "lora_megatron", "bench", path, "data.global_batch_size=1", *more, *fixed, "--warm-up", str(warm_up))
 
 
+def with_attention(command: tuple[str, ...], attention: str) -> tuple[str, ...]:
+    """A row's command with another `train.attention` than torch's; what is compared with PEFT keeps torch's."""
+    if attention == "torch" or "launch/bench_peft.py" in command:
+        return command
+    if command[0] == "-m":
+        return (*command[:4], f"train.attention={attention}", *command[4:])  # behind the configuration
+    return (*command, "--attention", attention)
+
+
 def last_row(report: Report, method: str = "lora") -> Report:
     """Of the whole model, measured or from slices."""
     return [row for row in report["rows"] if row["method"] == method and not row["out_of_memory"]][-1]
@@ -117,7 +126,7 @@ FEW_CHANNELS = (("NCCL_MAX_NCHANNELS", "8"), ("NCCL_MAX_P2P_NCHANNELS", "8"))
 Where stages only pass hidden states on, 4 channels and 32 were equally fast."""
 FAST = "base.fast_accum=both"
 GRAPH = "train.cuda_graph=true"
-TAX = ("--cuda-graph", "--layers", "2,8", "--steps", "20", "--rounds", "3")
+TAX = ("--cuda-graph", "--layers", "2,8", "--steps", "20", "--rounds", "5")
 """Two slices far apart: their difference is divided by six layers, and so is what each step varies by."""
 PAIRS = ("data.micro_batch_size=2", "data.global_batch_size=4")
 BATCH_4 = ("data.micro_batch_size=4", "data.global_batch_size=16")

@@ -139,7 +139,7 @@ def test_rows_at_once_share_no_gpu(tmp_path: Path) -> None:
     busy: set[int] = set()
     most, seen = 0, list[str]()
 
-    def pretend(name: str, folder: Path, shrink: list[str], gpus: list[int]) -> Report:
+    def pretend(name: str, folder: Path, how: goals.How, gpus: list[int]) -> Report:
         nonlocal most
         with lock:
             assert len(gpus) == ROWS[name].gpus
@@ -153,7 +153,7 @@ def test_rows_at_once_share_no_gpu(tmp_path: Path) -> None:
         return {"row": name}
 
     with patch.object(goals, "run_row", pretend):
-        ended = [result["row"] for result in goals.at_once(names, tmp_path, [], 4)]
+        ended = [result["row"] for result in goals.at_once(names, tmp_path, goals.How("torch", ()), 4)]
     assert sorted(ended) == sorted(names) == sorted(seen)
     assert most == 4
     assert [ROWS[name].gpus for name in seen[:2]] == [2, 2]
@@ -190,3 +190,26 @@ def test_at_once_every_row_is_told_its_gpus(tmp_path: Path, monkeypatch: pytest.
     assert all(result["values"] for result in results)
     assert [result["gpus"] for result in results] == [[2], [3], [0, 1]]
     assert "side by side" in (tmp_path / "out" / "goals.md").read_text(encoding="utf-8")
+
+
+def test_the_attention_is_that_of_every_row_but_the_one_beside_peft(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def listed(*more: str) -> dict[str, str]:
+        assert goals.main(["--list", "--out", str(tmp_path), *more]) == 0
+        return dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
+
+    given, plain = listed("--attention", "fa4"), listed()
+    assert list(given) == list(plain) == list(ROWS)
+    for name, command in given.items():
+        words = command.split()
+        if "bench" in words:
+            assert words[words.index("train.attention=fa4") - 1].endswith(".yaml")
+        elif name == "peft":
+            assert command == plain[name]
+        else:
+            assert "--attention fa4" in command
+    assert not any("fa4" in command for command in plain.values())
+    with pytest.raises(SystemExit):
+        goals.main(["--list", "--attention", "fa5"])
+    assert "invalid choice: 'fa5'" in capsys.readouterr().err
