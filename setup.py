@@ -12,6 +12,8 @@ ROOT = Path(__file__).resolve().parent
 
 METEOR = ["pycocoevalcap>=1.2"]  # carries METEOR 1.5, which needs Java as well
 DEEPSPEED = ["deepspeed>=0.18"]  # 0.18.0 and 0.19.8 pass the tests; 0.16 has another constructor
+# A version with a letter lets pip take it, and newer ones of the kind; 4.0.0b36 is what was measured.
+FLASH_ATTENTION = ["flash-attn-4>=4.0.0b36"]
 # What checks the code, and the outside references (loralib, PEFT, transformers, DeepSpeed) that tests compare with.
 TEST = [
     "pytest>=8",
@@ -70,6 +72,6 @@ setup(
         "sacrebleu>=2.4",
         "rouge-score>=0.1.2",
     ],
-    extras_require={"deepspeed": DEEPSPEED, "meteor": METEOR, "test": TEST},
+    extras_require={"deepspeed": DEEPSPEED, "fa4": FLASH_ATTENTION, "meteor": METEOR, "test": TEST},
     entry_points={"console_scripts": ["lora-megatron = lora_megatron.__main__:main"]},
 )

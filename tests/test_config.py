@@ -128,6 +128,7 @@ def test_an_unknown_target_names_the_valid_ones() -> None:
         ("data", "sequence_length", 1, "greater than or equal to 2"),
         ("data", "train", 7, "string"),
         ("train", "precision", "fp16", "'fp32' or 'bf16'"),
+        ("train", "attention", "fa3", "'torch' or 'fa4'"),
         ("train", "recompute", True, "switches"),
         ("train", "recompute_modules", ["fc1"], "'core_attn' or 'mlp'"),
         ("train", "recompute_modules", [], "at least 1 item"),

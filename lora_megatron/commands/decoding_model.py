@@ -62,7 +62,10 @@ class DecodingModel:
         layout = layout_of(self.config)
         ranks = groups.build_mesh(layout, seed=self.config.train.seed, timeout_minutes=section.timeout_minutes)
         beat("load")
-        options = replace(options_of(self.config), dropout=0.0, tp_comm_overlap=False, **NOTHING_RECOMPUTED)
+        # Attention over a cache is torch's whatever the configuration says: FlashAttention 4 need not be here.
+        options = replace(
+            options_of(self.config), dropout=0.0, attention="torch", tp_comm_overlap=False, **NOTHING_RECOMPUTED
+        )
         chunks = build(self.base.shape, self.method, layout, options)
         together(lambda: self.base.load(chunks))
         if self.adapter is not None:

@@ -40,6 +40,7 @@ COSTS = {
     "Triton": "nothing on 0.16 of megatron-core; 0.19 does not import without it",
     "apex": "LayerNorm in torch's kernel; torch's AdamW, unless Transformer Engine has one",
     "Transformer Engine": "its FusedAdam; parallel.context above 1, which is refused",
+    "FlashAttention 4": "train.attention=fa4; torch's attention does the same, slower on Hopper and newer GPUs",
     "DeepSpeed": "optimizer.sharding=deepspeed; megatron's sharding does the same",
     "bitsandbytes": "nothing: no code here uses it",
     "transformers": "tests compare Hugging Face models with it; training and merging do without",

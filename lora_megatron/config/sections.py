@@ -196,6 +196,10 @@ class TrainSection(Section):
     cuda_graph: bool = False
     """Launch both passes of a step at once, as a CUDA graph captured in the third step; results do not change. It saves
     the host's time per kernel and holds the memory of the activations between steps."""
+    attention: Literal["torch", "fa4"] = "torch"
+    """Whose kernels core attention runs on: torch's (cuDNN's on recent GPUs), or those of FlashAttention 4, for bf16 on
+    Hopper or newer GPUs. It needs flash-attn-4; what has a mask (packing, a shorter window) and decoding stay torch's.
+    Results change by roundings."""
     on_bad_step: Literal["stop", "skip", "rollback"] = "stop"
     """When a loss or gradient is not finite, or the loss is a spike: end with status 5, go on without the update, or
     go back to the newest good checkpoint and leave out the samples since."""

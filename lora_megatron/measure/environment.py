@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 _PACKAGES = ("lora-megatron", "torch", "megatron-core", "numpy", "pyarrow", "safetensors", "tokenizers")
 # Used where they are installed, so their absence is a fact about the run as well.
-_OPTIONAL_PACKAGES = ("deepspeed", "apex", "transformer_engine", "triton")
+_OPTIONAL_PACKAGES = ("deepspeed", "apex", "transformer_engine", "triton", "flash-attn-4")
 _CHECKOUT = Path(__file__).resolve().parents[2]
 
 

@@ -148,6 +148,15 @@ def _transformer_engine() -> Found:
     return Found("ok", _version("transformer-engine", "transformer_engine", "transformer-engine-torch"))
 
 
+def _flash_attention() -> Found:
+    """The fourth; older ones have the same name for Python, and no use here."""
+    version = _version("flash-attn-4")
+    if not version:
+        return Found("absent", note="flash_attn is another FlashAttention")
+    importlib.import_module("flash_attn.cute.interface")
+    return Found("ok", version)
+
+
 def _deepspeed() -> Found:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # the import alone shall not look for GPUs
     found = _plain("deepspeed", at_least=(0, 18))()
@@ -167,12 +176,17 @@ PROBES: dict[str, Callable[[], Found]] = {
     "Triton": _plain("triton"),
     "apex": _apex,
     "Transformer Engine": _transformer_engine,
+    "FlashAttention 4": _flash_attention,
     "DeepSpeed": _deepspeed,
     "bitsandbytes": _plain("bitsandbytes"),
     "transformers": _plain("transformers", at_least=(4, 44)),
     "PEFT": _plain("peft", at_least=(0, 12)),
 }
-_TOP_LEVEL = {"megatron-core": "megatron", "Transformer Engine": "transformer_engine"}
+_TOP_LEVEL = {
+    "megatron-core": "megatron",
+    "Transformer Engine": "transformer_engine",
+    "FlashAttention 4": "flash_attn",
+}
 
 
 def main(name: str) -> None:

@@ -51,6 +51,8 @@ class BuildOptions:
     meta: bool = False
     """Build without storage, to count parameters of a model of any size."""
     label_smoothing: float = 0.0
+    attention: str = "torch"
+    """Whose kernels core attention runs on (`layers.attention`)."""
     tp_comm_overlap: bool = False
     """Hide the collectives of sequence parallelism behind products (`layers.exchange`)."""
 
@@ -168,6 +170,7 @@ def build(shape: ModelShape, method: Method, layout: Layout, options: BuildOptio
                     dropout=options.dropout,
                     seed=options.adapter_seed,
                     storage=options.storage,
+                    attention=options.attention,
                     rebuilt_mlps=rebuilt_mlps(
                         options.recompute, options.recompute_modules, options.recompute_layers, len(layers)
                     ),

@@ -8,6 +8,7 @@ import torch
 from lora_megatron.config import Config
 from lora_megatron.errors import ConfigError
 from lora_megatron.methods.method import Method
+from lora_megatron.model.attention_kernels import check_attention, check_attention_here
 from lora_megatron.model.build import BuildOptions
 from lora_megatron.model.recomputation import check_recomputation
 from lora_megatron.model.shape import ModelShape
@@ -32,6 +33,7 @@ def options_of(config: Config, *, meta: bool = False) -> BuildOptions:
         dropout=config.method.dropout,
         adapter_seed=config.train.seed,
         label_smoothing=config.train.label_smoothing,
+        attention=config.train.attention,
         storage=storage_of(config),
         tp_comm_overlap=config.parallel.tp_comm_overlap,
         meta=meta,
@@ -43,6 +45,7 @@ def check(config: Config, shape: ModelShape, method: Method, world_size: int) ->
     check_plan(config, shape, method, world_size)
     if config.train.cuda_graph and not torch.cuda.is_available():
         raise ConfigError("train.cuda_graph = true: this machine has no CUDA device; set train.cuda_graph=false")
+    check_attention_here(config, shape)
     _check_memory(config, layout_of(config), shape)
 
 
@@ -61,6 +64,7 @@ def check_plan(config: Config, shape: ModelShape, method: Method, world_size: in
     check_storage(config, layout, shape)
     check_recomputation(config, layout, shape, method)
     _check_graph(config)
+    check_attention(config, shape)
     _check_targets(config, shape)
     _check_ranks(shape, method)
     has_bias = shape.linear_bias or shape.qkv_bias or shape.proj_bias or shape.normalization == "LayerNorm"

@@ -52,10 +52,11 @@ def layer_spec(
     dropout: float,
     seed: int,
     storage: StorageFormat | None,
+    attention_kernels: str,
     rebuild_mlp: bool,
 ) -> ModuleSpec:
     """One transformer layer, `layer` being its global index; `dropout` and `seed` are the adapters', `storage` that
-    of frozen weights; `rebuild_mlp` as in `layers.mlp`."""
+    of frozen weights; `attention_kernels` as in `layers.attention`, `rebuild_mlp` as in `layers.mlp`."""
 
     def adapters(linear: str, *projections: str) -> AdapterSet:
         chosen = tuple(adapter for name in projections for adapter in method.adapters(layer, name))
@@ -76,7 +77,7 @@ def layer_spec(
                 "storage": kept("self_attention.linear_qkv"),
             },
         ),
-        core_attention=SdpaAttention,
+        core_attention=ModuleSpec(SdpaAttention, params={"kernels": attention_kernels}),
         linear_proj=ModuleSpec(
             LoraRowParallelLinear,
             params={
@@ -138,6 +139,7 @@ def block_spec(
     dropout: float,
     seed: int,
     storage: StorageFormat | None = None,
+    attention: str = "torch",
     rebuilt_mlps: int = 0,
 ) -> TransformerBlockSubmodules:
     """The layers `layers` (global indices) of one model chunk and the final norm's class; the first `rebuilt_mlps` of
@@ -151,6 +153,7 @@ def block_spec(
                 dropout=dropout,
                 seed=seed,
                 storage=storage,
+                attention_kernels=attention,
                 rebuild_mlp=layer - layers.start < rebuilt_mlps,
             )
             for layer in layers

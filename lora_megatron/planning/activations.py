@@ -17,13 +17,16 @@ element, q = heads x head_dim, k = groups x head_dim, a layer keeps, in bytes pe
 | fc1's output, gated [gate; up]             | e f / t, 2 e f / t  | it needs a gradient, or fc2's adapter reads it,   |
 |                                            |                     | unless mlp is recomputed                          |
 | input of a linear layer                    | e in (*)            | its weight trains                                 |
-| input of the projection behind attention   | e q / t             | it has an adapter, and core_attn is recomputed    |
+| input of the projection behind attention   | e q / t             | it has an adapter, and core_attn is recomputed,   |
+|                                            |                     | or fa4 (***) attends to several samples           |
 | u = x A^T                                  | e r (**)            | adapters of summed rank r                         |
 | the mask of core attention                 | e s                 | packing, or a window shorter than the sequence    |
 
 (*) divided by t under sequence parallelism for column layers and norms, and always for row layers, whose `in` is cut.
 (**) a row layer's is divided by t under sequence parallelism. What adapters read behind a norm or an activation is
 computed again (`layers.rebuilt`), and dropout masks are drawn again: neither keeps anything of its own.
+(***) `train.attention`: FlashAttention 4 keeps what torch's kernels keep, but lays its output out as [b, s], of which
+the projection reads a copy.
 
 Rotary positions keep their angles, 4 s rotary_dim bytes once a chunk (`layers.rotary`).
 
@@ -43,6 +46,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lora_megatron.layers.attention import FLASH_ATTENTION_4
 from lora_megatron.methods.method import Method
 from lora_megatron.model.build import padded_vocabulary
 from lora_megatron.model.names import EMBEDDING, OUTPUT, POSITIONS
@@ -76,6 +80,8 @@ class Microbatch:
     """With `full` of all layers: how many are rebuilt together."""
     recompute_modules: tuple[str, ...] = CORE_ATTENTION
     """With `selective`: which parts."""
+    attention: str = "torch"
+    """Whose kernels core attention runs on (`layers.attention`)."""
 
     @property
     def tokens(self) -> int:
@@ -150,12 +156,14 @@ def _attention(flow: LayerFlow, batch: Microbatch, layer: int) -> float:
         kept += e * (queries + keys) * batch.tokens
     elif grouped and shape.position != "rope":
         kept += e * queries * batch.tokens
-    if batch.packing or 0 < shape.window(layer) < batch.sequence_length:
+    is_masked = batch.packing or 0 < shape.window(layer) < batch.sequence_length
+    if is_masked:
         rows = batch.samples if batch.packing else 1
         kept += e * rows * batch.sequence_length**2
     if not again:
         kept += (e * queries + _LOG_SUM_EXP * heads) * batch.tokens
-    return kept + _row_input(flow.proj, batch, queries, is_kept=not again)
+    is_copied = batch.attention == FLASH_ATTENTION_4 and batch.samples > 1 and not is_masked
+    return kept + _row_input(flow.proj, batch, queries, is_kept=not (again or is_copied))
 
 
 def _mlp(flow: LayerFlow, batch: Microbatch) -> float:

@@ -202,6 +202,7 @@ def microbatch_of(config: Config, shape: ModelShape) -> Microbatch:
         config.data.packing,
         recompute_unit=config.train.recompute_unit,
         recompute_modules=config.train.recompute_modules,
+        attention=config.train.attention,
     )
 
 

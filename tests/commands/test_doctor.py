@@ -84,6 +84,18 @@ def test_a_package_that_is_not_there_is_absent_and_one_that_is_too_old_is_wrong(
     assert found["bitsandbytes"].state in ("absent", "ok"), "it is nobody's dependency here, but may be installed"
 
 
+def test_an_older_flash_attention_is_not_the_fourth(fakes: Path) -> None:
+    put(fakes, "flash_attn/__init__")
+    put_version(fakes, "flash_attn", "2.8.3")
+    assert look("FlashAttention 4") == Found("absent", note="flash_attn is another FlashAttention")
+    put_version(fakes, "flash_attn_4", "4.0.0b36")
+    assert look("FlashAttention 4").note.startswith(
+        "its import fails: ModuleNotFoundError: No module named 'flash_attn."
+    )
+    put(fakes, "flash_attn/cute/__init__", "flash_attn/cute/interface")
+    assert look("FlashAttention 4") == Found("ok", "4.0.0b36")
+
+
 def test_everything_that_can_be_absent_has_its_cost() -> None:
     accelerator = {"GPU", "NCCL", "gloo", "GPU attention"}
     assert set(PROBES) | accelerator | {"/dev/shm", "OMP_NUM_THREADS"} == set(doctor.REQUIRED) | set(doctor.COSTS)

@@ -84,6 +84,7 @@ def _one(case: Case) -> tuple[Tree, Tree]:
         recompute_modules=train.recompute_modules,
         recompute_layers=train.recompute_layers,
         recompute_unit=train.recompute_unit,
+        attention=train.attention,
     )
     chunks = build(shape, method, layout_of(config), options)
     initialise_base(chunks, seed=3, num_layers=shape.num_layers)
