@@ -69,7 +69,7 @@ def activate(
     kernels.activate_adapted[(triton.cdiv(columns, tile.columns), triton.cdiv(tokens, tile.span))](
         z, bias, halves.u, *halves.bs, y, *halves.scales, tokens, columns, halves.size, *halves.ranks,
         *halves.firsts, tile.span, padded(halves.ranks), tile.tokens, tile.columns, name, gated, bias is not None,
-        *halves.there, num_warps=tile.warps, num_stages=tile.stages,
+        *halves.there, **tile.options,
     )  # fmt: skip
     return y
 
@@ -95,7 +95,7 @@ def activate_and_project(
     kernels.activate_and_project[(triton.cdiv(tokens, tile.tokens), triton.cdiv(columns, tile.span))](
         z, bias, halves.u, *halves.bs, a, y, addends, *halves.scales, tokens, columns, halves.size, *halves.ranks, rank,
         *halves.firsts, tile.span, padded(halves.ranks), padded([rank]), tile.tokens, tile.columns, name, gated,
-        bias is not None, *halves.there, num_warps=tile.warps, num_stages=tile.stages,
+        bias is not None, *halves.there, **tile.options,
     )  # fmt: skip
     sum_into(u2, addends, cut.table, cut.longest, cut=tiles.SUM)
     return y, u2
@@ -142,7 +142,7 @@ def gradients(
         z, bias, halves.u, *halves.bs, du2, a, dy, dz, du0, db0, du1, db1, addends[cut.starts[-1] :],
         *halves.scales, tokens, columns, halves.size, *halves.ranks, fc2_rank, *halves.firsts, tile.span,
         padded(halves.ranks), padded([fc2_rank]), tile.tokens, tile.columns, name, gated, bias is not None,
-        *halves.there, a is not None, num_warps=tile.warps, num_stages=tile.stages,
+        *halves.there, a is not None, **tile.options,
     )  # fmt: skip
     du = None if halves.u is None else torch.empty_like(halves.u)
     found = sum_addends(addends, cut.table, cut.longest, du, factors, mains, cut=tiles.SUM, factor_cut=tiles.FACTOR_SUM)
