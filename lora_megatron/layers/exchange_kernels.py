@@ -92,7 +92,7 @@ def sums_with_products(addends: Sequence[Tensor], factors: Sequence[Tensor]) -> 
     assert all(t.is_contiguous() for t in (*addends, *factors))
     count, tokens, width = rows.shape
     ranks = [a.shape[0] for a in factors]
-    tile = tiles.tile_of(ranks, rows.element_size(), tiles.ADD_TILES)
+    tile = tiles.tile_of(ranks, rows.element_size(), tiles.SUM_TILES)
     assert tile is not None
     out, du = (torch.empty(each.shape[1:], dtype=each.dtype, device=each.device) for each in addends)
     three = [*factors, *[factors[0]] * (MOST_PARTS - len(factors))]

@@ -20,7 +20,8 @@ MOST_RANKS = 64
 # By the bytes of a token's du, up to so many, its numbers made a power of two and 16 at least. The gradients of factors
 # have programs of few columns and long spans: a span writes an addend of dA, the sum of ranks fp32 numbers a column.
 # Those of 32 and 128 bytes are the fastest of ten, or near it, for one and three factors of rank 16 and 1024 and 2048
-# tokens of GPT-3 175B's width, between products on an H200; the others are chosen by what they compile to.
+# tokens of GPT-3 175B's width, between products on an H200; the others are chosen by what they compile to. Both passes
+# in one, which reads du once less, were slower than one after the other, with eight kinds of tiles.
 GRADIENT_TILES: dict[int, Tile] = {
     32: Tile(32, 64, 512, 4),
     64: Tile(32, 128, 256, 4),
@@ -34,6 +35,8 @@ ADD_TILES: dict[int, Tile] = {
     256: Tile(32, 64, 64, 8),
 }
 TABLES = GRADIENT_TILES, ADD_TILES
+SUM_TILES: dict[int, Tile] = {**ADD_TILES, 32: Tile(64, 64, 64, 4)}
+"""As ADD_TILES, where the rows are summed over ranks in the same pass; likewise of eight, at 1024 tokens."""
 SUM = 4, 1024
 """Addends and places at a time of a program that sums: an addend for each span, of many places."""
 
