@@ -79,11 +79,27 @@ RECOMPUTE = (
     "llama-mlp-and-attention-recompute",
 )
 TOGETHER = "gpt-two-layers-recomputed-together"
+MORE_ON_TP2 = (
+    "neox-full-recompute",
+    "gpt-one-layer-recomputed",
+    "gpt-selective-recompute",
+    "llama-full-recompute",
+    "neox-mlp-recompute",
+    TOGETHER,
+    "dropout-full-recompute",
+    "llama-dropout-micro-batch-2",
+    "label-smoothing",
+    "micro-batch-2",
+    "k-only-rank-1",
+    "rslora",
+)
+"""On two tensor ranks slow ones: each is in every run on `tp2-sp`, and on `tp4` or `pp2` too."""
 DROPOUTS = ("dropout", "dropout-full-recompute", "dropout-mlp-recompute", "llama-dropout-micro-batch-2")
 # Name of a layout -> world size, layout, the variants that run on it.
 LAYOUTS: dict[str, tuple[int, Layout, tuple[str, ...]]] = {
     "one": (1, Layout(), ALL),
-    "tp2": (2, Layout(tensor=2), ALL),
+    "tp2": (2, Layout(tensor=2), tuple(variant for variant in ALL if variant not in MORE_ON_TP2)),
+    "tp2, more": (2, Layout(tensor=2), MORE_ON_TP2),
     "tp4": (4, Layout(tensor=4), ("gpt", "dropout", "k-only-rank-1", "rslora", *SMOOTHED)),
     "tp2-sp": (2, Layout(tensor=2, sequence=True), ALL),
     "tp4-sp": (4, Layout(tensor=4, sequence=True), ("gpt", "dropout", "k-only-rank-1")),
@@ -108,7 +124,12 @@ LAYOUTS: dict[str, tuple[int, Layout, tuple[str, ...]]] = {
     "tp2-sp-dp2": (4, Layout(tensor=2, sequence=True), (*MAIN, "dropout")),
     "pp2-dp2": (4, Layout(pipeline=2), MAIN),
 }
-CASES = [(layout, variant) for layout, (_, _, variants) in LAYOUTS.items() if layout != "one" for variant in variants]
+CASES = [
+    pytest.param(layout, variant, marks=[pytest.mark.slow] if layout == "tp2, more" else [])
+    for layout, (_, _, variants) in LAYOUTS.items()
+    if layout != "one"
+    for variant in variants
+]
 
 _records: dict[str, dict[str, Any]] = {}
 

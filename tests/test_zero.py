@@ -24,8 +24,8 @@ SHARDINGS = (
 EVERY = ("none", *(["deepspeed"] if importlib.util.find_spec("deepspeed") else []), "megatron")
 LAYOUTS = {"tp2-dp2": Layout(tensor=2, sequence=True), "pp2-dp2": Layout(pipeline=2)}
 METHODS = {"lora": {"targets": {"q": 4, "v": 2, "o": 3}}, "ft_top2": {"name": "ft_top2"}}
-BASE = Experiment(model={"preset": "tiny", "num_layers": 4})
-CASES = [  # layout, method, precision; ft_top2 leaves the first of two pipeline stages without anything to train
+LAYERS = {"lora": 2, "ft_top2": 4}  # ft_top2 leaves the first of two pipeline stages without anything to train
+CASES = [  # layout, method, precision
     *((layout, "lora", precision) for layout in LAYOUTS for precision in ("fp32", "bf16")),
     ("pp2-dp2", "ft_top2", "fp32"),
 ]
@@ -37,8 +37,11 @@ _records: dict[str, dict[Key, Record]] = {}
 def experiment_of(key: Key) -> Experiment:
     """Method, precision, sharding and the step before which state moves into a fresh model and optimizer."""
     method, precision, sharding, resume_at = key
-    optimizer = {**BASE.optimizer, "sharding": sharding}
-    return replace(BASE, method=METHODS[method], precision=precision, optimizer=optimizer, resume_at=resume_at)
+    optimizer = {**Experiment().optimizer, "sharding": sharding}
+    model = {"preset": "tiny", "num_layers": LAYERS[method]}
+    return Experiment(
+        model=model, method=METHODS[method], precision=precision, optimizer=optimizer, resume_at=resume_at
+    )
 
 
 def records(pool: Pool, layout: str) -> dict[Key, Record]:

@@ -136,17 +136,17 @@ def gather(chunks: list[Any], what: str) -> tuple[Record | None, list[str]]:
         if named.parameter.requires_grad:
             value = named.parameter.detach() if what == "value" else named.parameter.main_grad
             name = f"{named.name} (copy)" if named.is_copy else named.name
-            mine[name] = (shard_of(named.parameter), value.float().cpu())
-    everyone: list[Any] = [None] * dist.get_world_size()
+            mine[name] = (shard_of(named.parameter), value.float().cpu().numpy())  # tensors are slow to pickle
+    everyone: list[Any] | None = None if dist.get_rank() else [None] * dist.get_world_size()
     cut = mpu.get_tensor_model_parallel_rank(), mpu.get_tensor_model_parallel_world_size()
-    dist.all_gather_object(everyone, (cut, mine))
-    if dist.get_rank():
+    dist.gather_object((cut, mine), everyone, dst=0)
+    if everyone is None:
         return None, []
     parts: dict[str, list[torch.Tensor | None]] = {}
     shards, complaints = {}, []
     for (rank, size), theirs in everyone:
-        for name, (shard, value) in theirs.items():
-            shards[name] = shard
+        for name, (shard, array) in theirs.items():
+            shards[name], value = shard, torch.from_numpy(array)
             slots = parts.setdefault(name, [None] * size)
             twin = slots[rank] if shard.axis is not None else next((s for s in slots if s is not None), None)
             if twin is not None and _differ(value, twin):

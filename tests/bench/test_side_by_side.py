@@ -119,7 +119,13 @@ def test_a_rival_learns() -> None:
         assert losses[-1] < losses[0] - 0.1, name
 
 
-@pytest.mark.parametrize("layout", [[], ["--tensor", "2", "--sequence-parallel"]], ids=["tp1", "tp2-sp"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param([], id="tp1"),
+        pytest.param(["--tensor", "2", "--sequence-parallel"], id="tp2-sp", marks=pytest.mark.slow),
+    ],
+)
 def test_tax_of_slices_layers_and_models(pool: Pool, tmp_path: Path, layout: list[str]) -> None:
     out = tmp_path / "out"
     arguments = [*SMALL, *layout, "--layers", "1,2", "--warm-up", "0", "--rounds", "2", "--out", str(out)]

@@ -147,7 +147,7 @@ def test_a_kill_between_the_two_renames_loses_nothing(straight: Path, corpus: Pa
     assert tensors(run / "best") == tensors(straight / "best")
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("method", ["lora", pytest.param("full", marks=pytest.mark.slow)])
 def test_every_layout_chooses_the_same(pool: Pool, corpus: Path, tmp_path: Path, method: str) -> None:
     """By the true losses: the learning rate is so high that the last is not the best."""
     sections: Tree = {"method": {"name": method}, "optimizer": {"lr": 0.03}, "train": {"save_every": 0}}
@@ -210,6 +210,7 @@ def test_a_tasks_metric_chooses_the_same_on_every_layout(pool: Pool, tmp_path: P
         found = {line["step"]: line["mnli.accuracy"] for line in evaluations_of(tmp_path / name)}
         assert found == pytest.approx({0: 500 / 12, 3: 500 / 12, 6: 700 / 12, 9: 700 / 12, 12: 700 / 12})
         assert what_is_best(tmp_path / name) == {"metric": "mnli.accuracy", "step": 6, "value": found[6]}
+        assert read_manifest(tmp_path / name / "best")["kind"] == "model"
 
 
 def test_decoding_the_validation_rows_shows_how_far_it_is(

@@ -58,8 +58,11 @@ def check_texts(reader: Reader, out: Path, wanted: Sequence[list[int]]) -> None:
     assert [line["tokens"] for line in lines] == [len(tokens) for tokens in wanted]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
+CASES = [*(("gpt2", layout) for layout in LAYOUTS), *(("llama", layout) for layout in ("one", "tp2", "pp2"))]
+ON_FOUR = pytest.param("llama", "dp2-tp2-sp", marks=pytest.mark.slow)  # its labels are scored there in every run
+
+
+@pytest.mark.parametrize(("name", "layout"), [*CASES, ON_FOUR])
 def test_predictions_are_those_of_transformers(
     pool: Pool, reader: Callable[[str], Reader], tmp_path: Path, name: str, layout: str
 ) -> None:

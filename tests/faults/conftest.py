@@ -13,8 +13,7 @@ from lora_megatron.parallel import groups
 from tests.commands.conftest import corpus, one_thread
 from tests.commands.runs import checkpoint_of, names_in
 from tests.faults.finished_run import FILES, NEWEST
-from tests.faults.ranks import train_ranks
-from tests.faults.recovery import Undisturbed, tree_of
+from tests.faults.recovery import Undisturbed
 
 __all__ = ["corpus", "one_thread"]
 
@@ -26,11 +25,10 @@ def undisturbed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Undis
 
 
 @pytest.fixture(scope="session")
-def finished(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(undisturbed: Undisturbed) -> Path:
     """A run of two pipeline stages with the checkpoints of steps 6 and 8; copy it before changing it."""
-    run = tmp_path_factory.mktemp("finished") / "run"
-    with train_ranks(tree_of("PP2", corpus, run), world=2, folder=run.parent) as ranks:
-        assert ranks.statuses() == [0, 0], ranks.logs()
+    undisturbed("PP2")
+    run = undisturbed.folder / "PP2"
     assert names_in(checkpoint_of(run, NEWEST)) == sorted(FILES)
     return run
 

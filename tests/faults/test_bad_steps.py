@@ -114,7 +114,7 @@ TP2, PP2, DP2 = {"tensor": 2}, {"pipeline": 2}, {}
         ("skip", PP2, "none", Fault("activation", 0, (4, 5)), (4, 5)),
         ("skip", DP2, "megatron", Fault("loss", 1, (4,)), (4,)),
         ("skip", PP2, "none", Fault("loss", 1, (5,), factor=50.0), (5,)),
-        ("rollback", TP2, "none", Fault("gradient", 0, (5,)), (4, 5)),
+        pytest.param("rollback", TP2, "none", Fault("gradient", 0, (5,)), (4, 5), marks=pytest.mark.slow),
         ("rollback", PP2, "none", Fault("gradient", 1, (5, 7)), (4, 5, 6, 7)),
         ("rollback", DP2, "megatron", Fault("loss", 1, (5,)), (4, 5)),
         ("rollback", DP2, "none", Fault("loss", 0, (5,), factor=50.0), (4, 5)),

@@ -74,12 +74,15 @@ def limit_files(size: int) -> None:
     state.save_tensors = save_tensors
 
 
-SHARES = [0.01, pytest.param(0.5, marks=pytest.mark.slow), 0.99]
-"""Of a file, or of a checkpoint, that still can be written; the middle of it takes half a minute more."""
+MORE_FILES = [("PP2", 1, 0.01), ("PP2", 1, 0.5), ("TP2", 0, 0.01), ("TP2", 0, 0.5), ("TP2", 0, 0.99)]
+MORE_DISKS = [("PP2", 0.5), ("TP2", 0.01), ("TP2", 0.5), ("TP2", 0.99)]
+"""Layout, and the share of a file or of a checkpoint that still can be written: two minutes for the same code."""
 
 
-@pytest.mark.parametrize(("layout", "victim"), [("TP2", 0), pytest.param("PP2", 1, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize(
+    ("layout", "victim", "share"),
+    [("PP2", 1, 0.99), *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE_FILES)],
+)
 def test_a_file_that_cannot_grow(
     corpus: Path, tmp_path: Path, undisturbed: Undisturbed, layout: str, victim: int, share: float
 ) -> None:
@@ -120,8 +123,10 @@ def blocks_of(folder: Path) -> int:
     return sum(-(-path.stat().st_size // 4096) * 4096 for path in folder.iterdir())
 
 
-@pytest.mark.parametrize("layout", ["TP2", "PP2"])
-@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize(
+    ("layout", "share"),
+    [("PP2", 0.01), ("PP2", 0.99), *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE_DISKS)],
+)
 def test_a_disk_that_is_full_while_training_goes_on(
     corpus: Path, tmp_path: Path, undisturbed: Undisturbed, layout: str, share: float
 ) -> None:

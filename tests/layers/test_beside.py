@@ -170,6 +170,7 @@ ONE_EACH = [replace(ADAPTED, method={"targets": {target: 2}}, **AGAIN) for targe
 """Adapted projections. In layer 0, no product needs the gradient of what they read, and u or du is exchanged alone."""
 
 
+@pytest.fixture(scope="module")
 def twins(pool: Pool) -> list[Record]:
     """Of one process."""
     whole = [replace(one, layout=Layout(), tp_comm_overlap=False) for one in ONE_EACH]
@@ -183,17 +184,17 @@ def train_soundly(experiments: list[Experiment]) -> list[Record | None]:
 
 
 @pytest.mark.parametrize("overlap", [True, False], ids=["beside", "by collectives"])
-def test_each_projection_alone_trains_as_in_one_process(pool: Pool, overlap: bool) -> None:
+def test_each_projection_alone_trains_as_in_one_process(pool: Pool, twins: list[Record], overlap: bool) -> None:
     experiments = [replace(one, tp_comm_overlap=overlap) for one in ONE_EACH]
-    for record, twin in zip(pool.run(2, train_soundly, experiments=experiments)[0], twins(pool), strict=True):
+    for record, twin in zip(pool.run(2, train_soundly, experiments=experiments)[0], twins, strict=True):
         assert compare(record, twin) > 0
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_training_notices_what_a_gather_or_a_sum_leaves_out(pool: Pool, fault: str) -> None:
+def test_training_notices_what_a_gather_or_a_sum_leaves_out(pool: Pool, twins: list[Record], fault: str) -> None:
     """Of one pass or the other: forward the loss is another one, backward the gradient of A alone."""
     broken = pool.run(2, train_broken, fault=fault, experiments=ONE_EACH)[0]
-    for experiment, record, twin in zip(ONE_EACH, broken, twins(pool), strict=True):
+    for experiment, record, twin in zip(ONE_EACH, broken, twins, strict=True):
         (target,) = experiment.method["targets"]
         forward = target in FORWARD[fault]
         with pytest.raises(Mismatch, match="^eval" if forward else "^norm of step 0"):
