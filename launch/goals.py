@@ -146,7 +146,7 @@ def at_once(names: Sequence[str], folder: Path, how: How, gpus: int) -> Iterator
                 yield ended.result()
 
 
-def write(folder: Path, results: Sequence[Report], environment: Report) -> None:
+def write(folder: Path, results: Sequence[Report], environment: Report, attention: str) -> None:
     write_json(folder / "goals.json", {"results": list(results), "environment": environment})
     rows = []
     for result in results:
@@ -163,6 +163,7 @@ def write(folder: Path, results: Sequence[Report], environment: Report) -> None:
     names = ", ".join(gpu["name"] for gpu in environment["devices"].get("gpus", [])) or environment["devices"]["type"]
     beside = any(result.get("gpus") is not None for result in results)
     how = " Rows side by side, each on GPUs of its own (--at-once)." if beside else ""
+    how += f" train.attention = {attention} in all rows but peft." if attention != "torch" else ""
     lines = ["# Goals", "", f"On {names}.{how}", "", *table(["row", "what", "value", "goal", ""], rows)]
     write_text(folder / "goals.md", "\n".join(lines))
 
@@ -202,9 +203,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for result in measuring or one_by_one(possible, options.out, how):
         results.append(result)
         results.sort(key=lambda each: names.index(each["row"]))
-        write(options.out, [judged(each, options.out) for each in results], environment)
+        write(options.out, [judged(each, options.out) for each in results], environment, how.attention)
     if not possible:
-        write(options.out, results, environment)
+        write(options.out, results, environment, how.attention)
     print((options.out / "goals.md").read_text(encoding="utf-8"))
     return EXIT_DONE
 

@@ -54,6 +54,7 @@ def complain(config: Config, *, plan: bool = False) -> str:
         ({"train": {"attention": "fa4"}}, ("train.precision = fp32", "set train.precision=bf16")),
         ({"model": {**TINY, "head_dim": 20}}, ("model.head_dim = 20", "multiples of 8 up to 256")),
         ({"model": {**TINY, "head_dim": 264}}, ("model.head_dim = 264",)),
+        ({"data": {"packing": True}}, ("data.packing = true", "a mask", "data.packing=false")),
     ],
 )
 def test_what_no_machine_can_do_is_not_planned_either(sections: dict[str, Any], words: tuple[str, ...]) -> None:
@@ -95,7 +96,8 @@ def test_wide_heads_are_hoppers_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, (10, 0))
     assert "model.head_dim = 192" in here(wide)
     with put_in_place(Stand()):
-        check_attention_here(config_of(model={**TINY, "head_dim": 256}), shape_of(config_of()))
+        widest = config_of(model={**TINY, "head_dim": 256})
+        check_attention_here(widest, shape_of(widest))
         pretend(monkeypatch, (9, 0))
         check_attention_here(wide, shape_of(wide))
 

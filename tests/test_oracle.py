@@ -89,7 +89,6 @@ MORE_ON_TP2 = (
     "dropout-full-recompute",
     "llama-dropout-micro-batch-2",
     "label-smoothing",
-    "micro-batch-2",
     "k-only-rank-1",
     "rslora",
 )

@@ -198,8 +198,8 @@ class TrainSection(Section):
     the host's time per kernel and holds the memory of the activations between steps."""
     attention: Literal["torch", "fa4"] = "torch"
     """Whose kernels core attention runs on: torch's (cuDNN's on recent GPUs), or those of FlashAttention 4, for bf16 on
-    Hopper or newer GPUs. It needs flash-attn-4; what has a mask (packing, a shorter window) and decoding stay torch's.
-    Results change by roundings."""
+    Hopper or newer GPUs. It needs flash-attn-4. What has a mask stays torch's (a window shorter than the sequence), and
+    so does decoding; data.packing, whose rows all have one, is refused. Results change by roundings."""
     on_bad_step: Literal["stop", "skip", "rollback"] = "stop"
     """When a loss or gradient is not finite, or the loss is a spike: end with status 5, go on without the update, or
     go back to the newest good checkpoint and leave out the samples since."""

@@ -54,6 +54,9 @@ def update_and_split(fused: Tensor, update: Update, parts: tuple[Part, ...]) -> 
     over: nothing else may read it, or keep it for its backward pass.
     """
     assert sum(part.stop - part.start for part in parts) == parts[0].stride, "a gradient would have holes"
+    assert update.parts == tuple(part for part in parts if part in update.parts), (
+        "columns of u are counted in their order"
+    )
     # A view that nobody else holds, as in `low_rank.add_low_rank`.
     alone = torch.ops.aten._unsafe_view(fused, fused.shape)
     result: tuple[Tensor, ...] = _UpdateAndSplit.apply(alone, parts, update.parts, update.scales, update.u, *update.bs)

@@ -9,7 +9,6 @@ positions at once. Both keep q, k, v, the output and a log-sum-exp.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -112,10 +111,9 @@ def flash_attention_4() -> Callable[..., Any]:
 def _flash_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
     """As `SdpaAttention.forward`, for as many keys as queries and no mask."""
     function = flash_attention_4()
-    how: dict[str, Any] = {"softmax_scale": scale, "causal": True}
-    if torch.are_deterministic_algorithms_enabled() and "deterministic" in inspect.signature(function).parameters:
-        how["deterministic"] = True
-    result = function(*(x.transpose(0, 1) for x in (query, key, value)), **how)  # views [b, s, heads or groups, d]
+    views = (x.transpose(0, 1) for x in (query, key, value))  # [b, s, heads or groups, d]
+    is_exact = torch.are_deterministic_algorithms_enabled()
+    result = function(*views, softmax_scale=scale, causal=True, deterministic=is_exact)
     out: Tensor = result[0] if isinstance(result, tuple) else result  # beside it a log-sum-exp, or nothing
     # The next product reads rows of [s, b]; what was made is [b, s], which is the same for one sample. More are copied,
     # which `planning.activations` counts.

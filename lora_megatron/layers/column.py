@@ -133,7 +133,8 @@ class LoraColumnParallelLinear(ColumnParallelLinear):
         self, input_: Tensor, *args: Any, leave_update: bool = False, **kwargs: Any
     ) -> tuple[Tensor, Tensor | Update | None]:
         """[s or s/t, b, in] -> [s, b, out / t], and the bias where it is left to the caller; with `leave_update` the
-        output without the adapters' update, and in the bias's place the update, for a caller who adds it."""
+        output without the adapters' update, and in the bias's place the update, for a caller who adds it: so attention
+        asks while gradients are recorded, and what a hook on the layer sees of the output is written over then."""
         if not self.adapters:
             plain: tuple[Tensor, Tensor | None] = super().forward(input_, *args, **kwargs)
             return plain

@@ -9,7 +9,8 @@ Here the rows of a product are cut by the rank they belong to, and copy engines 
                        the owner adds up what it was sent, in rank order and in fp32
 
 What a layer's adapters need of other ranks is small, and waiting for it would cost more than moving it. It goes
-`beside` these rows, in the same box and behind the same barrier, gathered or summed like them but not multiplied.
+`beside` these rows, in the same box and behind the same barrier, gathered or summed like them but not by the product;
+where it is a gradient du of u = x A^T, du A is added to the rows while both are summed.
 
 One box of each kind is enough, with one barrier for each product: gathers and sums take turns, in a layer's forward
 pass and in its backward pass, and the barrier of the one says that all ranks are done with the box of the other. Where

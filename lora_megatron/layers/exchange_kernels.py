@@ -76,7 +76,9 @@ def _sum_and_add(
         where, inside = token[:, None] * width + column[None, :], (token[:, None] < tokens) & own[None, :]
         value = tl.dot(left, right, input_precision="ieee")
         for index in tl.static_range(COUNT):
-            value += tl.load(addends + index * tokens.to(tl.int64) * width + where, inside, 0.0).to(tl.float32)
+            value += tl.load(addends + (index * tokens + token[:, None]) * width + column[None, :], inside, 0.0).to(
+                tl.float32
+            )
         tl.store(out + where, value.to(out.dtype.element_ty), inside)
 
 

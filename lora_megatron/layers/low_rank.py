@@ -90,7 +90,7 @@ class Update:
             return [values[own[part.name]] if part.name in own else otherwise for part in all_parts]
 
         flat, du, found = kernels.split_gradients(
-            [grad.contiguous() for grad in grads], self._flat_u(), each(self.bs, None), all_parts,
+            [_aligned(grad.contiguous()) for grad in grads], self._flat_u(), each(self.bs, None), all_parts,
             each(self.scales, 1.0), None if mains is None else each(mains, None),
         )  # fmt: skip
         return flat, du.view(self.u.shape), found if mains is None else already_added(self.bs)
@@ -108,6 +108,11 @@ class Update:
         """With each adapter's columns of u: [m, r]."""
         pieces = self.u.view(-1, self.u.shape[-1]).split([b.shape[1] for b in self.bs], -1)
         return zip(self.parts, self.scales, pieces, self.bs, strict=True)
+
+
+def _aligned(grad: Tensor) -> Tensor:
+    """A copy where it begins at a place from which a kernel cannot read 16 bytes at a time."""
+    return grad if grad.data_ptr() % 16 == 0 else grad.clone()
 
 
 class _AddLowRank(torch.autograd.Function):

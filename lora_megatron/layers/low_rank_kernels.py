@@ -159,6 +159,7 @@ def split_gradients(
     """(the fused output's gradient [m, groups * stride], du, db of each b), where each part has a gradient [m,
     part.rows] of its own: put together in the pass that reads them.
 
+    grads: each beginning at a multiple of 16 bytes.
     bs, scales, mains: as of `product_gradients`, one for each part; a part without an adapter has None, and any scale.
     """
     known = [b for b in bs if b is not None]

@@ -29,6 +29,11 @@ def check_attention(config: Config, shape: ModelShape) -> None:
             f"train.attention = fa4 with train.precision = {config.train.precision}: FlashAttention 4 computes in "
             f"bf16; set train.precision=bf16, or {_OTHERWISE}"
         )
+    if config.data.packing:
+        raise ConfigError(
+            "train.attention = fa4 with data.packing = true: packed rows have masks, with which all attention would be "
+            f"torch's; set data.packing=false, or {_OTHERWISE}"
+        )
     if shape.head_dim % _MULTIPLE or shape.head_dim > _WIDEST:
         raise ConfigError(
             f"train.attention = fa4 with heads of model.head_dim = {shape.head_dim}: FlashAttention 4 takes multiples "

@@ -81,7 +81,7 @@ MORE_DISKS = [("PP2", 0.5), ("TP2", 0.01), ("TP2", 0.5), ("TP2", 0.99)]
 
 @pytest.mark.parametrize(
     ("layout", "victim", "share"),
-    [("PP2", 1, 0.99), *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE_FILES)],
+    [("PP2", 0, 0.99), ("PP2", 1, 0.99), *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE_FILES)],
 )
 def test_a_file_that_cannot_grow(
     corpus: Path, tmp_path: Path, undisturbed: Undisturbed, layout: str, victim: int, share: float

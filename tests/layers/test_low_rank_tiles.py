@@ -41,6 +41,15 @@ def test_very_large_ranks_have_no_tile(dtype: torch.dtype, most: int) -> None:
     assert [tiles.padded([rank]) for rank in (1, 16, 17, 512)] == [16, 16, 32, 512]
 
 
+def test_gradients_of_narrow_outputs_have_narrow_tiles() -> None:
+    (b,) = bs = [torch.empty(3, 16, dtype=torch.bfloat16)]
+    for parts, narrow in ((PARTS["q, k and v"], False), (whole("o", tiles.NARROW), True), (PARTS["fc1"], False)):
+        assert (
+            tiles.gradient_tile_of(bs, parts) == (tiles.NARROW_GRADIENT_TILES if narrow else tiles.GRADIENT_TILES)[32]
+        )
+    assert tiles.gradient_tile_of([b.float().repeat(1, 40)], whole("o", 8)) is None
+
+
 @pytest.mark.parametrize("tokens", [1, 300, 2048])
 @pytest.mark.parametrize("columns", [64, 512])
 @pytest.mark.parametrize("name", PARTS)

@@ -45,8 +45,11 @@ def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return functional.scaled_dot_product_attention(*turned, is_causal=True, enable_gqa=True).transpose(1, 2)
 
 
-def flash_attn_func(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None, causal: bool) -> tuple[Tensor, None]:
+def flash_attn_func(
+    q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None, causal: bool, deterministic: bool
+) -> tuple[Tensor, None]:
     assert softmax_scale is None
+    assert not deterministic
     assert causal
     return _Flash.apply(q, k, v), None
 
@@ -67,7 +70,6 @@ CASES = {
     "two samples, nobody reads the output": case(BF16, FA4),
     "grouped": case(LLAMA, EVERY_TARGET, BF16, FA4),
     "a window": case(LLAMA, EVERY_TARGET, BF16, FA4, {"model": {"sliding_window": 16}}),
-    "packing": case(EVERY_TARGET, BF16, FA4, {"data": {"packing": True}}),
     "recomputed": case(EVERY_TARGET, BF16, FA4, recompute("selective")),
 }
 
