@@ -54,7 +54,7 @@ def complain(config: Config, *, plan: bool = False) -> str:
         ({"train": {"attention": "fa4"}}, ("train.precision = fp32", "set train.precision=bf16")),
         ({"model": {**TINY, "head_dim": 20}}, ("model.head_dim = 20", "multiples of 8 up to 256")),
         ({"model": {**TINY, "head_dim": 264}}, ("model.head_dim = 264",)),
-        ({"data": {"packing": True, "sequence_length": 64}}, ("data.packing = true", "a mask", "data.packing=false")),
+        ({"data": {"packing": True, "sequence_length": 64}}, ("data.packing = true", "masks", "data.packing=false")),
     ],
 )
 def test_what_no_machine_can_do_is_not_planned_either(sections: dict[str, Any], words: tuple[str, ...]) -> None:
