@@ -16,7 +16,7 @@ KINDS: tuple[tuple[str, str], ...] = (
         r"^_add$|^_add_rows$|^_add_residual$|^_gradients$|^_sum$|^activate_adapted$|^activate_and_project$"
         r"|^adapted_gradients$|^add_input_product$|^normed_factor_gradients$",
     ),
-    ("sums over ranks", r"^_sum_in_order$"),
+    ("sums over ranks", r"^_sum_in_order$|^_sum_and_add$"),
     ("rotary positions", r"^_turn$"),
     ("FP8 casts and transposes", r"^_quantise_rows$|^_transpose$|^_forward$|^_backward$|^_unpack$"),
     ("norms and activations", r"^_norm$|^_norm_gradient$|layer_norm|gelu|silu"),

@@ -15,9 +15,10 @@ MILLI = 10**6
 LAYERS = Path(__file__).resolve().parents[2] / "lora_megatron" / "layers"
 INSIDE_OTHERS = {
     "_which",
-    "_of",
+    "chosen",
     "_columns",
     "_rows_of",
+    "stacked",
     "_value_and_slope",
     "_loaded",
     "_outputs",
