@@ -17,8 +17,10 @@ CPU = torch.device("cpu")
 
 
 def attention_with(window: int) -> SdpaAttention:
-    config = SimpleNamespace(window_size=(window - 1, 0) if window else None, window_attn_skip_freq=1)
-    return SdpaAttention(config, 1)  # type: ignore[arg-type]
+    config = SimpleNamespace(window_size=(window - 1, 0) if window else None, window_attn_skip_freq=[1])
+    attention = SdpaAttention(config, 1)  # type: ignore[arg-type]
+    assert attention.window == window
+    return attention
 
 
 def random_qkv(groups: int) -> tuple[Tensor, Tensor, Tensor]:
