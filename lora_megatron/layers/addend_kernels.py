@@ -18,12 +18,11 @@ from torch import Tensor
 from lora_megatron.layers import low_rank_tiles as tiles
 
 _SUM_FIELDS = tl.constexpr(tiles.SUM_FIELDS)
-_ADDENDS, _PLACES = 16, 512
 
 
 @triton.jit
 def chosen(which, first, second, third):
-    """That part's one of three pointers or numbers."""
+    """The part's own, 0, 1 or 2, of three pointers or numbers."""
     one = first
     if which == 1:
         one = second
@@ -85,14 +84,16 @@ def sum_addends(
     factors: Sequence[Tensor],
     mains: Sequence[Tensor] | None,
     *,
-    cut: tuple[int, int] = (_ADDENDS, _PLACES),
-    factor_cut: tuple[int, int] = (_ADDENDS, _PLACES),
+    factor_cut: tuple[int, int],
+    cut: tuple[int, int] | None = None,
 ) -> tuple[Tensor, ...]:
     """Fill du, where there is one, and return the gradient of each factor, unless all are added to `mains`; `table` as
     in `low_rank_tiles.Sums`, with two sums a factor, of which the longest has so many places.
 
-    cut, factor_cut: how many addends a program takes at a time, of how many places; of a du, and of a factor.
+    factor_cut, cut: how many addends a program takes at a time, of how many places; of a factor, and of du.
     """
+    assert du is None or cut is not None
+    cut = cut or factor_cut
     of_du = 0 if du is None else triton.cdiv(du.numel(), cut[1])
     summing = _sum[(max(of_du, triton.cdiv(longest, factor_cut[1])), table.shape[0])]
     if mains is not None:

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from lora_megatron.layers import low_rank_input_kernels as inputs
 from lora_megatron.layers import low_rank_input_tiles as tiles
-from lora_megatron.layers.low_rank_tiles import MOST_PARTS, padded
+from lora_megatron.layers.addend_kernels import three
+from lora_megatron.layers.low_rank_tiles import padded
 
 _PLACES = 2048
 
@@ -76,9 +77,8 @@ def _sum_and_add(
         where, inside = token[:, None] * width + column[None, :], (token[:, None] < tokens) & own[None, :]
         value = tl.dot(left, right, input_precision="ieee")
         for index in tl.static_range(COUNT):
-            value += tl.load(addends + (index * tokens + token[:, None]) * width + column[None, :], inside, 0.0).to(
-                tl.float32
-            )
+            source = addends + (index * tokens + token[:, None]) * width + column[None, :]
+            value += tl.load(source, inside, 0.0).to(tl.float32)
         tl.store(out + where, value.to(out.dtype.element_ty), inside)
 
 
@@ -97,9 +97,8 @@ def sums_with_products(addends: Sequence[Tensor], factors: Sequence[Tensor]) -> 
     tile = tiles.tile_of(ranks, rows.element_size(), tiles.SUM_TILES)
     assert tile is not None
     out, du = (torch.empty(each.shape[1:], dtype=each.dtype, device=each.device) for each in addends)
-    three = [*factors, *[factors[0]] * (MOST_PARTS - len(factors))]
     _sum_and_add[(triton.cdiv(width, tile.columns), triton.cdiv(tokens, tile.span))](
-        rows, beside, out, du, *three, tokens, width, *inputs.counted_through(ranks), count, tile.span,
-        padded([sum(ranks)]), tile.tokens, tile.columns, len(factors), num_warps=tile.warps, num_stages=tile.stages,
+        rows, beside, out, du, *three(factors), tokens, width, *inputs.counted_through(ranks), count, tile.span,
+        padded([sum(ranks)]), tile.tokens, tile.columns, len(factors), **tile.options,
     )  # fmt: skip
     return [out, du]

@@ -19,8 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_megatron.layers import low_rank_input_tiles as tiles
-from lora_megatron.layers.addend_kernels import sum_addends
-from lora_megatron.layers.low_rank_tiles import MOST_PARTS, padded
+from lora_megatron.layers.addend_kernels import sum_addends, three
+from lora_megatron.layers.low_rank_tiles import padded
 from lora_megatron.layers.norm import NormedRows
 
 TYPES = torch.float32, torch.bfloat16, torch.float16
@@ -121,10 +121,9 @@ def add_to_input_gradient(grad_x: Tensor, du: Tensor, factors: Sequence[Tensor])
     ranks, (tokens, width) = _ranks(factors), grad_x.shape
     tile = tiles.tile_of(ranks, grad_x.element_size(), tiles.ADD_TILES)
     assert tile is not None
-    three = [*factors, *[factors[0]] * (MOST_PARTS - len(factors))]
     add_input_product[(triton.cdiv(width, tile.columns), triton.cdiv(tokens, tile.span))](
-        grad_x, du, *three, tokens, width, *counted_through(ranks), tile.span, padded([sum(ranks)]), tile.tokens,
-        tile.columns, len(factors), num_warps=tile.warps, num_stages=tile.stages,
+        grad_x, du, *three(factors), tokens, width, *counted_through(ranks), tile.span, padded([sum(ranks)]),
+        tile.tokens, tile.columns, len(factors), **tile.options,
     )  # fmt: skip
 
 
@@ -145,6 +144,6 @@ def factor_gradients_of_normed(
     addends = torch.empty(cut.size, dtype=torch.float32, device=h.device)
     normed_factor_gradients[(triton.cdiv(width, tile.columns), cut.pieces)](
         h, weight, bias, statistics, du, addends, tokens, width, *counted_through(ranks), cut.pieces, tile.span,
-        padded([sum(ranks)]), tile.tokens, tile.columns, bias is not None, num_warps=tile.warps, num_stages=tile.stages,
+        padded([sum(ranks)]), tile.tokens, tile.columns, bias is not None, **tile.options,
     )  # fmt: skip
     return sum_addends(addends, cut.table, cut.longest, None, factors, mains, factor_cut=tiles.SUM)

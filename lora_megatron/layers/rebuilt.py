@@ -69,7 +69,7 @@ def rebuilt_beside_residual(step: NormStep, x: Tensor, *parameters: Tensor | Non
     y, residual = _RebuiltBesideResidual.apply(step, x, *parameters)
     # Python's collector does not look into graphs: x -> residual -> what made it -> x would stay for ever where nobody
     # takes it over. So y has it, which the layer holds while its branch runs, and x only knows where it is.
-    y.handed_on, x.residual = residual, weakref.ref(residual)  # type: ignore[attr-defined]
+    y.handed_on, x.residual = residual, weakref.ref(residual)  # type: ignore[attr-defined]  # our own notes on tensors
     return _with_recipe(y, step, x, *parameters)
 
 

@@ -210,6 +210,10 @@ def test_the_attention_is_that_of_every_row_but_the_one_beside_peft(
         else:
             assert "--attention fa4" in command
     assert not any("fa4" in command for command in plain.values())
+    goals.write(tmp_path, [], ENV, "fa4")
+    assert "train.attention = fa4 in all rows but peft" in (tmp_path / "goals.md").read_text(encoding="utf-8")
+    goals.write(tmp_path, [], ENV, "torch")
+    assert "attention" not in (tmp_path / "goals.md").read_text(encoding="utf-8")
     with pytest.raises(SystemExit):
         goals.main(["--list", "--attention", "fa5"])
     assert "invalid choice: 'fa5'" in capsys.readouterr().err

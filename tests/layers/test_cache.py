@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 def attention_with(window: int) -> SdpaAttention:
     config = SimpleNamespace(window_size=(window - 1, 0) if window else None, window_attn_skip_freq=[1])
-    attention = SdpaAttention(config, 1)  # type: ignore[arg-type]
+    attention = SdpaAttention(config, 1)  # type: ignore[arg-type]  # it looks at these two fields alone
     assert attention.window == window
     return attention
 
