@@ -151,7 +151,7 @@ def run(options: argparse.Namespace) -> None:
     side.require_positive(options, "steps", "top")
     sizes = side.sizes_of(options.layers, flag="--layers")
     config = load_config(options.config, options.overrides)
-    with in_world(timeout_minutes=config.parallel.timeout_minutes):
+    with in_world(timeout_minutes=config.parallel.timeout_minutes, streams_wait=config.parallel.pp_comm_copy):
         _run(options, config, sizes)
 
 

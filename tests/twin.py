@@ -55,6 +55,7 @@ class Experiment:
     dropout: float = 0.0
     label_smoothing: float = 0.0
     tp_comm_overlap: bool = False
+    pp_comm_copy: bool = False
     steps: int = 3
     sequence_length: int = 16
     micro_batch_size: int = 1
@@ -113,6 +114,7 @@ def build_chunks(experiment: Experiment) -> tuple[list[Any], Record | None]:
         recompute_unit=experiment.recompute_unit,
         label_smoothing=experiment.label_smoothing,
         tp_comm_overlap=experiment.tp_comm_overlap,
+        pp_comm_copy=experiment.pp_comm_copy,
     )
     chunks = build(shape, method, experiment.layout, options)
     initialise_base(chunks, seed=3, num_layers=shape.num_layers)

@@ -64,7 +64,7 @@ def run_bench(
         NumericalError: a step made no update.
     """
     methods = _checked(methods, Effort(steps, warm_up, profiled))
-    with in_world(timeout_minutes=config.parallel.timeout_minutes):
+    with in_world(timeout_minutes=config.parallel.timeout_minutes, streams_wait=config.parallel.pp_comm_copy):
         _bench(config, methods, Effort(steps, warm_up, profiled), layers, visits, ceiling, Path(out))
 
 

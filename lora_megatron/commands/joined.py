@@ -19,6 +19,8 @@ def joined(config: Config, **advice: str) -> Iterator[None]:
     All ranks have the same configuration, or all raise. A rank that is lost, or is out of memory, is a LostRankError;
     advice: see `loss_as_error`.
     """
-    with stopping.listening(), in_world(timeout_minutes=config.parallel.timeout_minutes, **advice):
+    options = config.parallel
+    world = in_world(timeout_minutes=options.timeout_minutes, streams_wait=options.pp_comm_copy, **advice)
+    with stopping.listening(), world:
         require_equal("the configuration", config.model_dump_json())
         yield

@@ -122,6 +122,9 @@ class ParallelSection(Section):
     tp_comm_overlap: bool = False
     """With `sequence`, on GPUs of one host: copy tokens between them behind the products of frozen weights, instead of
     gathering and scattering them before and after."""
+    pp_comm_copy: bool = False
+    """With `pipeline`, on GPUs of one host: copy engines bring what stages send each other, where NCCL's kernels would
+    take processors from the products beside them."""
     timeout_minutes: float = Field(30.0, gt=0, le=1e6)
     """Timeout of every process group."""
 

@@ -16,29 +16,28 @@ One box of each kind is enough, with one barrier for each product: gathers and s
 pass and in its backward pass, and the barrier of the one says that all ranks are done with the box of the other. Where
 two of a kind follow each other, or may have, another barrier goes between them.
 
-The boxes are torch's symmetric memory, outside the caching allocator (`bytes_of` counts them).
+The boxes (`parallel.shared_box`) lie outside the caching allocator; `bytes_of` counts them.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lora_megatron.errors import ConfigError
 from lora_megatron.layers.low_rank_input import add_input_gradient
 from lora_megatron.layers.storage.product import Product
+from lora_megatron.parallel.shared_box import ALIGNMENT, Box, aligned
 
 try:
     from lora_megatron.layers import exchange_kernels as kernels
 except ImportError:  # no Triton
     kernels = None  # type: ignore[assignment]  # mypy takes the name for a module; None is what is asked for below
 
-_ALIGNMENT = 256  # bytes between parts of a box
+OPTION = "parallel.tp_comm_overlap"
 _made: dict[dist.ProcessGroup, Exchange] = {}
 
 
@@ -68,7 +67,7 @@ def bytes_of(own_tokens: int, width: int, size: int, itemsize: int, *, beside: i
     beside: the most columns that travel with them.
     """
     parts = [own_tokens * columns * itemsize for columns in (width, beside)]
-    return sum(_aligned(part) + _aligned(size * part) for part in parts)
+    return sum(aligned(part) + aligned(size * part) for part in parts)
 
 
 class Exchange:
@@ -78,12 +77,12 @@ class Exchange:
         self.group, self.rank, self.size = group, group.rank(), group.size()
         assert self.size > 1, "sequence shards of one rank"
         self.copies = torch.cuda.Stream(priority=-1)
-        self.boxes = {"gather": _Box(group), "sum": _Box(group)}
+        self.boxes = {"gather": Box(group, needed_by=OPTION), "sum": Box(group, needed_by=OPTION)}
         self.beside = 0
         """The most columns that a layer sends beside its rows; with room for them no box grows where layers differ."""
         self.last = ""  # the kind of the last product; empty where that is not known
         for box in self.boxes.values():
-            box.holding(_ALIGNMENT)
+            box.holding(ALIGNMENT)
 
     def product_of_all(
         self, product: Product, parts: Sequence[Tensor], beside: Tensor | None = None
@@ -129,7 +128,7 @@ class Exchange:
         [t m / b, b, k], whose product with the stacked `factors` [k, n] is added to the rows."""
         main, rows = torch.cuda.current_stream(), parts[0].shape[0] // self.size
         like = torch.empty(self.size, rows, product.columns, dtype=product.dtype, device="meta")
-        place = _aligned(like.numel() * like.element_size())
+        place = aligned(like.numel() * like.element_size())
         box = self._box("sum", place + self._room(product, self.size * rows, beside))
         addends = [box.at(self.rank, like)]
         self.copies.wait_stream(main)
@@ -160,9 +159,9 @@ class Exchange:
         """Bytes for what this product, or any other of so many rows, has beside them."""
         assert beside is None or beside.dtype == product.dtype
         columns = self.beside if beside is None else max(self.beside, beside.shape[-1])
-        return _aligned(rows * columns * product.dtype.itemsize)
+        return aligned(rows * columns * product.dtype.itemsize)
 
-    def _box(self, kind: str, size: int) -> _Box:
+    def _box(self, kind: str, size: int) -> Box:
         """That box, free to be written into."""
         box = self.boxes[kind]
         box.holding(size)
@@ -192,72 +191,5 @@ def _rows(part: Tensor, start: int, count: int) -> Tensor:
 
 def _places(parts: Sequence[Tensor]) -> tuple[list[int], int]:
     """Where in a box each part begins, and how much they take, in bytes."""
-    *places, end = itertools.accumulate((_aligned(part.nbytes) for part in parts), initial=0)
+    *places, end = itertools.accumulate((aligned(part.nbytes) for part in parts), initial=0)
     return places, end
-
-
-def _aligned(size: int) -> int:
-    return -(-size // _ALIGNMENT) * _ALIGNMENT
-
-
-class _Box:
-    """Memory of the same size on every rank of a group, which all of them can read and write."""
-
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group = group
-        self.memory: Tensor | None = None
-        self.handle: Any = None
-        self.older: list[tuple[Tensor, Any]] = []
-
-    def holding(self, size: int) -> None:
-        """Make it at least `size` bytes, if it is not: for all ranks at once, as all have tokens of one size.
-
-        Raises:
-            torch.OutOfMemoryError: this GPU has no room for it.
-            ConfigError: the GPUs do not reach each other's memory.
-        """
-        if self.memory is not None:
-            if self.memory.numel() >= size:
-                return
-            # Other ranks may still be reading the old one, and CUDA graphs go on using it. Twice its size at least, so
-            # that all old ones together are no larger than the new one, however often it grows.
-            self.older.append((self.memory, self.handle))
-            size = max(size, 2 * self.memory.numel())
-        self.memory = _symmetric(size)
-        # Loaded by those who use it: importing it costs a second.
-        from torch.distributed import _symmetric_memory as symmetric
-
-        try:
-            self.handle = symmetric.rendezvous(self.memory, self.group.group_name)
-        except RuntimeError as error:
-            reason = str(error).splitlines()[0]
-            raise ConfigError(
-                "parallel.tp_comm_overlap = true: the GPUs of a tensor-parallel group do not reach each other's memory "
-                f"({reason}): set parallel.tp_comm_overlap=false, or keep the group inside one host"
-            ) from None
-
-    def at(self, rank: int, like: Tensor, place: int = 0) -> Tensor:
-        """The tensor of `like`'s shape and type that lies in rank's box, `place` bytes from its beginning."""
-        found: Tensor = self.handle.get_buffer(rank, like.shape, like.dtype, place // like.element_size())
-        return found
-
-    def barrier(self) -> None:
-        """On the current stream: nothing behind it begins before all ranks have come to it."""
-        self.handle.barrier(channel=0)
-
-
-def _symmetric(size: int) -> Tensor:
-    """Bytes that other GPUs can be let at. They lie outside torch's allocator, which does not give way by itself."""
-    from torch.distributed import _symmetric_memory as symmetric
-
-    device = torch.device("cuda", torch.cuda.current_device())
-    try:
-        return symmetric.empty(size, dtype=torch.uint8, device=device)
-    except RuntimeError:
-        torch.cuda.empty_cache()
-    try:
-        return symmetric.empty(size, dtype=torch.uint8, device=device)
-    except RuntimeError as error:
-        raise torch.OutOfMemoryError(
-            f"no room for {size:,} bytes that GPUs share (parallel.tp_comm_overlap)"
-        ) from error

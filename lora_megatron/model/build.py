@@ -55,6 +55,8 @@ class BuildOptions:
     """Whose kernels core attention runs on (`layers.attention`)."""
     tp_comm_overlap: bool = False
     """Hide the collectives of sequence parallelism behind products (`layers.exchange`)."""
+    pp_comm_copy: bool = False
+    """Have copy engines bring what stages send each other (`parallel.stage_copies`)."""
 
 
 class _ShapesOnly(Gpt):
@@ -193,6 +195,7 @@ def build(shape: ModelShape, method: Method, layout: Layout, options: BuildOptio
     for chunk in chunks:
         _declare_embeddings(chunk, padding=padded - shape.vocab_size)
         chunk.mask_padded_vocabulary(shape.vocab_size)
+        chunk.pp_comm_copy = options.pp_comm_copy
         chunk.smoothing = Smoothing(options.label_smoothing, shape.vocab_size)
     _freeze(chunks, method)
     if options.recompute == "full":

@@ -14,6 +14,7 @@ from lora_megatron.model.recomputation import check_recomputation
 from lora_megatron.model.shape import ModelShape
 from lora_megatron.model.storage import check_storage, storage_of
 from lora_megatron.parallel.groups import Layout, check_world_size, device_memory_bytes
+from lora_megatron.parallel.stage_copies import check_copies_here
 
 
 def layout_of(config: Config) -> Layout:
@@ -36,6 +37,7 @@ def options_of(config: Config, *, meta: bool = False) -> BuildOptions:
         attention=config.train.attention,
         storage=storage_of(config),
         tp_comm_overlap=config.parallel.tp_comm_overlap,
+        pp_comm_copy=config.parallel.pp_comm_copy,
         meta=meta,
     )
 
@@ -45,6 +47,8 @@ def check(config: Config, shape: ModelShape, method: Method, world_size: int) ->
     check_plan(config, shape, method, world_size)
     if config.train.cuda_graph and not torch.cuda.is_available():
         raise ConfigError("train.cuda_graph = true: this machine has no CUDA device; set train.cuda_graph=false")
+    if config.parallel.pp_comm_copy:
+        check_copies_here()
     check_attention_here(config, shape)
     _check_memory(config, layout_of(config), shape)
 
@@ -60,6 +64,11 @@ def check_plan(config: Config, shape: ModelShape, method: Method, world_size: in
         raise ConfigError(
             "parallel.tp_comm_overlap = true hides the collectives of sequence parallelism, which is off: set "
             "parallel.sequence=true, or leave it out"
+        )
+    if config.parallel.pp_comm_copy and layout.pipeline == 1:
+        raise ConfigError(
+            "parallel.pp_comm_copy = true is about what pipeline stages send each other, and there is one: set "
+            "parallel.pipeline above 1, or leave it out"
         )
     check_storage(config, layout, shape)
     check_recomputation(config, layout, shape, method)

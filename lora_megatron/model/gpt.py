@@ -25,6 +25,8 @@ class Gpt(GPTModel):
 
     real_columns: int | None = None
     """Columns of this rank's logits, from the first, that are tokens; None if all are."""
+    pp_comm_copy = False
+    """Whether stages copy to each other what they send (`parallel.stage_copies`)."""
     smoothing: Smoothing = NO_SMOOTHING
     """Of labels, in training; evaluation has none."""
 

@@ -27,6 +27,8 @@ if not torch.cuda.is_available():
 
 
 _WORLD = ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+QUEUES, MOST_QUEUES = "CUDA_DEVICE_MAX_CONNECTIONS", 32
+"""The variable that says how many of a GPU's queues a process's streams are spread over, and how many there are."""
 TORCH_SHARE = 0.98
 """Of a GPU's memory, what torch's allocator may take. It keeps what it has had, and gives nothing back when others ask:
 CUDA, which loads a kernel when it is first started, and NCCL then fail, however much of it lies unused."""
@@ -77,8 +79,11 @@ def check_world_size(layout: Layout, world_size: int) -> None:
         )
 
 
-def join_world(*, timeout_minutes: float = 30.0) -> None:
+def join_world(*, timeout_minutes: float = 30.0, streams_wait: bool = False) -> None:
     """Join the world torchrun announced, or make a world of one; nothing when this process is in a world already.
+
+    streams_wait: whether streams are to wait for other ranks (`parallel.stage_copies`), which must hold up no other
+    stream: each then has a queue of its own.
 
     Raises:
         JoinError: the environment announces a world that cannot be joined, or fewer GPUs are there than processes.
@@ -88,8 +93,9 @@ def join_world(*, timeout_minutes: float = 30.0) -> None:
     timeout = timedelta(minutes=timeout_minutes)
     use_cuda = torch.cuda.is_available()
     if use_cuda:
-        # Kernels start in the order they are launched, so a collective launched before a GEMM overlaps with it.
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+        # In one queue kernels start in the order they are launched, so a collective launched before a GEMM overlaps
+        # with it.
+        os.environ.setdefault(QUEUES, str(MOST_QUEUES if streams_wait else 1))
         # NCCL registers the buffers of collectives in a CUDA graph, but not those of torch's expandable segments.
         os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
         torch.cuda.set_device(_own_gpu())

@@ -12,12 +12,13 @@ from lora_megatron.parallel.peers import loss_as_error
 
 
 @contextlib.contextmanager
-def in_world(*, timeout_minutes: float = 30.0, **advice: str) -> Iterator[None]:
+def in_world(*, timeout_minutes: float = 30.0, streams_wait: bool = False, **advice: str) -> Iterator[None]:
     """Within, this process is one of the ranks torchrun started (alone under plain python).
 
-    A rank that is lost, or is out of memory, is a LostRankError; advice: see `loss_as_error`.
+    A rank that is lost, or is out of memory, is a LostRankError; streams_wait: see `groups.join_world`, advice:
+    `loss_as_error`.
     """
-    groups.join_world(timeout_minutes=timeout_minutes)
+    groups.join_world(timeout_minutes=timeout_minutes, streams_wait=streams_wait)
     try:
         with loss_as_error(**advice):
             yield

@@ -5,7 +5,7 @@ Weights, gradients and optimizer state are read off the rank's real model, built
 Activations and the loss are those of `activations` at the worst moment of the pipeline schedule (`schedule`). On top
 come, on a GPU, tensors that live for the time of one operation; `_workspace` says which. Outside torch's allocator are
 CUDA's context and the communicators' own buffers, which only constants can stand for, and the boxes of
-`parallel.tp_comm_overlap` (`layers.exchange`).
+`parallel.tp_comm_overlap` (`layers.exchange`) and `parallel.pp_comm_copy` (`parallel.stage_copies`).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from lora_megatron.model.build import build
 from lora_megatron.model.checks import layout_of, options_of
 from lora_megatron.model.recomputation import NOTHING_RECOMPUTED
 from lora_megatron.model.shape import ModelShape
+from lora_megatron.parallel import stage_copies
 from lora_megatron.parallel.sent_outputs import UNDER_WAY
 from lora_megatron.planning.activations import ChunkBytes, Microbatch, chunk_bytes, embedding_bytes, head_bytes
 from lora_megatron.planning.gradients import LayerFlow, first_input_needs, layer_flow, layer_flows
@@ -59,7 +60,8 @@ class MemoryPlan:
     """Tensors that live for one operation: products and their gradients, a chunk of logits, an unpacked weight. With
     `train.cuda_graph` also those of the optimizer's step, and the inputs of all microbatches."""
     context: int
-    """Outside torch's allocator: CUDA's context, NCCL's buffers and those of `parallel.tp_comm_overlap`."""
+    """Outside torch's allocator: CUDA's context, NCCL's buffers and those of `parallel.tp_comm_overlap` and
+    `pp_comm_copy`."""
 
     @property
     def weights(self) -> int:
@@ -161,6 +163,8 @@ def _outside(config: Config, method: Method, batch: Microbatch, place: Place) ->
         own = batch.tokens // layout.tensor
         beside = max(linear.rank for flow in _stage_flows(method, batch, place) for linear in flow.linears)
         boxes = bytes_of(own, batch.shape.hidden_size, layout.tensor, batch.itemsize, beside=beside)
+    if config.parallel.pp_comm_copy:
+        boxes += stage_copies.bytes_of(round(batch.hidden_bytes))
     return CUDA_CONTEXT + COMMUNICATOR * communicators + boxes
 
 

@@ -8,6 +8,7 @@ does not depend on how the global batch is cut.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from lora_megatron.layers.dropout import set_first_sample
 from lora_megatron.parallel.agree import gather_text
 from lora_megatron.parallel.heartbeat import making_data
 from lora_megatron.parallel.sent_outputs import SentOutputs
+from lora_megatron.parallel.stage_copies import copies_over
 
 Batch = dict[str, Any]
 
@@ -111,17 +113,29 @@ def run_passes(
     first = make(microbatches, 0)
     batch_size, sequence_length = first["tokens"].shape
     iterators = [_one_by_one(first, microbatches) for _ in ddp_chunks]
-    reports: list[Tensor] = get_forward_backward_func()(
-        forward_step_func=partial(forward_step, SentOutputs()),
-        data_iterator=iterators if len(ddp_chunks) > 1 else iterators[0],
-        model=list(ddp_chunks) if len(ddp_chunks) > 1 else ddp_chunks[0],
-        num_microbatches=len(microbatches),
-        seq_length=sequence_length,
-        micro_batch_size=batch_size,
-        decoder_seq_length=sequence_length,
-        forward_only=forward_only,
-    )
+    with _messages(ddp_chunks[0], batch_size * sequence_length) as messages:
+        reports: list[Tensor] = get_forward_backward_func()(
+            forward_step_func=partial(forward_step, SentOutputs()),
+            data_iterator=iterators if len(ddp_chunks) > 1 else iterators[0],
+            model=list(ddp_chunks) if len(ddp_chunks) > 1 else ddp_chunks[0],
+            num_microbatches=len(microbatches),
+            seq_length=sequence_length,
+            micro_batch_size=batch_size,
+            decoder_seq_length=sequence_length,
+            forward_only=forward_only,
+            **messages,
+        )
     return reports
+
+
+def _messages(chunk: DistributedDataParallel, tokens: int) -> contextlib.AbstractContextManager[dict[str, Any]]:
+    """What megatron-core's schedules are told of how stages send: nothing, if that is by its own means."""
+    if not get_attr_wrapped_model(chunk, "pp_comm_copy"):
+        return contextlib.nullcontext({})
+    config = chunk.config
+    own_tokens = tokens // config.tensor_model_parallel_size if config.sequence_parallel else tokens
+    copies = copies_over(mpu.get_pipeline_model_parallel_group(), config)
+    return copies.step(own_tokens * config.hidden_size * config.pipeline_dtype.itemsize, config)
 
 
 def _finalize(chunks: Sequence[DistributedDataParallel], tokens: Tensor, **megatron: Any) -> None:

@@ -36,20 +36,21 @@ class SharedBox:
     barriers = 0
     """Of this process, in all boxes."""
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
+    def __init__(self, group: dist.ProcessGroup, *, needed_by: str) -> None:
         self.group, self.size, self.parts = group, 0, list[Tensor]()
         told: list[Any] = [tempfile.mkdtemp()]
         dist.broadcast_object_list(told, group_src=0, group=group)
         self.folder = Path(told[0])
 
-    def holding(self, size: int) -> None:
+    def holding(self, size: int) -> bool:
         if self.size >= size:
-            return
+            return False
         self.size = size
         (self.folder / f"{size}-{self.group.rank()}").write_bytes(bytes(size))
         dist.barrier(group=self.group)
         paths = [str(self.folder / f"{size}-{rank}") for rank in range(self.group.size())]
         self.parts = [torch.from_file(path, shared=True, size=size, dtype=torch.uint8) for path in paths]
+        return True
 
     def at(self, rank: int, like: Tensor, place: int = 0) -> Tensor:
         if rank != self.group.rank():
@@ -81,7 +82,7 @@ def exchanging(*, delay: float = 0.0, fault: str = "") -> Iterator[None]:
         return original(group, device=torch.device("meta" if device.type == "meta" else "cuda"), **how)
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(patch.object(exchange, "_Box", SharedBox))
+        stack.enter_context(patch.object(exchange, "Box", SharedBox))
         stack.enter_context(patch.object(exchange, "_made", {}))
         stack.enter_context(patch.object(SequenceShards, "over", over))
         stack.enter_context(patch.object(SharedBox, "delay", delay))

@@ -100,18 +100,19 @@ def box_sizes(experiment: Experiment) -> tuple[list[list[int]], int]:
     made: list[SharedBox] = []
     original: Any = SharedBox.__init__
 
-    def noted(box: SharedBox, *args: Any) -> None:
-        original(box, *args)
+    def noted(box: SharedBox, *args: Any, **named: Any) -> None:
+        original(box, *args, **named)
         made.append(box)
 
     sizes: dict[int, list[int]] = {}
     holding: Any = SharedBox.holding
 
-    def grow(box: SharedBox, size: int) -> None:
-        holding(box, size)
+    def grow(box: SharedBox, size: int) -> bool:
+        grown: bool = holding(box, size)
         kept = sizes.setdefault(made.index(box), [])
         if box.size not in kept:
             kept.append(box.size)
+        return grown
 
     with exchanging(), mock.patch.object(SharedBox, "__init__", noted), mock.patch.object(SharedBox, "holding", grow):
         train_twin(experiment)

@@ -28,6 +28,7 @@ from lora_megatron.methods.choose import choose_method
 from lora_megatron.model.checks import check_plan
 from lora_megatron.model.presets import resolve_shape
 from lora_megatron.parallel.groups import Layout
+from lora_megatron.parallel.shared_box import Box
 from tests.comparison import compare, frobenius
 from tests.layers.shared_boxes import DELAY_S, NO_BARRIER, NO_TURNS, SharedBox, exchanging
 from tests.pool import Pool
@@ -255,7 +256,7 @@ def test_gpus_apart_and_full_ones_are_told_from_each_other(monkeypatch: pytest.M
     def fail(*_: Any, **__: Any) -> Any:
         raise RuntimeError("CUDA driver error: something\nwith a trace")
 
-    box = exchange._Box(Group())  # type: ignore[arg-type]  # it asks for the name alone
+    box = Box(Group(), needed_by="parallel.tp_comm_overlap")  # type: ignore[arg-type]  # it asks for the name alone
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(symmetric, "rendezvous", fail)
@@ -267,7 +268,7 @@ def test_gpus_apart_and_full_ones_are_told_from_each_other(monkeypatch: pytest.M
     assert "\n" not in str(one.value)
     monkeypatch.setattr(symmetric, "empty", fail)
     with pytest.raises(torch.OutOfMemoryError, match="no room for 1,024 bytes that GPUs share"):
-        exchange._Box(Group()).holding(1024)  # type: ignore[arg-type]  # the same
+        Box(Group(), needed_by="parallel.tp_comm_overlap").holding(1024)  # type: ignore[arg-type]  # the same
 
 
 def test_without_sequence_parallelism_there_is_nothing_to_overlap() -> None:

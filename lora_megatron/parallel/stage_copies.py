@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`parallel.pp_comm_copy`: pipeline stages on GPUs of one host copy into each other's memory what they send.
+
+NCCL sends and receives with kernels. One that waits for its peer, or copies, holds multiprocessors, and a product that
+runs beside it and had counted on all of them ends later by as long as that takes. Copy engines take none.
+
+Each rank has a box with an inbox for each neighbour, of `SLOTS` messages, and two numbers for each slot:
+
+    busy    with the sender     1 from when it begins to copy until the receiver has taken the message out
+    full    with the receiver   1 from when the message is there until the receiver begins to take it out
+
+    sender      wait busy = 0;  busy <- 1;  copy into the peer's slot;  the peer's full <- 1
+    receiver    wait full = 1;  full <- 0;  copy out of the slot;       the peer's busy <- 0
+
+Each direction has a stream of its own on each side, in which messages keep the order of megatron-core's schedule: the
+same on both sides. The number of the slot starts at 0 in every step; every message of a step is taken out in it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
+from megatron.core.model_parallel_config import ModelParallelConfig
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
+
+from lora_megatron.errors import ConfigError
+from lora_megatron.parallel.groups import MOST_QUEUES, QUEUES
+from lora_megatron.parallel.shared_box import ALIGNMENT, Box, aligned
+from lora_megatron.parallel.stream_values import BYTES
+
+OPTION = "parallel.pp_comm_copy"
+SLOTS = 2
+"""Of an inbox: one is taken out while another comes in."""
+PREVIOUS, NEXT = 0, 1
+"""Sides of a stage."""
+_FULL, _BUSY = 0, 1
+_made: dict[dist.ProcessGroup, StageCopies] = {}
+
+
+def bytes_of(message: int) -> int:
+    """What a rank's box takes for messages of so many bytes."""
+    return ALIGNMENT + 2 * SLOTS * aligned(message)
+
+
+def _number(kind: int, side: int, slot: int) -> int:
+    """Where in a box that number is."""
+    return BYTES * ((kind * 2 + side) * SLOTS + slot)
+
+
+class Handle(Protocol):
+    """Of something that was started."""
+
+    def wait(self) -> object:
+        """Nothing that the current stream is given after this begins before it is done."""
+        ...
+
+
+class Lane:
+    """What is done in order beside the main stream."""
+
+    def __init__(self) -> None:
+        self.stream = torch.cuda.Stream(priority=-1)
+
+    def run(self, work: Callable[[], None]) -> Handle:
+        """Do it once all that the current stream has been given so far is done."""
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            work()
+            event: torch.cuda.Event = self.stream.record_event()
+        return event
+
+
+class _Nothing:
+    """The handle of a message whose memory is kept until it is sent: there is nothing to wait for."""
+
+    def wait(self) -> None:
+        pass
+
+
+class _Neighbour:
+    """Messages to and from the stage on one side."""
+
+    def __init__(self, box: Box, rank: int, side: int) -> None:
+        """`rank`: the neighbour's in the group."""
+        self.box, self.rank, self.side, self.opposite = box, rank, side, 1 - side
+        self.outward, self.inward = Lane(), Lane()
+        self.sent = self.received = 0
+        self._under_way: deque[tuple[Tensor, Handle]] = deque()
+
+    def send(self, tensor: Tensor) -> Handle:
+        """A tensor of any shape, which may be let go of at once and must not be written over."""
+        slot, box = self.sent % SLOTS, self.box
+        self.sent += 1
+        message = tensor.detach().contiguous()
+        own_busy, their_full = _number(_BUSY, self.side, slot), _number(_FULL, self.opposite, slot)
+
+        def copy() -> None:
+            box.wait(own_busy, 0)
+            box.write(box.group.rank(), own_busy, 1)
+            box.at(self.rank, message, _place(self.opposite, slot, message)).copy_(message, non_blocking=True)
+            box.write(self.rank, their_full, 1)
+
+        self._under_way.append((message, self.outward.run(copy)))
+        self._let_go(SLOTS)
+        return _Nothing()
+
+    def receive(self, into: Tensor) -> Handle:
+        """The next message, of the shape and type of `into`, which may be read once the handle has been waited for."""
+        slot, box = self.received % SLOTS, self.box
+        self.received += 1
+        own_full, their_busy = _number(_FULL, self.side, slot), _number(_BUSY, self.opposite, slot)
+        target = into.detach()
+
+        def copy() -> None:
+            own = box.group.rank()
+            box.wait(own_full, 1)
+            box.write(own, own_full, 0)
+            target.copy_(box.at(own, target, _place(self.side, slot, target)), non_blocking=True)
+            box.write(self.rank, their_busy, 0)
+
+        return self.inward.run(copy)
+
+    def end(self) -> None:
+        """All messages that were sent are there, before whatever the current stream is given after this."""
+        self._let_go(0)
+        self.sent = self.received = 0
+
+    def _let_go(self, but: int) -> None:
+        """Of the memory of all messages but the last so many; the stream that made it waits for their copies."""
+        while len(self._under_way) > but:
+            _, handle = self._under_way.popleft()
+            handle.wait()
+
+
+def _place(side: int, slot: int, message: Tensor) -> int:
+    """Where in a box the inbox of that side has its slot, in bytes."""
+    return ALIGNMENT + (side * SLOTS + slot) * aligned(message.nbytes)
+
+
+class StageCopies(P2PCommunicator):
+    """megatron-core's messages between stages, copied. All of a step have one size."""
+
+    def __init__(self, group: dist.ProcessGroup, config: ModelParallelConfig) -> None:
+        super().__init__(group, config)
+        self.box = Box(group, needed_by=OPTION)
+        rank, size = group.rank(), group.size()
+        self._sides = [_Neighbour(self.box, (rank + step) % size, side) for side, step in ((PREVIOUS, -1), (NEXT, 1))]
+
+    @contextlib.contextmanager
+    def step(self, message: int, config: ModelParallelConfig) -> Iterator[dict[str, Any]]:
+        """Within, what megatron-core's schedules are to be given for a step whose messages have so many bytes.
+
+        Every rank of the group must enter it at the same time.
+
+        Raises:
+            torch.OutOfMemoryError, ConfigError: as `Box.holding`.
+        """
+        self.config = config
+        if self.box.holding(bytes_of(message)):
+            self.box.at(self.pp_group.rank(), torch.empty(ALIGNMENT, dtype=torch.uint8, device="meta")).zero_()
+            torch.cuda.synchronize()
+            dist.barrier(group=self.pp_group)  # no slot is busy or full anywhere before anyone writes
+        yield {"p2p_communicator": self, "pg_collection": _groups()}
+        for side in self._sides:
+            side.end()
+
+    def _communicate(
+        self,
+        *,
+        tensor_send_next: Tensor | None,
+        tensor_send_prev: Tensor | None,
+        recv_prev: bool,
+        recv_next: bool,
+        tensor_shape: Any,
+        wait_on_reqs: bool = True,
+    ) -> tuple[Tensor | None, Tensor | None, dict[str, Handle] | None]:
+        """As megatron-core's (0.16 to 0.19), by which all its sends and receives go: what was received from the stage
+        before and from the one after, and handles by name."""
+        handles: dict[str, Handle] = {}
+        received: list[Tensor | None] = [None, None]
+        for side, name, tensor in ((NEXT, "send_next", tensor_send_next), (PREVIOUS, "send_prev", tensor_send_prev)):
+            if tensor is not None:
+                handles[name] = self._sides[side].send(tensor)
+        for side, name, is_asked in ((PREVIOUS, "recv_prev", recv_prev), (NEXT, "recv_next", recv_next)):
+            if is_asked:
+                into = torch.empty(
+                    tuple(tensor_shape),
+                    requires_grad=True,
+                    device=torch.cuda.current_device(),
+                    dtype=self.config.pipeline_dtype,
+                )
+                received[side] = into
+                handles[name] = self._sides[side].receive(into)
+        if not wait_on_reqs:
+            return received[PREVIOUS], received[NEXT], handles
+        for handle in handles.values():
+            handle.wait()
+        return received[PREVIOUS], received[NEXT], None
+
+
+def copies_over(group: dist.ProcessGroup, config: ModelParallelConfig) -> StageCopies:
+    """The one of a pipeline group, whose ranks must ask for it at the same time, the first time."""
+    if group not in _made:
+        _made[group] = StageCopies(group, config)
+    return _made[group]
+
+
+def check_copies_here() -> None:
+    """Raise ConfigError where this process's GPU cannot do it."""
+    if not torch.cuda.is_available():
+        raise ConfigError(f"{OPTION} = true: this machine has no CUDA device; set {OPTION}=false")
+    queues = os.environ.get(QUEUES, "")
+    if queues != str(MOST_QUEUES):  # a stream that waits would hold up those that share its queue, for ever
+        raise ConfigError(
+            f"{OPTION} = true with {QUEUES}={queues or 'unset'}: streams that wait for another stage need queues of "
+            f"their own; set {QUEUES}={MOST_QUEUES}, or leave it unset where lora-megatron starts"
+        )
+
+
+def _groups() -> ProcessGroupCollection:
+    """What the schedules look up by themselves where they are given no communicator."""
+    groups = ProcessGroupCollection()
+    groups.tp = mpu.get_tensor_model_parallel_group()
+    groups.cp = mpu.get_context_parallel_group()
+    groups.pp = mpu.get_pipeline_model_parallel_group()
+    groups.embd = mpu.get_embedding_group(check_initialized=False)
+    groups.pos_embd = mpu.get_position_embedding_group(check_initialized=False)
+    groups.dp = mpu.get_data_parallel_group()
+    groups.dp_cp = mpu.get_data_parallel_group(with_context_parallel=True)
+    groups.tp_dp_cp = mpu.get_tensor_and_data_parallel_group(with_context_parallel=True)
+    return groups

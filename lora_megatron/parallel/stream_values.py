@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Numbers in device memory that a CUDA stream writes, or waits for: CUDA's driver has calls for it, torch has none.
+
+A kernel that waits holds a multiprocessor, and a product that had counted on all of them takes as long as it waits.
+Here the GPU's front end waits, and nothing is held but the stream.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+
+import torch
+
+_EQUAL, _AFTER_ALL_BEFORE = 1, 0  # CU_STREAM_WAIT_VALUE_EQ, CU_STREAM_WRITE_VALUE_DEFAULT
+BYTES = 4
+"""Of a number."""
+
+
+def write(address: int, value: int) -> None:
+    """On the current stream, behind all it was given before: `value` to an address that this GPU reaches."""
+    _call("cuStreamWriteValue32_v2", address, value, _AFTER_ALL_BEFORE)
+
+
+def wait(address: int, value: int) -> None:
+    """On the current stream: what it is given after this begins once there is `value` at the address."""
+    _call("cuStreamWaitValue32_v2", address, value, _EQUAL)
+
+
+@functools.cache
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
+
+
+def _call(name: str, address: int, value: int, flags: int) -> None:
+    stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+    status = getattr(_driver(), name)(stream, ctypes.c_uint64(address), ctypes.c_uint32(value), ctypes.c_uint(flags))
+    if status:
+        raise RuntimeError(f"{name} failed with CUDA driver status {status}")
