@@ -88,6 +88,17 @@ def test_a_group_of_microbatches_reads_what_was_turned_round_once(pool: Pool, ki
                 assert [name for name in want if not torch.equal(got[name], want[name])] == []
 
 
+def test_the_last_layers_of_a_stage_keep_theirs(pool: Pool) -> None:
+    """Of the two of each rank the second, and of the other what a group reads."""
+    groups = replace(GROUPS, storage=replace(KINDS["fp8"], transposes=2))
+    plain, kept_one = (pool.run(2, train_counting, experiment=replace(groups, transposes_kept=n)) for n in (0, 1))
+    for rank in range(2):
+        others = LINEARS - (rank == 0)
+        assert kept_one[rank][1:] == (4 * others + LINEARS, LINEARS + others, LINEARS)
+    assert (kept_one[0].record, plain[0].record) != (None, None)
+    assert kept_one[0].record["norm"] == plain[0].record["norm"]  # type: ignore[index]  # the line above
+
+
 @pytest.mark.parametrize("make", [StoredFp8, StoredNf4ForFp8])
 def test_new_weights_are_turned_round_again(make: type[Fp8Products]) -> None:
     stored = make(64, 128, device=torch.device("cpu"), axis=0, group=None)
@@ -137,5 +148,9 @@ def test_the_plan_counts_a_chunk_or_all() -> None:
     assert [planned(storage="fp8", transposes=how) for how in ways] == [32, 32, 64, 96]
     assert [planned(storage="nf4", gemm="fp8", transposes=how) for how in ways] == [32, 32, 64 + 32, 96 + 32]
     assert [planned(storage="nf4"), planned()] == [64, 0]
+    ways = tuple({"transposes": how, "transposes_kept": 1} for how in (None, "group", "kept"))  # layer 1's
+    assert [planned(storage="fp8", **how) for how in ways] == [64 + 32, 64 + 32, 64 + 32]
+    assert [planned(storage="nf4", gemm="fp8", **how) for how in ways] == [64 + 32, 64 + 64, 64 + 64]
+    assert planned(storage="fp8", transposes_kept=9) == 96 + 32, "more than there are"
     del weights[0]
     assert planned(storage="fp8", transposes="group") == 32, "no interleaved schedule, no group"

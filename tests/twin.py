@@ -56,6 +56,7 @@ class Experiment:
     label_smoothing: float = 0.0
     tp_comm_overlap: bool = False
     pp_comm_copy: bool = False
+    transposes_kept: int = 0
     steps: int = 3
     sequence_length: int = 16
     micro_batch_size: int = 1
@@ -115,6 +116,7 @@ def build_chunks(experiment: Experiment) -> tuple[list[Any], Record | None]:
         label_smoothing=experiment.label_smoothing,
         tp_comm_overlap=experiment.tp_comm_overlap,
         pp_comm_copy=experiment.pp_comm_copy,
+        transposes_kept=experiment.transposes_kept,
     )
     chunks = build(shape, method, experiment.layout, options)
     initialise_base(chunks, seed=3, num_layers=shape.num_layers)

@@ -90,10 +90,13 @@ class BaseSection(Section):
     """FP8 weights turned round, which backward products read: made anew for each microbatch (not given: the same), kept
     for the microbatches of a `group` of the interleaved pipeline schedule (of one in any other), or `kept` for good, a
     second copy."""
+    transposes_kept: int | None = Field(None, ge=1, le=MOST_LAYERS)
+    """Of so many layers of each pipeline stage, its last ones, they are kept for good whatever `transposes` says: for
+    memory that is left."""
 
     def of_training_precision(self) -> BaseSection:
         """The same weights, in no other format."""
-        return self.model_copy(update=dict.fromkeys(("storage", "gemm", "fast_accum", "transposes")))
+        return self.model_copy(update=dict.fromkeys(("storage", "gemm", "fast_accum", "transposes", "transposes_kept")))
 
 
 class MethodSection(Section):

@@ -20,6 +20,7 @@ from lora_megatron.layers.rope import attention_factor, inverse_frequencies
 from lora_megatron.layers.sharding import REPLICATED, Shard, declare
 from lora_megatron.layers.smoothing import Smoothing
 from lora_megatron.layers.storage.choose import StorageFormat
+from lora_megatron.layers.storage.fp8 import Fp8Products
 from lora_megatron.methods.method import Method
 from lora_megatron.model.gpt import Gpt
 from lora_megatron.model.names import EMBEDDING, OUTPUT, POSITIONS, named_parameters
@@ -42,6 +43,8 @@ class BuildOptions:
     adapter_seed: int = 0
     storage: StorageFormat | None = None
     """Format of the linear weights that are frozen; None keeps them in `precision`."""
+    transposes_kept: int = 0
+    """Of how many of this rank's layers, the last ones, FP8 weights turned round are kept for good."""
     recompute_modules: tuple[str, ...] = CORE_ATTENTION
     """With recompute `selective`: of which parts (`model.recomputation`)."""
     recompute_layers: int | None = None
@@ -198,6 +201,7 @@ def build(shape: ModelShape, method: Method, layout: Layout, options: BuildOptio
         chunk.pp_comm_copy = options.pp_comm_copy
         chunk.smoothing = Smoothing(options.label_smoothing, shape.vocab_size)
     _freeze(chunks, method)
+    _keep_transposes(chunks, options.transposes_kept)
     if options.recompute == "full":
         for chunk in chunks:
             _let_gradient_reach_input(chunk)
@@ -217,6 +221,13 @@ def _declare_embeddings(chunk: GPTModel, *, padding: int) -> None:
 def _freeze(chunks: list[GPTModel], method: Method) -> None:
     for named in named_parameters(chunks):
         named.parameter.requires_grad_(method.is_trainable(named.name))
+
+
+def _keep_transposes(chunks: list[GPTModel], layers: int) -> None:
+    last = [layer for chunk in chunks for layer in chunk.decoder.layers][-layers:] if layers else []
+    for stored in (module for layer in last for module in layer.modules()):
+        if isinstance(stored, Fp8Products):
+            stored.transposes = 0
 
 
 def _let_gradient_reach_input(chunk: GPTModel) -> None:

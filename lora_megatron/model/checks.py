@@ -36,6 +36,7 @@ def options_of(config: Config, *, meta: bool = False) -> BuildOptions:
         label_smoothing=config.train.label_smoothing,
         attention=config.train.attention,
         storage=storage_of(config),
+        transposes_kept=config.base.transposes_kept or 0,
         tp_comm_overlap=config.parallel.tp_comm_overlap,
         pp_comm_copy=config.parallel.pp_comm_copy,
         meta=meta,

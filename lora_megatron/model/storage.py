@@ -22,7 +22,7 @@ def storage_of(config: Config) -> StorageFormat | None:
         raise ConfigError(
             f"base.gemm = {gemm} says what NF4 weights are multiplied in: set base.storage=nf4, or drop it"
         )
-    for key in ("fast_accum", "transposes"):
+    for key in ("fast_accum", "transposes", "transposes_kept"):
         if getattr(config.base, key) is not None and storage != "fp8" and gemm != "fp8":
             raise ConfigError(
                 f"base.{key} = {getattr(config.base, key)} is about FP8 products: set base.storage=fp8, or "

@@ -125,17 +125,23 @@ def unpacked_bytes(weights: Sequence[Weight], base: BaseSection) -> int:
     frozen = [w for w in weights if base.storage in STORAGE and w.is_linear and not w.trained]
     in_fp8 = base.storage == "fp8" or base.gemm == "fp8"
     largest = max((w.size * (1 if in_fp8 else w.itemsize) for w in frozen), default=0)
-    kept = transposed_bytes(frozen, base.transposes)
-    return max(largest, kept + (largest if kept and base.storage == "nf4" else 0))
+    kept, others = transposed_bytes(frozen, base.transposes, base.transposes_kept or 0)
+    return kept + max(largest, others + (largest if others and base.storage == "nf4" else 0))
 
 
-def transposed_bytes(frozen: Sequence[Weight], transposes: str | None) -> int:
-    """FP8 codes that are kept turned round (`base.transposes`): of the largest of several model chunks, or of all."""
-    sizes: dict[int, int] = {}
+def transposed_bytes(frozen: Sequence[Weight], transposes: str | None, kept: int) -> tuple[int, int]:
+    """FP8 codes that are kept turned round: those of the last `kept` layers, and of the others, by `base.transposes`,
+    those of the largest of several model chunks, or all."""
+    layers: dict[tuple[int, str], int] = {}
     for weight in frozen:
-        sizes[weight.chunk] = sizes.get(weight.chunk, 0) + weight.size
-    chunk = max(sizes.values()) if len(sizes) > 1 else 0
-    return {"group": chunk, "kept": sum(sizes.values())}.get(transposes or "anew", 0)
+        layer = weight.chunk, weight.name.split(".mlp.")[0].split(".self_attention.")[0]
+        layers[layer] = layers.get(layer, 0) + weight.size
+    chunks: dict[int, int] = {}
+    for (chunk, _), size in [*layers.items()][: max(len(layers) - kept, 0)]:
+        chunks[chunk] = chunks.get(chunk, 0) + size
+    several = len({weight.chunk for weight in frozen}) > 1
+    others = {"group": max(chunks.values(), default=0) if several else 0, "kept": sum(chunks.values())}
+    return sum([*layers.values()][max(len(layers) - kept, 0) :]), others.get(transposes or "anew", 0)
 
 
 @dataclass(frozen=True)
