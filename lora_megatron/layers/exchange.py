@@ -191,11 +191,14 @@ def _rows(part: Tensor, start: int, count: int) -> Tensor:
 def _copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     """Each source over its target, of the same shape and type; in one launch, where all can be taken for words."""
     if all(_is_of_words(source) for source in sources):
-        words = [[each.view(-1).view(torch.uint8).view(_WORD) for each in tensors] for tensors in (targets, sources)]
-        torch._foreach_copy_(*words)
+        torch._foreach_copy_([_words(target) for target in targets], [_words(source) for source in sources])
         return
     for target, source in zip(targets, sources, strict=True):
         target.copy_(source)
+
+
+def _words(tensor: Tensor) -> Tensor:
+    return tensor.view(-1).view(torch.uint8).view(_WORD)
 
 
 def _is_of_words(tensor: Tensor) -> bool:
