@@ -16,8 +16,10 @@ from megatron.core import parallel_state as mpu
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor, nn
 
+from lora_megatron.layers.output_products import PlainOutputProducts
 from lora_megatron.layers.smoothing import NO_SMOOTHING, Smoothing
-from lora_megatron.layers.vocabulary_loss import VocabularyShard, loss_of_hidden, loss_of_logits
+from lora_megatron.layers.vocabulary_loss import loss_of_hidden, loss_of_logits
+from lora_megatron.layers.vocabulary_shard import VocabularyShard
 
 
 class Gpt(GPTModel):
@@ -49,7 +51,8 @@ class Gpt(GPTModel):
             weight = self._output_weight()
             if not (weight.requires_grad and torch.is_grad_enabled()):
                 shard = self._shard(weight, sequence_parallel=self.output_layer.sequence_parallel)
-                losses = loss_of_hidden(hidden_states, weight, labels.t(), shard, smoothing=self._smoothing_now())
+                products = PlainOutputProducts(weight.detach())
+                losses = loss_of_hidden(hidden_states, products, labels.t(), shard, smoothing=self._smoothing_now())
                 return _as_given(losses)
         result: Tensor = super()._postprocess(hidden_states=hidden_states, labels=labels, **rest)
         return result
