@@ -91,9 +91,14 @@ class BaseSection(Section):
     for the microbatches of a `group` of the interleaved pipeline schedule (of one in any other), or `kept` for good, a
     second copy."""
 
+    head: Literal["bf16", "fp8"] | None = None
+    """What the two products of the frozen output layer are done in; not given: in `train.precision`. `fp8` is that of
+    training, of held-out losses and of decoding, so that all are of one model, and takes two bytes a weight: its codes,
+    and those turned round for the gradient. A bf16 table is kept only where tokens are looked up in it too."""
+
     def of_training_precision(self) -> BaseSection:
         """The same weights, in no other format."""
-        return self.model_copy(update=dict.fromkeys(("storage", "gemm", "fast_accum", "transposes")))
+        return self.model_copy(update=dict.fromkeys(("storage", "gemm", "fast_accum", "transposes", "head")))
 
 
 class MethodSection(Section):

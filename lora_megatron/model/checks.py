@@ -12,7 +12,7 @@ from lora_megatron.model.attention_kernels import check_attention, check_attenti
 from lora_megatron.model.build import BuildOptions
 from lora_megatron.model.recomputation import check_recomputation
 from lora_megatron.model.shape import ModelShape
-from lora_megatron.model.storage import check_storage, storage_of
+from lora_megatron.model.storage import check_head, check_storage, head_of, storage_of
 from lora_megatron.parallel.groups import Layout, check_world_size, device_memory_bytes
 
 
@@ -23,7 +23,7 @@ def layout_of(config: Config) -> Layout:
 
 
 def options_of(config: Config, *, meta: bool = False) -> BuildOptions:
-    """How the configuration has its model built. Raises ConfigError, see `storage_of`."""
+    """How the configuration has its model built. Raises ConfigError, see `storage_of` and `head_of`."""
     return BuildOptions(
         precision=config.train.precision,
         recompute=config.train.recompute,
@@ -35,6 +35,7 @@ def options_of(config: Config, *, meta: bool = False) -> BuildOptions:
         label_smoothing=config.train.label_smoothing,
         attention=config.train.attention,
         storage=storage_of(config),
+        head=head_of(config),
         tp_comm_overlap=config.parallel.tp_comm_overlap,
         meta=meta,
     )
@@ -62,6 +63,7 @@ def check_plan(config: Config, shape: ModelShape, method: Method, world_size: in
             "parallel.sequence=true, or leave it out"
         )
     check_storage(config, layout, shape)
+    check_head(config, shape, method)
     check_recomputation(config, layout, shape, method)
     _check_graph(config)
     check_attention(config, shape)
@@ -78,6 +80,7 @@ def check_decoding(config: Config, shape: ModelShape, method: Method, world_size
     _check_layout(layout, shape)
     check_world_size(layout, world_size)
     check_storage(config, layout, shape)
+    check_head(config, shape, method)
     _check_ranks(shape, method)
 
 
