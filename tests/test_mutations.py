@@ -22,7 +22,7 @@ from lora_megatron.layers import adapted_attention, column, dropout, lora, norm,
 from lora_megatron.layers.low_rank import Update
 from lora_megatron.layers.qkv import Part
 from lora_megatron.layers.sharding import REPLICATED, Shard
-from lora_megatron.layers.vocabulary_loss import VocabularyShard
+from lora_megatron.layers.vocabulary_shard import VocabularyShard
 from lora_megatron.model import build, gpt, spec
 from lora_megatron.parallel.groups import Layout
 from lora_megatron.training import step

@@ -52,6 +52,7 @@ class Experiment:
     recompute_layers: int | None = None
     recompute_unit: int = 1
     storage: StorageFormat | None = None
+    head: StorageFormat | None = None
     dropout: float = 0.0
     label_smoothing: float = 0.0
     tp_comm_overlap: bool = False
@@ -110,6 +111,7 @@ def build_chunks(experiment: Experiment) -> tuple[list[Any], Record | None]:
         experiment.dropout,
         adapter_seed=7,
         storage=experiment.storage,
+        head=experiment.head,
         recompute_modules=experiment.recompute_modules,
         recompute_layers=experiment.recompute_layers,
         recompute_unit=experiment.recompute_unit,

@@ -89,8 +89,8 @@ def bench_config(config: Config, method: str) -> Config:
 
 
 def multiplies_in_fp8(config: Config) -> bool:
-    """Whether the frozen linear layers do."""
-    return config.base.storage == "fp8" or config.base.gemm == "fp8"
+    """Whether frozen linear layers or the output layer do."""
+    return "fp8" in (config.base.storage, config.base.gemm, config.base.head)
 
 
 def slice_of(shape: ModelShape, layers: int) -> ModelShape:

@@ -156,6 +156,7 @@ def _identity(model: DecodingModel, plan: _Plan, options: EvaluationOptions) -> 
         "precision": model.config.train.precision,
         "storage": model.config.base.storage,
         "gemm": model.config.base.gemm,
+        **({"head": "fp8"} if model.config.base.head == "fp8" else {}),
         **({"fast_accum": "none"} if model.config.base.fast_accum == "none" else {}),  # nothing runs backward here
         "cut_prompts": options.cut_prompts,
     }

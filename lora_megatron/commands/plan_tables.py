@@ -42,6 +42,8 @@ def print_plan(plan: Plan, gpu: Gpu, memory: float, *, nearest: Candidate | None
     storage = plan.config.base.storage
     if storage in STORAGE:
         print(f"Frozen linear weights in {storage}: {STORAGE[storage]}.")
+    if plan.config.base.head == "fp8":
+        print(f"The output layer in fp8: {STORAGE['fp8']}; a second copy turned round is part of the workspace.")
     print(
         f"Weights, gradients and optimizer state are exact. Speed is an estimate: {EFFICIENCY:.0%} of the dense peak, "
         "collectives not overlapped. It leaves out the optimizer's step and the launching of kernels, which bound "

@@ -247,6 +247,7 @@ def _identity(config: Config, base: Base, method: Method, table: ExampleTable, t
         "precision": config.train.precision,
         **({"label_smoothing": config.train.label_smoothing} if config.train.label_smoothing else {}),
         **({"storage": config.base.storage, "gemm": config.base.gemm} if storage_of(config) else {}),
+        **({"head": "fp8"} if config.base.head == "fp8" else {}),
         **({"fast_accum": config.base.fast_accum} if config.base.fast_accum not in (None, "forward") else {}),
     }
 

@@ -94,9 +94,15 @@ class BaseSection(Section):
     """Of so many layers of each pipeline stage, its last ones, they are kept for good whatever `transposes` says: for
     memory that is left."""
 
+    head: Literal["bf16", "fp8"] | None = None
+    """What the two products of the frozen output layer are done in; not given: in `train.precision`. `fp8` is that of
+    training, of held-out losses and of decoding, so that all are of one model, and takes two bytes a weight: its codes,
+    and those turned round for the gradient. A bf16 table is kept only where tokens are looked up in it too."""
+
     def of_training_precision(self) -> BaseSection:
         """The same weights, in no other format."""
-        return self.model_copy(update=dict.fromkeys(("storage", "gemm", "fast_accum", "transposes", "transposes_kept")))
+        keys = ("storage", "gemm", "fast_accum", "transposes", "transposes_kept", "head")
+        return self.model_copy(update=dict.fromkeys(keys))
 
 
 class MethodSection(Section):

@@ -155,11 +155,21 @@ def frozen_linear(
     assert not weight.requires_grad
     assert bias is None or not bias.requires_grad
     stored = stored_of(weight)
-    result: Tensor = (
-        _FrozenLinear.apply(x, weight, bias, sum_input_gradient_over)
-        if stored is None
-        else _StoredLinear.apply(x, stored, bias, sum_input_gradient_over)
-    )
+    if stored is not None:
+        return stored_linear(x, stored, bias, sum_input_gradient_over=sum_input_gradient_over)
+    result: Tensor = _FrozenLinear.apply(x, weight, bias, sum_input_gradient_over)
+    return result
+
+
+def stored_linear(
+    x: Tensor,
+    stored: Stored,
+    bias: Tensor | None = None,
+    *,
+    sum_input_gradient_over: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """The same of a weight in another format, wherever its shape is."""
+    result: Tensor = _StoredLinear.apply(x, stored, bias, sum_input_gradient_over)
     return result
 
 

@@ -6,6 +6,8 @@
     dloss/dz = p - 1[v = label],  p_v = exp(z_v - m) / sum
     dloss/dx = dloss/dz W                         summed over ranks, each of which has its columns only
 
+Both products of a frozen W, in training precision or in FP8, are those of `layers.output_products`.
+
 Tokens are independent, so nothing as large as [tokens, V/t] is needed in fp32. Where W is frozen no logits are kept
 either: dloss/dx of each token, for a loss of weight 1, is computed while its logits are there, and the backward pass
 multiplies it by the weight that the token turned out to have. Where W trains, dW needs dloss/dz of all tokens at once:
@@ -27,7 +29,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lora_megatron.layers.output_products import OutputProducts
 from lora_megatron.layers.smoothing import NO_SMOOTHING, Labels, Smoothing
+from lora_megatron.layers.vocabulary_shard import VocabularyShard
 
 CHUNK_BYTES = 256 * 2**20
 """Most bytes of a chunk's logits in fp32: small beside a model, and with GPT-3's 50,304 columns still 1,334 tokens,
@@ -40,46 +44,6 @@ def tokens_per_chunk(tokens: int, columns: int) -> int:
     """The size of the equal chunks (the last may be smaller) that `tokens` rows of `columns` logits are cut into."""
     most = max(CHUNK_BYTES // (4 * columns), FEWEST_TOKENS)
     return -(-tokens // -(-tokens // most))
-
-
-@dataclass(frozen=True)
-class VocabularyShard:
-    """Which columns of the logits this rank has, and with whom it shares the rest."""
-
-    first: int
-    """Global index of its first column."""
-    real: int
-    """How many of its columns, from the first, are tokens; the rest is padding and gets no probability."""
-    group: dist.ProcessGroup | None = None
-    """The tensor-parallel group; None if it is one rank."""
-    sequence_parallel: bool = False
-    """Whether each rank of the group holds the hidden states of its own part of the sequence only."""
-
-    @property
-    def size(self) -> int:
-        return self.group.size() if self.group is not None else 1
-
-    @property
-    def parts(self) -> int:
-        """Of the sequence, one per rank that holds hidden states of its own."""
-        return self.size if self.sequence_parallel else 1
-
-    def gather_tokens(self, own: Tensor) -> Tensor:
-        """[n, h] of this rank -> [parts n, h]."""
-        if self.parts == 1:
-            return own
-        whole = own.new_empty(self.parts * own.shape[0], own.shape[1])
-        dist.all_gather_into_tensor(whole, own, group=self.group)
-        return whole
-
-    def sum_over_ranks(self, partial: Tensor, out: Tensor) -> None:
-        """[parts n, h], of each rank's columns -> out [n, h], of all columns, of this rank's tokens."""
-        if self.parts > 1:
-            dist.reduce_scatter_tensor(out, partial, group=self.group)
-            return
-        if self.group is not None:
-            dist.all_reduce(partial, group=self.group)
-        out.copy_(partial)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -131,14 +95,14 @@ class _LossOfHidden(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden: Tensor,
-        weight: Tensor,
+        products: OutputProducts,
         labels: Tensor,
         shard: VocabularyShard,
         smoothing: Smoothing,
         needs_gradient: bool,
     ) -> Tensor:
         ctx.shard = shard
-        columns, wide = weight.shape[0], _wide(weight.dtype)
+        columns, wide = products.columns, _wide(hidden.dtype)
         labels = labels.view(shard.parts, -1)  # a sequence shard's tokens lie together
         losses = torch.empty(labels.shape, dtype=wide, device=labels.device)
         gradient = torch.empty_like(hidden) if needs_gradient else None
@@ -149,7 +113,7 @@ class _LossOfHidden(torch.autograd.Function):
             if logits is None or len(logits) != len(x):
                 logits = x.new_empty(len(x), columns)
                 scratch = _scratch(len(x), logits)
-            torch.mm(x, weight.t(), out=logits)
+            products.logits(x, logits)
             logits[:, shard.real :] = torch.finfo(logits.dtype).min
             where = Labels.of(labels[:, rows].reshape(-1), shard.first, columns, wide)
             own_maximum, chosen = logits.amax(1).to(wide), where.logit(logits, shard.real, smoothing)
@@ -159,12 +123,12 @@ class _LossOfHidden(torch.autograd.Function):
             if gradient is not None and smoothing.share:
                 exps.div_(softmax.divisor.unsqueeze(1))
                 logits.copy_(where.subtract_smoothed(exps, 1.0, shard.real, smoothing))
-                shard.sum_over_ranks(logits @ weight, gradient[rows])
+                shard.sum_over_ranks(products.hidden_gradient(logits, where), gradient[rows])
             elif gradient is not None:
                 at_label = exps.gather(1, where.column) / softmax.divisor.unsqueeze(1) - where.here.unsqueeze(1)
                 torch.div(exps, softmax.divisor.unsqueeze(1), out=logits)
                 logits.scatter_(1, where.column, at_label.to(logits.dtype))
-                shard.sum_over_ranks(logits @ weight, gradient[rows])
+                shard.sum_over_ranks(products.hidden_gradient(logits, where), gradient[rows])
         if gradient is not None:
             ctx.save_for_backward(gradient)
         return losses.view(-1)
@@ -229,14 +193,19 @@ def _slices(rows: int, size: int) -> Iterator[slice]:
 
 
 def loss_of_hidden(
-    hidden: Tensor, weight: Tensor, labels: Tensor, shard: VocabularyShard, *, smoothing: Smoothing = NO_SMOOTHING
+    hidden: Tensor,
+    products: OutputProducts,
+    labels: Tensor,
+    shard: VocabularyShard,
+    *,
+    smoothing: Smoothing = NO_SMOOTHING,
 ) -> Tensor:
-    """Loss of every token under a frozen output weight: hidden [s or s/t, b, h], weight [V/t, h], labels [s, b] ->
-    [s, b] in fp32. Where a gradient is asked for, one [s or s/t, b, h] is kept for it.
+    """Loss of every token under a frozen output weight: hidden [s or s/t, b, h], products of W [V/t, h], labels [s, b]
+    -> [s, b] in fp32. Where a gradient is asked for, one [s or s/t, b, h] is kept for it.
     """
     needs_gradient = torch.is_grad_enabled() and hidden.requires_grad
     flat = hidden.reshape(-1, hidden.shape[-1])
-    losses: Tensor = _LossOfHidden.apply(flat, weight.detach(), labels.reshape(-1), shard, smoothing, needs_gradient)
+    losses: Tensor = _LossOfHidden.apply(flat, products, labels.reshape(-1), shard, smoothing, needs_gradient)
     return losses.view(labels.shape)
 
 

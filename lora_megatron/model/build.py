@@ -16,6 +16,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from torch import Tensor, nn
 
 from lora_megatron.layers.activation import ACTIVATIONS
+from lora_megatron.layers.output_layer import StoredOutputLayer
 from lora_megatron.layers.rope import attention_factor, inverse_frequencies
 from lora_megatron.layers.sharding import REPLICATED, Shard, declare
 from lora_megatron.layers.smoothing import Smoothing
@@ -45,6 +46,8 @@ class BuildOptions:
     """Format of the linear weights that are frozen; None keeps them in `precision`."""
     transposes_kept: int = 0
     """Of how many of this rank's layers, the last ones, FP8 weights turned round are kept for good."""
+    head: StorageFormat | None = None
+    """Format of the frozen output layer's weight, FP8; None multiplies with it as it is."""
     recompute_modules: tuple[str, ...] = CORE_ATTENTION
     """With recompute `selective`: of which parts (`model.recomputation`)."""
     recompute_layers: int | None = None
@@ -196,6 +199,9 @@ def build(shape: ModelShape, method: Method, layout: Layout, options: BuildOptio
             ).to(device)
         chunks.append(chunk.to(device=device, dtype=DTYPES[options.precision]))
     for chunk in chunks:
+        if options.head is not None and chunk.post_process:
+            weight = chunk.shared_embedding_or_output_weight() if shape.tied_embeddings else chunk.output_layer.weight
+            chunk.output_layer = StoredOutputLayer(chunk.output_layer, weight, options.head)
         _declare_embeddings(chunk, padding=padded - shape.vocab_size)
         chunk.mask_padded_vocabulary(shape.vocab_size)
         chunk.pp_comm_copy = options.pp_comm_copy

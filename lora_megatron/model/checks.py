@@ -12,7 +12,7 @@ from lora_megatron.model.attention_kernels import check_attention, check_attenti
 from lora_megatron.model.build import BuildOptions
 from lora_megatron.model.recomputation import check_recomputation
 from lora_megatron.model.shape import ModelShape
-from lora_megatron.model.storage import check_storage, storage_of
+from lora_megatron.model.storage import check_head, check_storage, head_of, storage_of
 from lora_megatron.parallel.groups import Layout, check_world_size, device_memory_bytes
 from lora_megatron.parallel.stage_copies import check_copies_here
 
@@ -24,7 +24,7 @@ def layout_of(config: Config) -> Layout:
 
 
 def options_of(config: Config, *, meta: bool = False) -> BuildOptions:
-    """How the configuration has its model built. Raises ConfigError, see `storage_of`."""
+    """How the configuration has its model built. Raises ConfigError, see `storage_of` and `head_of`."""
     return BuildOptions(
         precision=config.train.precision,
         recompute=config.train.recompute,
@@ -37,6 +37,7 @@ def options_of(config: Config, *, meta: bool = False) -> BuildOptions:
         attention=config.train.attention,
         storage=storage_of(config),
         transposes_kept=config.base.transposes_kept or 0,
+        head=head_of(config),
         tp_comm_overlap=config.parallel.tp_comm_overlap,
         pp_comm_copy=config.parallel.pp_comm_copy,
         meta=meta,
@@ -72,6 +73,7 @@ def check_plan(config: Config, shape: ModelShape, method: Method, world_size: in
             "parallel.pipeline above 1, or leave it out"
         )
     check_storage(config, layout, shape)
+    check_head(config, shape, method)
     check_recomputation(config, layout, shape, method)
     _check_graph(config)
     check_attention(config, shape)
@@ -88,6 +90,7 @@ def check_decoding(config: Config, shape: ModelShape, method: Method, world_size
     _check_layout(layout, shape)
     check_world_size(layout, world_size)
     check_storage(config, layout, shape)
+    check_head(config, shape, method)
     _check_ranks(shape, method)
 
 

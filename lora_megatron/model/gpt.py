@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """megatron-core's GPTModel with a loss that holds no fp32 logits: `layers.vocabulary_loss` in the place of its own.
 
-Without labels (generation) logits are computed as ever. With labels there are two cases. A frozen output weight, tied
-or not, and every evaluation: losses come straight from the hidden states, the output layer is not called, and no
-logits outlive their chunk. An output weight in training: the output layer is called, for the gradient of its weight,
-and the loss takes its logits.
+Without labels (generation) the output layer computes logits, in FP8 where its weight is stored so
+(`layers.output_layer`). With labels there are two cases. A frozen output weight, tied or not, and every evaluation:
+losses come straight from the hidden states, the output layer is not called, and no logits outlive their chunk. An
+output weight in training: the output layer is called, for the gradient of its weight, and the loss takes its logits.
 """
 
 from __future__ import annotations
@@ -16,8 +16,11 @@ from megatron.core import parallel_state as mpu
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor, nn
 
+from lora_megatron.layers.output_layer import StoredOutputLayer
+from lora_megatron.layers.output_products import Fp8OutputProducts, OutputProducts, PlainOutputProducts
 from lora_megatron.layers.smoothing import NO_SMOOTHING, Smoothing
-from lora_megatron.layers.vocabulary_loss import VocabularyShard, loss_of_hidden, loss_of_logits
+from lora_megatron.layers.vocabulary_loss import loss_of_hidden, loss_of_logits
+from lora_megatron.layers.vocabulary_shard import VocabularyShard
 
 
 class Gpt(GPTModel):
@@ -51,7 +54,8 @@ class Gpt(GPTModel):
             weight = self._output_weight()
             if not (weight.requires_grad and torch.is_grad_enabled()):
                 shard = self._shard(weight, sequence_parallel=self.output_layer.sequence_parallel)
-                losses = loss_of_hidden(hidden_states, weight, labels.t(), shard, smoothing=self._smoothing_now())
+                products = self._products(weight)
+                losses = loss_of_hidden(hidden_states, products, labels.t(), shard, smoothing=self._smoothing_now())
                 return _as_given(losses)
         result: Tensor = super()._postprocess(hidden_states=hidden_states, labels=labels, **rest)
         return result
@@ -71,6 +75,11 @@ class Gpt(GPTModel):
             else self.output_layer.weight
         )
         return weight
+
+    def _products(self, weight: Tensor) -> OutputProducts:
+        if isinstance(self.output_layer, StoredOutputLayer):
+            return Fp8OutputProducts(self.output_layer.stored)
+        return PlainOutputProducts(weight.detach())
 
     def _shard(self, weight: Tensor, *, sequence_parallel: bool) -> VocabularyShard:
         group = mpu.get_tensor_model_parallel_group()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the section `base` to the format of frozen weights, and whether a model can have it."""
+"""From the section `base` to the formats of frozen weights, and whether a model can have them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from lora_megatron.config import Config
 from lora_megatron.errors import ConfigError
 from lora_megatron.layers.storage.choose import StorageFormat
 from lora_megatron.layers.storage.nf4 import BLOCK
+from lora_megatron.methods.method import Method
+from lora_megatron.model.names import EMBEDDING, OUTPUT
 from lora_megatron.model.shape import ModelShape
 from lora_megatron.parallel.groups import Layout
 
@@ -22,8 +24,9 @@ def storage_of(config: Config) -> StorageFormat | None:
         raise ConfigError(
             f"base.gemm = {gemm} says what NF4 weights are multiplied in: set base.storage=nf4, or drop it"
         )
-    for key in ("fast_accum", "transposes", "transposes_kept"):
-        if getattr(config.base, key) is not None and storage != "fp8" and gemm != "fp8":
+    # The head's is always kept turned round.
+    for key, head in (("fast_accum", config.base.head), ("transposes", None), ("transposes_kept", None)):
+        if getattr(config.base, key) is not None and storage != "fp8" and gemm != "fp8" and head != "fp8":
             raise ConfigError(
                 f"base.{key} = {getattr(config.base, key)} is about FP8 products: set base.storage=fp8, or "
                 "base.storage=nf4 and base.gemm=fp8, or drop it"
@@ -41,6 +44,32 @@ def storage_of(config: Config) -> StorageFormat | None:
     group = parallel.pipeline if parallel.virtual_pipeline > 1 else 1
     uses = {"kept": 0, "group": group}.get(config.base.transposes or "anew", 1)
     return StorageFormat(storage, "fp8" if gemm == "fp8" else "bf16", config.base.fast_accum or "forward", uses)
+
+
+def head_of(config: Config) -> StorageFormat | None:
+    """The configuration's format of the frozen output layer's weight, None for `train.precision`.
+
+    Raises:
+        ConfigError: it contradicts `train.precision`.
+    """
+    head, precision = config.base.head, config.train.precision
+    if head == "fp8":
+        return StorageFormat("fp8", fast_accum=config.base.fast_accum or "forward", transposes=0)
+    if head not in (None, precision):
+        raise ConfigError(f"base.head = {head} is not train.precision = {precision}: make them the same, or drop it")
+    return None
+
+
+def check_head(config: Config, shape: ModelShape, method: Method) -> None:
+    """Raise ConfigError where the output layer's weight has no such format, or would have to be trained in it."""
+    if head_of(config) is None:
+        return
+    weight = EMBEDDING if shape.tied_embeddings else OUTPUT
+    if method.is_trainable(weight):
+        raise ConfigError(
+            f"base.head = {config.base.head} is of a frozen output layer, and method.name = {method.name} trains "
+            f"{weight}: drop it"
+        )
 
 
 def check_storage(config: Config, layout: Layout, shape: ModelShape) -> None:

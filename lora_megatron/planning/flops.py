@@ -84,11 +84,17 @@ def stage_flops(config: Config, shape: ModelShape, method: Method, stage: int) -
             for flow, layer in zip(layer_flows(shape, method, layers, input_needs=needed), layers, strict=True)
         )
         if layers.stop == shape.num_layers:
-            trains = method.is_trainable(EMBEDDING if shape.tied_embeddings else OUTPUT)
-            products = 2 * shape.hidden_size * (3 if trains else 2)
-            model += products * shape.vocab_size
-            hardware += products * padded_vocabulary(shape.vocab_size, layout.tensor)
+            head = head_flops(config, shape, method)
+            model += head.model
+            hardware += head.hardware
     return Flops(model, hardware)
+
+
+def head_flops(config: Config, shape: ModelShape, method: Method) -> Flops:
+    """One token through the output layer, forward and backward, summed over its tensor ranks."""
+    trains = method.is_trainable(EMBEDDING if shape.tied_embeddings else OUTPUT)
+    products = 2 * shape.hidden_size * (3 if trains else 2)
+    return Flops(products * shape.vocab_size, products * padded_vocabulary(shape.vocab_size, config.parallel.tensor))
 
 
 def _lowest_trained_layer(shape: ModelShape, method: Method) -> int:

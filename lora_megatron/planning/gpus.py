@@ -25,6 +25,8 @@ class Gpu:
     """bf16, fp16 on a V100."""
     tflops_fp32: float
     """Without TF32, as torch multiplies fp32 by default."""
+    tflops_fp8: float | None
+    """None where there is no such product."""
     bandwidth_gbs: float
     """Of its memory."""
     link_gbs: float
@@ -39,13 +41,13 @@ class Gpu:
 
 
 _GPUS = (
-    Gpu("v100", 32, 125, 15.7, 900, 150, 12.5),
-    Gpu("a100", 80, 312, 19.5, 2039, 300, 25),
-    Gpu("a100-40gb", 40, 312, 19.5, 1555, 300, 25),
-    Gpu("l40s", 48, 362, 91.6, 864, 32, 25),
-    Gpu("h100", 80, 989, 67, 3350, 450, 50),
-    Gpu("h200", 150, 989, 67, 4800, 450, 50),
-    Gpu("b200", 180, 2250, 75, 8000, 900, 50),
+    Gpu("v100", 32, 125, 15.7, None, 900, 150, 12.5),
+    Gpu("a100", 80, 312, 19.5, None, 2039, 300, 25),
+    Gpu("a100-40gb", 40, 312, 19.5, None, 1555, 300, 25),
+    Gpu("l40s", 48, 362, 91.6, 733, 864, 32, 25),
+    Gpu("h100", 80, 989, 67, 1979, 3350, 450, 50),
+    Gpu("h200", 150, 989, 67, 1979, 4800, 450, 50),
+    Gpu("b200", 180, 2250, 75, 4500, 8000, 900, 50),
 )
 GPUS = {gpu.name: gpu for gpu in _GPUS}
 

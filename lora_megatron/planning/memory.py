@@ -29,7 +29,14 @@ from lora_megatron.parallel.sent_outputs import UNDER_WAY
 from lora_megatron.planning.activations import ChunkBytes, Microbatch, chunk_bytes, embedding_bytes, head_bytes
 from lora_megatron.planning.gradients import LayerFlow, first_input_needs, layer_flow, layer_flows
 from lora_megatron.planning.schedule import peak
-from lora_megatron.planning.weights import Weight, frozen_bytes, trained_bytes, unpacked_bytes, weights_of
+from lora_megatron.planning.weights import (
+    Weight,
+    frozen_bytes,
+    trained_bytes,
+    turned_head_bytes,
+    unpacked_bytes,
+    weights_of,
+)
 
 MIB = 2**20
 CUDA_CONTEXT = 512 * MIB
@@ -57,8 +64,9 @@ class MemoryPlan:
     communication: int
     """Tensors of pipeline neighbours in flight, and sequence shards gathered."""
     workspace: int
-    """Tensors that live for one operation: products and their gradients, a chunk of logits, an unpacked weight. With
-    `train.cuda_graph` also those of the optimizer's step, and the inputs of all microbatches."""
+    """Tensors that live for one operation: products and their gradients, a chunk of logits, an unpacked weight; and FP8
+    weights that are kept turned round. With `train.cuda_graph` also those of the optimizer's step, and the inputs of
+    all microbatches."""
     context: int
     """Outside torch's allocator: CUDA's context, NCCL's buffers and those of `parallel.tp_comm_overlap` and
     `pp_comm_copy`."""
@@ -113,7 +121,7 @@ def build_rank(config: Config, shape: ModelShape, method: Method) -> list[Weight
     """The parameters of this process's rank, from its real model on the meta device."""
     layout = layout_of(config)
     # The sizes of stored weights are in `weights`, and recomputation changes none.
-    options = replace(options_of(config, meta=True), storage=None, **NOTHING_RECOMPUTED)
+    options = replace(options_of(config, meta=True), storage=None, head=None, **NOTHING_RECOMPUTED)
     return weights_of(build(shape, method, layout, options), tensor_size=layout.tensor)
 
 
@@ -137,7 +145,7 @@ def plan_rank(config: Config, shape: ModelShape, method: Method, weights: Sequen
     if config.train.cuda_graph:  # what the passes had stays the graph's while the optimizer steps
         at_most = in_backward + stepping + count * _inputs(config, batch)
     return MemoryPlan(
-        frozen_weights=frozen_bytes(weights, storage=config.base.storage),
+        frozen_weights=frozen_bytes(weights, config.base),
         trained_weights=trained.weights,
         gradients=trained.gradients,
         optimizer=trained.optimizer,
@@ -243,22 +251,26 @@ def _workspace(
 ) -> float:
     """Bytes on top of what is kept, at the worst moment of forward and backward.
 
-    Either at the loss: one chunk of logits in train.precision and in fp32, and its part of the hidden states' gradient.
+    Either at the loss: one chunk of logits in train.precision and in fp32, and its part of the hidden states' gradient;
+    with `base.head` fp8 the codes of its gradient, or the labels' rows of the weight in fp32.
     Or in a layer's MLP, by when the loss is gone: the gradients of fc1's output and of fc2's input, and a hidden
     state; `addends` of its factors' gradients; and fc1's output itself, where it is made again and nothing has gone
     yet that made room for it.
-    Full fine-tuning adds the gradient of one weight in train.precision, stored weights what their products read.
+    Full fine-tuning adds the gradient of one weight in train.precision, stored weights what their products read, an
+    output layer in FP8 its codes turned round, for good.
     """
     e, shape = batch.itemsize, batch.shape
     loss = max(chunk.loss for chunk in chunks)
     chunk = tokens_per_chunk(batch.tokens, batch.vocabulary)
     in_fp32 = 4 if e < 4 else 0  # logits in fp32 turn into their softmax in place
-    at_loss = chunk * ((e + in_fp32) * batch.vocabulary + 2 * e * shape.hidden_size) if loss else 0.0
+    head = max(batch.vocabulary, (4 + e) * shape.hidden_size) if base.head == "fp8" else 0
+    at_loss = chunk * ((e + in_fp32) * batch.vocabulary + 2 * e * shape.hidden_size + head) if loss else 0.0
     gated = 2 if shape.gated_mlp else 1
     wide = (1 + gated) * shape.ffn_hidden_size / batch.tensor
     in_layer = addends + e * batch.tokens * (wide + shape.hidden_size) + max(each.made_again for each in chunks) - loss
     weight = max((w.size * w.itemsize for w in weights if w.trained), default=0)
-    return max(at_loss, in_layer, 0.0) + max(weight, unpacked_bytes(weights, base)) + 2 * CUBLAS_WORKSPACE
+    kept = turned_head_bytes(weights, base)
+    return max(at_loss, in_layer, 0.0) + max(weight, unpacked_bytes(weights, base)) + kept + 2 * CUBLAS_WORKSPACE
 
 
 def _communication(batch: Microbatch) -> float:

@@ -7,7 +7,10 @@ the pipeline one message each way. With m microbatches, p stages and v chunks a 
 
     step = (m + (p - 1) / v) x stage        the bubble is (p - 1) / (m v) of the work (arXiv 2104.04473, section 2.2)
 
-and data parallelism adds the reduction of the gradients. Data loading, launches and the optimizer are not counted.
+Products count at the rate of `train.precision`, those of FP8 linear layers too (a guess on the safe side); an output
+layer in FP8 (`base.head`), which is the last stage's alone, at that of FP8, where the GPU has one.
+
+Data parallelism adds the reduction of the gradients. Data loading, launches and the optimizer are not counted.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from lora_megatron.methods.method import Method
 from lora_megatron.model.checks import layout_of
 from lora_megatron.model.recomputation import rebuilt_layers, rebuilt_mlps
 from lora_megatron.model.shape import ModelShape
-from lora_megatron.planning.flops import stage_flops
+from lora_megatron.planning.flops import head_flops, stage_flops
 from lora_megatron.planning.gpus import NODE, Gpu
 from lora_megatron.planning.memory import MemoryPlan, chunk_layers, microbatch_of
 
@@ -53,9 +56,11 @@ def estimate_speed(
     data_size = world_size // layout.model_size
     count = config.data.global_batch_size // (config.data.micro_batch_size * data_size)
     flops = [stage_flops(config, shape, method, stage) for stage in range(layout.pipeline)]
+    weighed = [f.hardware for f in flops]
+    weighed[-1] -= _saved_by_fp8_head(config, shape, method, gpu)
     stage_seconds = max(
-        _microbatch_seconds(config, shape, f.hardware, plan, gpu, world_size)
-        for f, plan in zip(flops, ranks, strict=True)
+        _microbatch_seconds(config, shape, executed, plan, gpu, world_size)
+        for executed, plan in zip(weighed, ranks, strict=True)
     )
     waiting = (layout.pipeline - 1) / layout.virtual_pipeline
     reduction = max(plan.gradients for plan in ranks)
@@ -91,6 +96,13 @@ def _microbatch_seconds(
     )
     messages = 2 * layout.virtual_pipeline if layout.pipeline > 1 else 0
     return max(products, reading) + tensor + messages * batch.hidden_bytes / (_bandwidth(gpu, world_size) * 1e9)
+
+
+def _saved_by_fp8_head(config: Config, shape: ModelShape, method: Method, gpu: Gpu) -> float:
+    """FLOPs per token in 16 bits that would take as long as what FP8 saves of the output layer's products."""
+    if config.base.head != "fp8" or config.train.precision != "bf16" or gpu.tflops_fp8 is None:
+        return 0.0
+    return head_flops(config, shape, method).hardware * (1 - gpu.tflops_16bit / gpu.tflops_fp8)
 
 
 def _share_of_fc1(shape: ModelShape) -> float:

@@ -3,7 +3,8 @@
 
 | what           | bytes                                                                                          |
 |----------------|------------------------------------------------------------------------------------------------|
-| frozen weights | 2 or 4 each in bf16 or fp32; fp8 and nf4 for linear weights as `STORAGE` says                    |
+| frozen weights | 2 or 4 each in bf16 or fp32; fp8 and nf4 for linear weights as `STORAGE` says; with `base.head` |
+|                | fp8 the output layer's likewise, beside the table in which tokens are looked up                |
 | trained        | 2 or 4 each                                                                                    |
 | gradients      | megatron-core's DDP buffers: 4 each, trained parameters only                                   |
 | optimizer      | two fp32 moments, 8 each; in bf16 an fp32 master copy too, 12                                  |
@@ -19,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,7 +28,7 @@ from torch import nn
 from lora_megatron.config import BaseSection
 from lora_megatron.layers.sharding import shard_of
 from lora_megatron.layers.storage.choose import StorageFormat
-from lora_megatron.model.names import named_parameters
+from lora_megatron.model.names import EMBEDDING, named_parameters
 
 STORAGE = {
     "fp8": "e4m3, one byte a weight, and an fp32 scale for each row or column",
@@ -57,6 +59,8 @@ class Weight:
     """megatron-core gives a shared embedding a gradient bucket of its own."""
     full_shape: tuple[int, ...] | None = None
     """Of the true, unsharded parameter; None for a buffer."""
+    is_head: bool = False
+    """Whether the output layer multiplies with it: its own, the copy of a tied embedding, or the table itself."""
 
     @property
     def size(self) -> int:
@@ -81,6 +85,7 @@ def weights_of(chunks: Sequence[nn.Module], *, tensor_size: int) -> list[Weight]
     """Every parameter and buffer of bare GPTModels, in the order megatron-core's DDP sees them."""
     found = []
     for index, chunk in enumerate(chunks):
+        head = _head_of(chunk)
         for named in named_parameters([chunk]):
             parameter = named.parameter
             found.append(
@@ -93,6 +98,7 @@ def weights_of(chunks: Sequence[nn.Module], *, tensor_size: int) -> list[Weight]
                     named.is_copy,
                     bool(getattr(parameter, "shared_embedding", False)),
                     shard_of(parameter).full_shape(parameter.shape, tensor_size),
+                    parameter is head,
                 )
             )
         buffers = chunk.named_buffers()
@@ -100,19 +106,36 @@ def weights_of(chunks: Sequence[nn.Module], *, tensor_size: int) -> list[Weight]
     return found
 
 
+def _head_of(chunk: Any) -> nn.Parameter | None:
+    """What the output layer of a GPTModel multiplies with; None without one."""
+    if not chunk.post_process:
+        return None
+    is_tied = chunk.share_embeddings_and_output_weights
+    weight: nn.Parameter = chunk.shared_embedding_or_output_weight() if is_tied else chunk.output_layer.weight
+    return weight
+
+
 def as_fully_trained(weights: Sequence[Weight]) -> list[Weight]:
     """The same model without adapters and with every parameter trained: full fine-tuning."""
     return [replace(weight, trained=weight.full_shape is not None) for weight in weights if not weight.is_adapter]
 
 
-def frozen_bytes(weights: Sequence[Weight], *, storage: str | None) -> int:
-    """Bytes of what does not train; `storage` None or a precision is as built."""
-    return sum(_stored_bytes(weight, storage) for weight in weights if not weight.trained)
+def frozen_bytes(weights: Sequence[Weight], base: BaseSection) -> int:
+    """Bytes of what does not train; where `base` names no format it is as built."""
+    return sum(_frozen_bytes(weight, base) for weight in weights if not weight.trained)
 
 
-def _stored_bytes(weight: Weight, storage: str | None) -> int:
-    if storage not in STORAGE or not weight.is_linear:
-        return weight.size * weight.itemsize
+def _frozen_bytes(weight: Weight, base: BaseSection) -> int:
+    as_built = weight.size * weight.itemsize
+    if weight.is_linear and base.storage in STORAGE:
+        return _stored_bytes(weight, base.storage)
+    if weight.is_head and base.head in STORAGE:
+        looked_up = weight.name == EMBEDDING and not weight.is_copy
+        return _stored_bytes(weight, base.head) + (as_built if looked_up else 0)
+    return as_built
+
+
+def _stored_bytes(weight: Weight, storage: str) -> int:
     rows, columns = weight.shape
     axis = int(weight.name.endswith(_ROW_PARALLEL))
     stored = StorageFormat(storage).make(rows, columns, device=torch.device("meta"), axis=axis, group=None)
@@ -142,6 +165,11 @@ def transposed_bytes(frozen: Sequence[Weight], transposes: str | None, kept: int
     several = len({weight.chunk for weight in frozen}) > 1
     others = {"group": max(chunks.values(), default=0) if several else 0, "kept": sum(chunks.values())}
     return sum([*layers.values()][max(len(layers) - kept, 0) :]), others.get(transposes or "anew", 0)
+
+
+def turned_head_bytes(weights: Sequence[Weight], base: BaseSection) -> int:
+    """The output layer's FP8 codes that are kept turned round, from the first gradient on (`base.head`)."""
+    return sum(weight.size for weight in weights if weight.is_head and not weight.trained and base.head == "fp8")
 
 
 @dataclass(frozen=True)

@@ -14,14 +14,15 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_megatron.layers import smoothing, vocabulary_loss
+from lora_megatron.layers.output_products import PlainOutputProducts
 from lora_megatron.layers.smoothing import NO_SMOOTHING, Smoothing
 from lora_megatron.layers.vocabulary_loss import (
     FEWEST_TOKENS,
-    VocabularyShard,
     loss_of_hidden,
     loss_of_logits,
     tokens_per_chunk,
 )
+from lora_megatron.layers.vocabulary_shard import VocabularyShard
 from tests.pool import Pool
 
 SEQUENCE, SAMPLES, WIDTH, VOCABULARY, PADDED = 40, 5, 16, 90, 128  # on four ranks one has padding alone
@@ -74,7 +75,7 @@ def errors(dtype: torch.dtype, sequence_parallel: bool, trained: bool, share: fl
             logits.detach()[..., shard.real :] = torch.finfo(dtype).min
             losses = loss_of_logits(logits, labels, shard, smoothing=smoothing)
         else:
-            losses = loss_of_hidden(hidden, weight, labels, shard, smoothing=smoothing)
+            losses = loss_of_hidden(hidden, PlainOutputProducts(weight), labels, shard, smoothing=smoothing)
         (losses * weights).sum().backward()
     assert hidden.grad is not None
     assert losses.dtype == torch.promote_types(dtype, torch.float32)
@@ -169,7 +170,7 @@ def test_no_fp32_logits_of_all_tokens_are_ever_made(smoothed: Smoothing, trained
             losses = (
                 loss_of_logits(logits, labels, ONE, smoothing=smoothed)
                 if trained
-                else loss_of_hidden(hidden, weight, labels, ONE, smoothing=smoothed)
+                else loss_of_hidden(hidden, PlainOutputProducts(weight), labels, ONE, smoothing=smoothed)
             )
         if needs_gradient:
             losses.sum().backward(inputs=[logits if trained else hidden])
@@ -184,7 +185,7 @@ def test_no_fp32_logits_of_all_tokens_are_ever_made(smoothed: Smoothing, trained
 def test_a_second_backward_pass_is_refused() -> None:
     """The first one consumed what it needs in place."""
     hidden, weight, labels, _ = case(torch.float32)
-    losses = loss_of_hidden(hidden.requires_grad_(), weight, labels, ONE).sum()
+    losses = loss_of_hidden(hidden.requires_grad_(), PlainOutputProducts(weight), labels, ONE).sum()
     losses.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         losses.backward()

@@ -17,7 +17,7 @@ from lora_megatron.model.build import BuildOptions, build
 from lora_megatron.model.checks import layout_of
 from lora_megatron.model.initialise import initialise_base
 from lora_megatron.model.presets import resolve_shape
-from lora_megatron.model.storage import storage_of
+from lora_megatron.model.storage import head_of, storage_of
 from lora_megatron.parallel.groups import build_mesh
 from lora_megatron.planning.memory import plan_this_rank
 from lora_megatron.training.choose_optimizer import choose_optimizer
@@ -81,6 +81,7 @@ def _one(case: Case) -> tuple[Tree, Tree]:
         config.method.dropout,
         adapter_seed=1,
         storage=storage_of(config),
+        head=head_of(config),
         recompute_modules=train.recompute_modules,
         recompute_layers=train.recompute_layers,
         recompute_unit=train.recompute_unit,

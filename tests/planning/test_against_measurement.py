@@ -52,6 +52,7 @@ def pipeline(*parts: Tree, stages: int = 2, **parallel: Any) -> Case:
     return case(*parts, world=stages, pipeline=stages, **parallel)
 
 
+HEAD: Tree = {"base": {"head": "fp8"}}
 # Cases of one group run in one world, on one mesh, which takes longer to build than a case takes.
 GROUPS = {
     "methods": [
@@ -101,6 +102,13 @@ GROUPS = {
         case(EVERY_TARGET, model(activation="relu")),
         case(model(num_query_groups=2), {"data": {"packing": True}}),
     ],
+    "output layers in FP8, one rank": [
+        case(BF16, HEAD),
+        case(LLAMA, BF16, HEAD, model(tied_embeddings=False)),
+        case(EVERY_TARGET, {"base": {"head": "fp8", "storage": "fp8"}}),
+    ],
+    "output layers in FP8, two ranks": [tensor(BF16, HEAD), tensor(LLAMA, HEAD, model(tied_embeddings=False))],
+    "output layers in FP8, two stages": [pipeline(BF16, HEAD), pipeline(LLAMA, HEAD, model(tied_embeddings=False))],
     "sharded optimizers, one rank": [case(FULL, BF16, sharding("megatron")), case(sharding("deepspeed"))],
     "data parallel": [
         case(BF16, world=3),

@@ -3,10 +3,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from lora_megatron.config import BaseSection
-from lora_megatron.planning.weights import Weight, as_fully_trained, frozen_bytes, trained_bytes, unpacked_bytes
+from lora_megatron.planning.weights import (
+    Weight,
+    as_fully_trained,
+    frozen_bytes,
+    trained_bytes,
+    turned_head_bytes,
+    unpacked_bytes,
+)
 
 LINEAR = Weight("decoder.layers.0.mlp.linear_fc1.weight", (512, 128), 2, trained=False, full_shape=(1024, 128))
 EMBEDDING = Weight("embedding.word_embeddings.weight", (1000, 128), 2, trained=False, full_shape=(1000, 128))
@@ -31,8 +40,18 @@ def sharded(sharding: str, rank: int = 0, size: int = 2, precision: str = "bf16"
     ],
 )
 def test_only_linear_weights_are_packed(storage: str | None, linear: int) -> None:
-    rest = 2 * (1000 * 128 + 512)
-    assert frozen_bytes([LINEAR, EMBEDDING, BIAS, A, B], storage=storage) == linear + rest
+    rest, base = 2 * (1000 * 128 + 512), BaseSection.model_validate({"storage": storage})
+    assert frozen_bytes([LINEAR, EMBEDDING, BIAS, A, B], base) == linear + rest
+
+
+def test_an_output_layer_in_fp8_keeps_the_table_only_where_tokens_are_looked_up() -> None:
+    base, size, in_fp8 = BaseSection(head="fp8"), 1000 * 128, 1000 * 128 + 4 * 1000
+    table, copy = replace(EMBEDDING, is_head=True), replace(EMBEDDING, is_head=True, is_copy=True)
+    own = replace(EMBEDDING, name="output_layer.weight", is_head=True)
+    heads = [[table], [copy], [EMBEDDING, own], [EMBEDDING]]
+    assert [frozen_bytes(head, base) for head in heads] == [2 * size + in_fp8, in_fp8, 2 * size + in_fp8, 2 * size]
+    assert [turned_head_bytes(head, base) for head in heads] == [size, size, size, 0]
+    assert [turned_head_bytes(head, BaseSection(storage="fp8")) for head in heads] == [0] * 4
 
 
 def test_a_packed_weight_is_unpacked_for_its_product() -> None:

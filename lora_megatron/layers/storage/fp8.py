@@ -238,6 +238,11 @@ class StoredFp8(Fp8Products):
         scale = self.scale[:, None] if self.axis == 0 else self.scale
         return (self.codes.float() * scale).to(dtype)
 
+    def rows(self, index: Tensor) -> Tensor:
+        """Rows of W, fp32: index [n] -> [n, in]; for axis 0."""
+        codes = self.codes.view(torch.uint8)[index].view(FP8)  # torch does not index FP8 everywhere
+        return codes.float() * self.scale[index].unsqueeze(1)
+
     def column_scale(self) -> Tensor:
         return self.scale
 

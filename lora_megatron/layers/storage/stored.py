@@ -109,12 +109,20 @@ def device_of(parameter: Tensor) -> torch.device:
     return device
 
 
+def store_beside(parameter: Tensor, stored: Stored) -> None:
+    """Have `stored` hold whatever a loader writes into `parameter`, which keeps its own bytes for others to read."""
+    parameter.stored_beside = stored  # type: ignore[attr-defined]
+
+
 @contextlib.contextmanager
 def writable(parameter: Tensor) -> Iterator[Tensor]:
-    """A tensor to fill with the parameter's values: itself, or a temporary that is stored at the end."""
+    """A tensor to fill with the parameter's values: itself, or a temporary that is stored at the end; what is kept
+    beside a parameter is stored then too."""
     stored = stored_of(parameter)
     if stored is None:
         yield parameter
+        if (beside := getattr(parameter, "stored_beside", None)) is not None:
+            beside.store(parameter.detach())
         return
     values = torch.empty(parameter.shape, dtype=parameter.dtype, device=device_of(parameter))
     yield values
