@@ -78,7 +78,6 @@ def _norm_gradient(
     rounded = dx.to(out.dtype.element_ty)
     tl.store(out + row + column, rounded, inside)
     if CODES:
-        rounded = tl.where(inside, rounded, 0.0) if CENTRED else rounded  # past its end stands what the mean left
         store_quantised(rounded, codes, scales, tl.program_id(0), column, width)
 
 

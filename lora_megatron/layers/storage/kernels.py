@@ -147,14 +147,13 @@ def _quantise_rows(
 
 @triton.jit
 def store_quantised(rounded, codes, scales, row, column, width: tl.constexpr):
-    """The codes and the scale of a row that a program holds, as `_quantise_rows` has them of `rounded` in memory.
-
-    What is past its end must be zero.
-    """
+    """The codes and the scale of a row that a program holds, as `_quantise_rows` has them of `rounded` in memory."""
+    inside = column < width
     if rounded.dtype == tl.bfloat16:  # by its bits: a conversion back keeps the one to bf16 from being done in pairs
         values = (rounded.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     else:
         values = rounded.to(tl.float32)
+    values = tl.where(inside, values, 0.0)
     scale = tl.max(tl.abs(values), 0)
     scale = tl.where(scale > SMALLEST, tl.div_rn(scale, LARGEST), 1.0)
     tl.store(scales + row, scale)
@@ -162,7 +161,7 @@ def store_quantised(rounded, codes, scales, row, column, width: tl.constexpr):
     where = codes + row.to(tl.int64) * width + column
     # Eight at a time, as 16 bytes of bf16 are read: for 16 codes at a time threads would trade values first.
     where = tl.multiple_of(where, 8 if width % 8 == 0 else 1)
-    tl.store(where, values.to(tl.float8e4nv), column < width)
+    tl.store(where, values.to(tl.float8e4nv), inside)
 
 
 def room_for_codes(x: Tensor) -> tuple[Tensor, Tensor]:
