@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lora_megatron.layers.dropout import Dropout
 from lora_megatron.layers.main_grad import already_added, gradients_of_rows, main_grads_of
-from lora_megatron.layers.norm import NormedRows, normed_rows
+from lora_megatron.layers.norm import NormedRows, normed_rows, without_codes
 from lora_megatron.layers.rebuilt import recipe_or_itself
 
 try:
@@ -37,7 +37,8 @@ class _LowRankInput(torch.autograd.Function):
         ctx: Any, x: Tensor, dropout: Dropout | None, product_adds: bool, *factors: Tensor
     ) -> tuple[Tensor, Tensor]:
         recipe = recipe_or_itself(x)
-        ctx.step, ctx.dropout, ctx.factors, ctx.product_adds = recipe.step, dropout, factors, product_adds
+        ctx.step = without_codes(recipe.step)
+        ctx.dropout, ctx.factors, ctx.product_adds = dropout, factors, product_adds
         ctx.save_for_backward(*factors, *recipe.ingredients)  # factors for autograd to notice if they change
         ctx.set_materialize_grads(False)
         return torch.matmul(x if dropout is None else dropout(x), stacked(factors).t()), x

@@ -9,12 +9,15 @@ What is kept for the backward pass is x, in its own precision: the output is com
 beside x, its mean and 1 / sqrt(var + eps), or of RMSNorm the latter alone. With them another kernel norms what an
 adapter reads while it reads it; elsewhere they too are computed again. The plan leaves them out: at most some 0.3% of a
 layer.
+
+Where a product in FP8 reads the output, or the input's gradient with that of the residual in it, the kernel leaves it
+the codes (`ReadInFp8`, `storage.left_codes`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -26,11 +29,24 @@ from torch.nn import functional
 
 from lora_megatron.layers.rebuilt import NormStep, Step, rebuilt, rebuilt_beside_residual
 from lora_megatron.layers.sharding import REPLICATED, declare
+from lora_megatron.layers.storage.left_codes import Quantised, leave
 
 try:
     from lora_megatron.layers import norm_kernels as kernels
+    from lora_megatron.layers.storage.kernels import room_for_codes
 except ImportError:  # no Triton: torch's own
     kernels = None  # type: ignore[assignment]  # mypy takes the name for a module; None is what is asked for below
+
+
+class ReadInFp8(NamedTuple):
+    """What is read by a product in FP8 whose tokens have a scale and no other factor, and by nothing in between."""
+
+    output: bool = False
+    gradient: bool = False
+    """dL/dx, once that of the residual is in it: by the backward product of the row layer before the residual."""
+
+
+NEITHER = ReadInFp8()
 
 
 @dataclass(frozen=True)
@@ -41,18 +57,20 @@ class _LayerNormStep:
     """
 
     eps: float
+    in_fp8: ReadInFp8 = NEITHER
 
     def value(self, x: Tensor, *parameters: Tensor | None) -> Tensor:
         weight, bias, statistics = parameters
         assert weight is not None
         if statistics is not None and not torch.is_grad_enabled():
-            return kernels.norm(x.contiguous(), weight, bias, self.eps, statistics)
+            return _value(x, weight, bias, self.eps, statistics, in_fp8=self.in_fp8.output)
         return functional.layer_norm(x, (x.shape[-1],), weight, bias, self.eps)
 
     def input_gradient(
         self, x: Tensor, grad: Tensor, *parameters: Tensor | None, beside: Tensor | None = None
     ) -> Tensor | None:
-        return _input_gradient(x, grad, parameters[0], parameters[-1], beside, centred=True)
+        numbers = parameters[0], parameters[-1]
+        return _input_gradient(x, grad, *numbers, beside, centred=True, in_fp8=self.in_fp8.gradient)
 
 
 @dataclass(frozen=True)
@@ -63,18 +81,28 @@ class _RMSNormStep:
     """
 
     eps: float
+    in_fp8: ReadInFp8 = NEITHER
 
     def value(self, x: Tensor, *parameters: Tensor | None) -> Tensor:
         weight, statistics = parameters
         assert weight is not None
         if statistics is not None and not torch.is_grad_enabled():
-            return kernels.norm(x.contiguous(), weight, None, self.eps, statistics)
+            return _value(x, weight, None, self.eps, statistics, in_fp8=self.in_fp8.output)
         return functional.rms_norm(x.float(), (x.shape[-1],), None, self.eps).to(x.dtype) * weight
 
     def input_gradient(
         self, x: Tensor, grad: Tensor, *parameters: Tensor | None, beside: Tensor | None = None
     ) -> Tensor | None:
-        return _input_gradient(x, grad, parameters[0], parameters[-1], beside, centred=False)
+        numbers = parameters[0], parameters[-1]
+        return _input_gradient(x, grad, *numbers, beside, centred=False, in_fp8=self.in_fp8.gradient)
+
+
+def _value(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, statistics: Tensor, *, in_fp8: bool) -> Tensor:
+    room = room_for_codes(x) if in_fp8 else None
+    y: Tensor = kernels.norm(x.contiguous(), weight, bias, eps, statistics, room)
+    if room is not None:
+        leave(y, Quantised(*room))
+    return y
 
 
 def _input_gradient(
@@ -85,12 +113,25 @@ def _input_gradient(
     beside: Tensor | None,
     *,
     centred: bool,
+    in_fp8: bool,
 ) -> Tensor | None:
     assert weight is not None
     if statistics is None:
         return None
     beside = None if beside is None else beside.contiguous()
-    return kernels.norm_gradient(x.contiguous(), grad.contiguous(), weight, statistics, centred=centred, beside=beside)
+    # Without the residual's gradient, autograd adds it to what is returned here: that is not what is read.
+    room = room_for_codes(x) if in_fp8 and beside is not None else None
+    dx: Tensor = kernels.norm_gradient(
+        x.contiguous(), grad.contiguous(), weight, statistics, centred=centred, beside=beside, quantised=room
+    )
+    if room is not None:
+        leave(dx, Quantised(*room))
+    return dx
+
+
+def without_codes(step: Step) -> Step:
+    """The same for a reader that multiplies nothing in FP8."""
+    return replace(step, in_fp8=NEITHER) if isinstance(step, (_LayerNormStep, _RMSNormStep)) else step
 
 
 def _by_kernel(x: Tensor) -> bool:
@@ -127,6 +168,7 @@ class LayerNorm(nn.Module):
 
     Args:
         beside_residual: x is the residual too, which `layers.residual` adds: its gradient comes through here.
+        in_fp8: for what a kernel leaves its codes.
         The rest is megatron-core's.
     """
 
@@ -137,10 +179,11 @@ class LayerNorm(nn.Module):
         eps: float = 1e-5,
         *,
         beside_residual: bool = False,
+        in_fp8: ReadInFp8 = NEITHER,
         **megatron: Any,
     ) -> None:
         super().__init__()
-        self.shape, self.eps, self.beside_residual = (hidden_size,), eps, beside_residual
+        self.shape, self.eps, self.beside_residual, self.in_fp8 = (hidden_size,), eps, beside_residual, in_fp8
         device = None if config.use_cpu_initialization else torch.cuda.current_device()
         self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
         declare(self.weight, REPLICATED, sum_over_sequence_shards=config.sequence_parallel)
@@ -153,7 +196,8 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden_size] -> the same shape."""
-        return self._made(_LayerNormStep(self.eps), x, self.weight, self.bias, _room_for_statistics(x, centred=True))
+        room = _room_for_statistics(x, centred=True)
+        return self._made(_LayerNormStep(self.eps, self.in_fp8), x, self.weight, self.bias, room)
 
     def _made(self, step: NormStep, x: Tensor, *parameters: Tensor | None) -> Tensor:
         return (rebuilt_beside_residual if self.beside_residual else rebuilt)(step, x, *parameters)
@@ -167,7 +211,7 @@ class RMSNorm(LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden_size] -> the same shape."""
-        return self._made(_RMSNormStep(self.eps), x, self.weight, _room_for_statistics(x, centred=False))
+        return self._made(_RMSNormStep(self.eps, self.in_fp8), x, self.weight, _room_for_statistics(x, centred=False))
 
 
 class ApexLayerNorm(FusedLayerNorm):
@@ -186,7 +230,8 @@ def norm_class(normalization: str) -> type[nn.Module]:
     return {"LayerNorm": LayerNorm, "RMSNorm": RMSNorm}[normalization]
 
 
-def norm_beside_residual(normalization: str) -> ModuleSpec:
-    """The same for a norm whose input is the residual too; apex's function knows no second gradient."""
+def norm_spec(normalization: str, *, beside_residual: bool, in_fp8: ReadInFp8) -> ModuleSpec:
+    """The same with what `LayerNorm` takes; apex's function knows no second gradient, and leaves no codes."""
     norm = norm_class(normalization)
-    return ModuleSpec(norm, params={"beside_residual": True} if issubclass(norm, LayerNorm) else {})
+    params = {"beside_residual": beside_residual, "in_fp8": in_fp8} if issubclass(norm, LayerNorm) else {}
+    return ModuleSpec(norm, params=params)

@@ -8,21 +8,31 @@ Where x is the residual too, the gradient that it has as such is added to dx, in
 
 A row's statistics, 1 / sqrt(var + eps) and LayerNorm's mean, are written in fp32 for the backward kernels, which so
 need not look at a row twice, nor hold a whole one (`low_rank_input_kernels`).
+
+Where a product in FP8 reads y or dx, its codes are written with it: of what is stored, rounded, so that they are those
+that `quantise_rows` would make of it.
 """
 
 from __future__ import annotations
+
+from typing import TypeAlias
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_megatron.layers.storage.kernels import store_quantised
+
 WIDEST = 32768
 """Columns that a program can hold."""
 
 
 @triton.jit
-def _norm(x, weight, bias, out, statistics, width, eps, CENTRED: tl.constexpr, SIZE: tl.constexpr):
+def _norm(
+    x, weight, bias, out, statistics, codes, scales, eps, width: tl.constexpr,
+    CENTRED: tl.constexpr, CODES: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * width
     column = tl.arange(0, SIZE)
     inside = column < width
@@ -39,13 +49,17 @@ def _norm(x, weight, bias, out, statistics, width, eps, CENTRED: tl.constexpr, S
         n = n * w + tl.load(bias + column, inside, 0.0).to(tl.float32)
     else:  # as Llama does: rounded before the weight
         n = n.to(out.dtype.element_ty).to(tl.float32) * w
-    tl.store(out + row + column, n.to(out.dtype.element_ty), inside)
+    y = n.to(out.dtype.element_ty)
+    tl.store(out + row + column, y, inside)
+    if CODES:
+        store_quantised(y, codes, scales, tl.program_id(0), column, width)
 
 
 @triton.jit
 def _norm_gradient(
-    x, grad, weight, statistics, beside, out, width, CENTRED: tl.constexpr, ADDED: tl.constexpr, SIZE: tl.constexpr
-):
+    x, grad, weight, statistics, beside, out, codes, scales, width: tl.constexpr,
+    CENTRED: tl.constexpr, ADDED: tl.constexpr, CODES: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * width
     column = tl.arange(0, SIZE)
     inside = column < width
@@ -61,7 +75,10 @@ def _norm_gradient(
     dx *= inverse
     if ADDED:
         dx += tl.load(beside + row + column, inside, 0.0).to(tl.float32)
-    tl.store(out + row + column, dx.to(out.dtype.element_ty), inside)
+    rounded = dx.to(out.dtype.element_ty)
+    tl.store(out + row + column, rounded, inside)
+    if CODES:
+        store_quantised(rounded, codes, scales, tl.program_id(0), column, width)
 
 
 def _launch(width: int) -> dict[str, int]:
@@ -75,19 +92,38 @@ def room_for_statistics(x: Tensor, *, centred: bool) -> Tensor:
     return torch.empty(1 + centred, x.numel() // x.shape[-1], dtype=torch.float32, device=x.device)
 
 
-def norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, statistics: Tensor) -> Tensor:
-    """LayerNorm of x [..., width] contiguous, or RMSNorm where there is no bias; its statistics are written too."""
+Codes: TypeAlias = tuple[Tensor, Tensor]
+"""Room for a tensor's FP8 codes and their scales (`storage.kernels.room_for_codes`), to be written."""
+
+
+def norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, statistics: Tensor, quantised: Codes | None = None
+) -> Tensor:
+    """LayerNorm of x [..., width] contiguous, or RMSNorm where there is no bias; its statistics are written too, and
+    q(y) into `quantised`."""
     out, width = torch.empty_like(x), x.shape[-1]
-    _norm[(x.numel() // width,)](x, weight, bias, out, statistics, width, eps, bias is not None, **_launch(width))
+    flags = (bias is not None, quantised is not None)
+    room = quantised or (None, None)
+    _norm[(x.numel() // width,)](x, weight, bias, out, statistics, *room, eps, width, *flags, **_launch(width))
     return out
 
 
 def norm_gradient(
-    x: Tensor, grad: Tensor, weight: Tensor, statistics: Tensor, *, centred: bool, beside: Tensor | None = None
+    x: Tensor,
+    grad: Tensor,
+    weight: Tensor,
+    statistics: Tensor,
+    *,
+    centred: bool,
+    beside: Tensor | None = None,
+    quantised: Codes | None = None,
 ) -> Tensor:
     """dL/dx from dL/dy, both [..., width] contiguous, and what `norm` wrote of x; `centred` for LayerNorm. `beside`, of
-    x's shape and contiguous, is added."""
+    x's shape and contiguous, is added. q(dL/dx) is written into `quantised`."""
     out, width = torch.empty_like(x), x.shape[-1]
-    switches = (centred, beside is not None)
-    _norm_gradient[(x.numel() // width,)](x, grad, weight, statistics, beside, out, width, *switches, **_launch(width))
+    flags = (centred, beside is not None, quantised is not None)
+    room = quantised or (None, None)
+    _norm_gradient[(x.numel() // width,)](
+        x, grad, weight, statistics, beside, out, *room, width, *flags, **_launch(width)
+    )
     return out

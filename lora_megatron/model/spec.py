@@ -23,7 +23,7 @@ from lora_megatron.layers.attention import SdpaAttention
 from lora_megatron.layers.column import LoraColumnParallelLinear
 from lora_megatron.layers.lora import AdapterSet
 from lora_megatron.layers.mlp import MlpSpec
-from lora_megatron.layers.norm import RMSNorm, norm_beside_residual, norm_class
+from lora_megatron.layers.norm import ReadInFp8, RMSNorm, norm_class, norm_spec
 from lora_megatron.layers.parallel_residual import ParallelResidualLayer
 from lora_megatron.layers.qkv import Part, gated_parts, qkv_parts, whole
 from lora_megatron.layers.residual import get_residual_add
@@ -54,19 +54,30 @@ def layer_spec(
     storage: StorageFormat | None,
     attention_kernels: str,
     rebuild_mlp: bool,
+    first: bool,
 ) -> ModuleSpec:
-    """One transformer layer, `layer` being its global index; `dropout` and `seed` are the adapters', `storage` that
-    of frozen weights; `attention_kernels` as in `layers.attention`, `rebuild_mlp` as in `layers.mlp`."""
+    """One transformer layer, `layer` being its global index, `first` whether none is before it in its chunk; `dropout`
+    and `seed` are the adapters', `storage` that of frozen weights; `attention_kernels` as in `layers.attention`,
+    `rebuild_mlp` as in `layers.mlp`."""
 
     def adapters(linear: str, *projections: str) -> AdapterSet:
         chosen = tuple(adapter for name in projections for adapter in method.adapters(layer, name))
         return AdapterSet(f"decoder.layers.{layer}.{linear}", chosen, dropout, seed)
 
-    def kept(linear: str) -> StorageFormat | None:
+    def kept(linear: str, layer: int = layer) -> StorageFormat | None:
         trained = method.is_trainable(f"decoder.layers.{layer}.{linear}.weight")
         return None if trained else storage
 
-    beside_residual = norm_beside_residual(shape.normalization)
+    def in_fp8(linear: str, layer: int = layer) -> bool:
+        form = kept(linear, layer)
+        return form is not None and form.in_fp8
+
+    def norm(before: str, *, beside_residual: bool, gradient: bool) -> ModuleSpec:
+        """In front of that layer; `gradient`: whether its input's gradient is read in FP8."""
+        # Where branches are parallel, autograd adds the other's gradient to it.
+        read = ReadInFp8(in_fp8(before), gradient and not shape.parallel_residual)
+        return norm_spec(shape.normalization, beside_residual=beside_residual, in_fp8=read)
+
     attention = SelfAttentionSubmodules(
         linear_qkv=ModuleSpec(
             LoraColumnParallelLinear,
@@ -114,7 +125,11 @@ def layer_spec(
     return ModuleSpec(
         module=ParallelResidualLayer if shape.parallel_residual else TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=beside_residual,
+            input_layernorm=norm(
+                "self_attention.linear_qkv",
+                beside_residual=True,
+                gradient=not first and in_fp8("mlp.linear_fc2", layer - 1),
+            ),
             self_attention=ModuleSpec(
                 module=RotaryAttention if shape.position == "rope" else AdaptedAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
@@ -122,7 +137,11 @@ def layer_spec(
             ),
             self_attn_bda=get_residual_add,
             # Where branches are parallel, the second adds its output to that of the first, not to what its norm reads.
-            pre_mlp_layernorm=norm_class(shape.normalization) if shape.parallel_residual else beside_residual,
+            pre_mlp_layernorm=norm(
+                "mlp.linear_fc1",
+                beside_residual=not shape.parallel_residual,
+                gradient=in_fp8("self_attention.linear_proj"),
+            ),
             mlp=MlpSpec(
                 mlp, {"activation": Activation(shape.activation, gated=shape.gated_mlp), "rebuild": rebuild_mlp}
             ),
@@ -155,6 +174,7 @@ def block_spec(
                 storage=storage,
                 attention_kernels=attention,
                 rebuild_mlp=layer - layers.start < rebuilt_mlps,
+                first=layer == layers.start,
             )
             for layer in layers
         ],

@@ -24,9 +24,14 @@ class StorageFormat:
     fast_accum: str = "forward"
     transposes: int = 1
 
+    @property
+    def in_fp8(self) -> bool:
+        """Whether products are done in FP8 (`Fp8Products`)."""
+        return self.kind == "fp8" or self.gemm == "fp8"
+
     def make(self, out_features: int, in_features: int, *, device: torch.device, **cut: Any) -> Stored:
         """Room for a weight [out, in] of this rank; `cut` as in `Stored`."""
-        if self.kind == "nf4" and self.gemm != "fp8":
+        if not self.in_fp8:
             return StoredNf4(out_features, in_features, device=device, **cut)
         kind = StoredFp8 if self.kind == "fp8" else StoredNf4ForFp8
         stored: Fp8Products = kind(out_features, in_features, device=device, **cut)

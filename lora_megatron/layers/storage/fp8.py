@@ -21,7 +21,7 @@ from __future__ import annotations
 import functools
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,6 +31,7 @@ try:
     from lora_megatron.layers.storage import kernels
 except ImportError:  # no Triton: the same numbers, from more and slower passes
     kernels = None  # type: ignore[assignment]
+from lora_megatron.layers.storage.left_codes import Quantised, take
 from lora_megatron.layers.storage.product import Product
 from lora_megatron.layers.storage.stored import Stored
 
@@ -50,15 +51,14 @@ def to_fp8(values: Tensor, scale: Tensor) -> Tensor:
     return (values.float() * scale.reciprocal()).clamp(-LARGEST, LARGEST).to(FP8)
 
 
-class Quantised(NamedTuple):
-    """A matrix in FP8 with a scale for every row: codes [m, k] e4m3, scale [m, 1] fp32."""
-
-    codes: Tensor
-    scale: Tensor
-
-
 def quantise_tokens(x: Tensor, *, factor: Tensor | None, group: dist.ProcessGroup | None) -> Quantised:
-    """q(x diag(factor)) of x [m, k]; `group`: the ranks over which the k inner values of a token are spread."""
+    """q(x diag(factor)) of x [m, k]; `group`: the ranks over which the k inner values of a token are spread.
+
+    Not quantised again where whoever made x left it (`left_codes`)."""
+    if factor is None and group is None:
+        left = take(x)
+        if left is not None:
+            return left
     if kernels is not None and x.is_cuda:
         return Quantised(*kernels.quantise_rows(x.contiguous(), factor, agree=agree_over(group)))
     values = x.float() if factor is None else x.float() * factor

@@ -8,6 +8,7 @@ All are bound by memory: they read each byte once and write it once.
 - `transpose`: bytes [n, k] -> [k, n]. Hopper's FP8 GEMM reads both factors along the inner dimension, so the backward
   product needs W the other way round.
 - `quantise_rows`: a token's largest magnitude, its scale and its FP8 codes, the row read from memory once.
+- `store_quantised`: the same of a row in registers, for kernels that make one (`layers.norm_kernels`).
 """
 
 from __future__ import annotations
@@ -142,6 +143,34 @@ def _quantise_rows(
                 values *= tl.load(factor + column, column < columns, 0.0)
             values = tl.clamp(values * inverse, -LARGEST, LARGEST)
             tl.store(codes + row * columns + column, values.to(tl.float8e4nv), column < columns)
+
+
+@triton.jit
+def store_quantised(rounded, codes, scales, row, column, width: tl.constexpr):
+    """The codes and the scale of a row that a program holds, as `_quantise_rows` has them of `rounded` in memory."""
+    inside = column < width
+    if rounded.dtype == tl.bfloat16:  # by its bits: a conversion back keeps the one to bf16 from being done in pairs
+        values = (rounded.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        values = rounded.to(tl.float32)
+    values = tl.where(inside, values, 0.0)
+    scale = tl.max(tl.abs(values), 0)
+    scale = tl.where(scale > SMALLEST, tl.div_rn(scale, LARGEST), 1.0)
+    tl.store(scales + row, scale)
+    values = tl.clamp(values * tl.div_rn(1.0, scale), -LARGEST, LARGEST)
+    where = codes + row.to(tl.int64) * width + column
+    # Eight at a time, as 16 bytes of bf16 are read: for 16 codes at a time threads would trade values first.
+    where = tl.multiple_of(where, 8 if width % 8 == 0 else 1)
+    tl.store(where, values.to(tl.float8e4nv), inside)
+
+
+def room_for_codes(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Of x [..., k], for a kernel that makes it: [m, k] e4m3 and [m, 1] fp32."""
+    rows, columns = x.numel() // x.shape[-1], x.shape[-1]
+    return (
+        torch.empty(rows, columns, dtype=torch.float8_e4m3fn, device=x.device),
+        torch.empty(rows, 1, dtype=torch.float32, device=x.device),
+    )
 
 
 def quantise_rows(

@@ -9,7 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lora_megatron.layers.activation import Activation
-from lora_megatron.layers.storage.fp8 import Quantised, agree_over, quantise_tokens
+from lora_megatron.layers.storage.fp8 import agree_over, quantise_tokens
+from lora_megatron.layers.storage.left_codes import Quantised
 
 try:
     from lora_megatron.layers import activation_kernels as kernels
