@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`train.cuda_graph`: the optimizer's step as a CUDA graph beside that of the passes (`training.cuda_graph`).
 
-For some hundred small factors the norm, clipping, AdamW and the copies into bf16 parameters are little work for a GPU
-and most of a millisecond for its host. A graph of them is one launch, after which the host reads one number, the norm.
+For some hundred small factors the norm, clipping, AdamW and the copies into bf16 parameters are less work for a GPU
+than for its host, which walks over them. A graph of them is one launch, after which the host reads the norm.
 
 An eager step decides on the host, which knows the norm by then; a captured one on the device:
 
