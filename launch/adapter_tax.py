@@ -57,7 +57,7 @@ STORAGES: dict[str, dict[str, str]] = {
     "nf4-fp8": {"storage": "nf4", "gemm": "fp8"},
 }
 PARTS = {"whole": "step", "forward_backward": "forward, backward"}
-"""What is compared: gradient accumulation divides the optimizer's share of a step by the number of microbatches."""
+"""What is compared: --microbatches divides the optimizer's share of a step, and leaves that of the passes as it is."""
 TARGETS = ("q", "k", "v", "o", "fc1", "fc2")
 REFERENCE_LAYERS = {"0": {"q": 1}}
 
@@ -96,7 +96,7 @@ def config_of(case: Case, options: argparse.Namespace) -> Config:
             "data": {
                 "sequence_length": options.sequence,
                 "micro_batch_size": options.batch,
-                "global_batch_size": options.batch,
+                "global_batch_size": options.batch * options.microbatches,
             },
             "train": {
                 "precision": "bf16",
@@ -193,7 +193,8 @@ def lines_of(report: dict[str, Any]) -> list[str]:
     columns = ["case", "step, median", "p10 to p90", "forward, backward", "optimizer", "peak", "activations"]
     lines += table(columns, [_case_cells(row) for row in report["rows"]])
     targets = f"LoRA of rank {options['rank']} on {options['targets']}; reference: rank 1 on q of layer 0 alone"
-    batch = f"{options['batch']} x {options['sequence']} tokens, bf16, random weights and tokens"
+    count = f"{options['microbatches']} microbatch{'es' if options['microbatches'] > 1 else ''} a step"
+    batch = f"{count}, each of {options['batch']} x {options['sequence']} tokens, bf16, random weights and tokens"
     steps = f"{options['rounds']} rounds, {options['steps']} steps a visit after {options['warm_up']}"
     return lines + side.notes_lines(
         [f"{targets}. {batch}. {steps}.", side.hardware_text(report["environment"]), report["command"]]
@@ -224,7 +225,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         ("hidden", 12288, "width"),
         ("heads", 96, "attention heads"),
         ("sequence", 2048, "tokens in a row"),
-        ("batch", 1, "rows in a step"),
+        ("batch", 1, "rows in a microbatch"),
+        ("microbatches", 1, "in a step"),
         ("vocabulary", 50257, "tokens known"),
         ("rank", 16, "of LoRA on every target"),
         ("tensor", 1, "tensor-parallel ranks"),
@@ -246,7 +248,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> None:
     """Measure and report in the world torchrun started; raises UserError."""
-    counts = "hidden heads sequence batch vocabulary rank tensor steps rounds scale_to"
+    counts = "hidden heads sequence batch microbatches vocabulary rank tensor steps rounds scale_to"
     side.require_positive(options, *counts.split())
     if options.warm_up < 0:
         raise ConfigError(f"--warm-up {options.warm_up}: must be 0 or more")

@@ -128,6 +128,9 @@ FAST = "base.fast_accum=both"
 GRAPH = "train.cuda_graph=true"
 TAX = ("--cuda-graph", "--layers", "2,8", "--steps", "20", "--rounds", "5")
 """Two slices far apart: their difference is divided by six layers, and so is what each step varies by."""
+TAX_2 = ("--tensor", "2", "--sequence-parallel")
+FOUR = ("--microbatches", "4")
+"""They share one update of the adapters, which weighs most in a whole step of one microbatch."""
 PAIRS = ("data.micro_batch_size=2", "data.global_batch_size=4")
 BATCH_4 = ("data.micro_batch_size=4", "data.global_batch_size=16")
 SPARE_4_GIB = 135.0
@@ -145,6 +148,7 @@ ROWS = {
     ),
     "peft": Row(("launch/bench_peft.py", "--layers", "4", "--steps", "8", "--rounds", "2"), rivals),
     "tax": Row(("launch/adapter_tax.py", *TAX), tax),
+    "tax-four": Row(("launch/adapter_tax.py", *TAX, *FOUR), tax),
     "175b-2gpu": Row(
         bench(TWO, "data.global_batch_size=32", layers=96, steps=2, warm_up=1), speed(1500, SPARE_4_GIB), gpus=2
     ),
@@ -159,5 +163,6 @@ ROWS = {
     ),
     "175b-2gpu-tensor": Row(bench(TWO, *TENSOR, *PAIRS, GRAPH, layers=96, steps=4), speed(1500, SPARE_4_GIB), gpus=2),
     "175b-2gpu-lean": Row(bench(TWO, *TENSOR, *LEAN, layers=96, steps=3), lean(174, 2), gpus=2),
-    "tax-2gpu": Row(("launch/adapter_tax.py", *TAX, "--tensor", "2", "--sequence-parallel"), tax, gpus=2),
+    "tax-2gpu": Row(("launch/adapter_tax.py", *TAX, *TAX_2), tax, gpus=2),
+    "tax-2gpu-four": Row(("launch/adapter_tax.py", *TAX, *TAX_2, *FOUR), tax, gpus=2),
 }

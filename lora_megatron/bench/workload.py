@@ -117,7 +117,7 @@ def build_trainer(config: Config, shape: ModelShape, *, load: Load | None) -> Tr
     return Trainer(
         config=config,
         chunks=ddp,
-        optimizer=choose_optimizer(ddp, config.optimizer, precision=config.train.precision),
+        optimizer=choose_optimizer(ddp, config.optimizer, precision=config.train.precision, graph=graph),
         data=cast(BatchSource, RandomTokens(config, vocab_size=shape.vocab_size)),  # all that a step asks of it
         held_out=None,
         meter=ActivationMeter(chunks),

@@ -221,7 +221,9 @@ def _build_trainer(
     return Trainer(
         config=config,
         chunks=ddp,
-        optimizer=together(lambda: choose_optimizer(ddp, config.optimizer, precision=config.train.precision)),
+        optimizer=together(
+            lambda: choose_optimizer(ddp, config.optimizer, precision=config.train.precision, graph=graph)
+        ),
         data=_source(table, tokenizer, config, shuffle=True),
         held_out=_source(held_out_table, tokenizer, config, shuffle=False) if held_out_table else None,
         meter=ActivationMeter(chunks),

@@ -206,8 +206,9 @@ class TrainSection(Section):
     """With `full` of all layers: how many are rebuilt together. More keep fewer inputs and rebuild more at a time: for
     GPT-3 175B on one GPU 3 are the leanest by the plan."""
     cuda_graph: bool = False
-    """Launch both passes of a step at once, as a CUDA graph captured in the third step; results do not change. It saves
-    the host's time per kernel and holds the memory of the activations between steps."""
+    """Launch both passes of a step at once, as a CUDA graph captured in the third step, and the optimizer's step as
+    another where `optimizer.sharding` is `none` and `precision` is `bf16`; results do not change. It saves the host's
+    time per kernel and holds the memory of the activations between steps."""
     attention: Literal["torch", "fa4"] = "torch"
     """Whose kernels core attention runs on: torch's (cuDNN's on recent GPUs), or those of FlashAttention 4, for bf16 on
     Hopper or newer GPUs. It needs flash-attn-4. What has a mask stays torch's (a window shorter than the sequence), and

@@ -11,20 +11,27 @@ from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from torch import nn
 
 from lora_megatron.config import OptimizerSection
+from lora_megatron.training.cuda_graph import StepGraph
 from lora_megatron.training.deepspeed_zero import DeepSpeedZero
 from lora_megatron.training.optimizer import MegatronAdamW, Optimizer
 
 
 def choose_optimizer(
-    ddp_chunks: Sequence[DistributedDataParallel], section: OptimizerSection, *, precision: str
+    ddp_chunks: Sequence[DistributedDataParallel],
+    section: OptimizerSection,
+    *,
+    precision: str,
+    graph: StepGraph | None = None,
 ) -> Optimizer:
     """AdamW over the trained parameters of these chunks, its state sharded as the section says.
+
+    `graph`: what runs the passes, given to `wrap_ddp` too.
 
     Raises:
         ConfigError: `deepspeed` is asked for and not installed.
     """
     if section.sharding != "deepspeed":
-        return MegatronAdamW(ddp_chunks, section, precision=precision)
+        return MegatronAdamW(ddp_chunks, section, precision=precision, graph=graph)
     trained = [p for chunk in ddp_chunks for p in chunk.parameters() if p.requires_grad]
     return DeepSpeedZero(
         [{"params": trained}],

@@ -17,7 +17,8 @@ step must lie where it lay when the graph was captured:
 All of it, and DDP's making, runs on one stream that is not the default one: autograd sums each gradient on the stream
 on which DDP first met the parameter, and the default stream may not take part in a capture.
 
-Steps of other shapes, and every evaluation, run eagerly.
+Steps of other shapes, and every evaluation, run eagerly. The optimizer's step is a graph of its own
+(`training.optimizer_graph`): between the two the host looks at the loss and may leave the update out.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ import contextlib
 import enum
 import functools
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from megatron.core import parallel_state as mpu
@@ -43,6 +44,7 @@ from lora_megatron.training.step import Batch, StepLoss, make, reduce_reports, r
 WARM_UP_STEPS = 2
 """Eager ones before the capture: they compile kernels, make tables and communicators, choose libraries' algorithms."""
 Shapes = tuple[Any, ...]
+Result = TypeVar("Result")
 
 
 def shapes_of(batch: Batch, count: int) -> Shapes:
@@ -123,6 +125,7 @@ class StepGraph:
         self._turns = Turns()
         self._inputs: StaticInputs | None = None
         self._captured: _Captured | None = None
+        self._released_too: list[Callable[[], None]] = []
 
     @property
     def is_captured(self) -> bool:
@@ -151,6 +154,12 @@ class StepGraph:
         """Give the graph's memory back; steps after this warm up again."""
         self._captured = self._inputs = None
         self._turns = Turns()
+        for release in self._released_too:
+            release()
+
+    def release_too(self, release: Callable[[], None]) -> None:
+        """Call this with `release`: another graph goes with this one."""
+        self._released_too.append(release)
 
     def _reports(self, ddp_chunks: Sequence[DistributedDataParallel], microbatches: Sequence[Batch]) -> list[Tensor]:
         first, count = make(microbatches, 0), len(microbatches)
@@ -170,22 +179,33 @@ class StepGraph:
 
     def _capture(self, ddp_chunks: Sequence[DistributedDataParallel], inputs: StaticInputs) -> _Captured:
         """Record a step without running it."""
-        graph, kept = torch.cuda.CUDAGraph(), list[Tensor]()
+        kept = list[Tensor]()
         torch.cuda.synchronize()
         # The graph gets memory of its own. Whatever the eager steps have left must make room for it: a model that just
         # fits has to fit twice otherwise.
         gc.collect()
         torch.cuda.empty_cache()
-        # Thread-local: NCCL's watchdog and a checkpoint's writer go on calling CUDA from threads of theirs.
-        capture = torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local")
         forget_turns()
-        try:
-            with _generators_left_alone(), _keeping_angles(ddp_chunks, kept), capture:
-                reports = run_passes(ddp_chunks, inputs.batches)
-        except RuntimeError as error:
-            raise reason_of(error) from error
+        with _generators_left_alone(), _keeping_angles(ddp_chunks, kept):
+            graph, reports = record(lambda: run_passes(ddp_chunks, inputs.batches))
         kept.extend(mpu.get_global_memory_buffer().buffer.values())  # gathered shards; replaced by larger ones
         return _Captured(graph, reports, kept)
+
+
+def record(work: Callable[[], Result]) -> tuple[torch.cuda.CUDAGraph, Result]:
+    """`work` as a graph, captured without running it, and what it returned, which each launch fills.
+
+    Raises what `work` has failed with.
+    """
+    graph = torch.cuda.CUDAGraph()
+    # Thread-local: NCCL's watchdog and a checkpoint's writer go on calling CUDA from threads of theirs.
+    capture = torch.cuda.graph(graph, stream=_stream(), capture_error_mode="thread_local")
+    try:
+        with capture:
+            result = work()
+    except RuntimeError as error:
+        raise reason_of(error) from error
+    return graph, result
 
 
 def reason_of(error: BaseException) -> BaseException:

@@ -36,11 +36,12 @@ def is_fused_adamw(inner: Any) -> bool:
     return any(group.get("fused") for group in inner.param_groups)
 
 
-def look_up_once(optimizer: Any) -> None:
-    """Let one of megatron-core's optimizers of bf16 parameters keep its lists from its first step on."""
+def look_up_once(optimizer: Any) -> Lists | None:
+    """Let one of megatron-core's optimizers of bf16 parameters keep its lists from its first step; None of others."""
     is_sharded = hasattr(optimizer, "shard_fp32_from_float16_groups")
     if hasattr(optimizer, "fp32_from_float16_groups") and not is_sharded and not any(optimizer.fp32_from_fp32_groups):
-        _Lists(optimizer)
+        return Lists(optimizer)
+    return None
 
 
 def counted_gradients(optimizer: Any) -> list[Tensor]:
@@ -53,10 +54,11 @@ def _counting(optimizer: Any) -> Any:
     return getattr(optimizer, next(name for name in _NORM_GRADS if hasattr(optimizer, name)))
 
 
-class _Lists:
-    """In place of the optimizer's own methods of these names."""
+class Lists:
+    """What an optimizer keeps; methods take the place of the optimizer's own of these names."""
 
     def __init__(self, optimizer: Any) -> None:
+        self.adamw = optimizer.optimizer
         self._prepare, self._zero = optimizer._copy_model_grads_to_main_grads, optimizer.zero_grad
         self._count = _counting(optimizer)
         self._counted: list[Tensor] | None = None
@@ -70,12 +72,17 @@ class _Lists:
                 setattr(optimizer, name, self.counted)
 
     @property
-    def _is_steady(self) -> bool:
+    def is_steady(self) -> bool:
         """Whether each master's gradient is there to stay."""
         return self._counted is not None
 
+    @property
+    def gradients(self) -> list[Tensor]:
+        """Of the masters that have one."""
+        return [master.grad for master in self._masters if master.grad is not None]
+
     def prepare(self) -> None:
-        if self._is_steady:
+        if self.is_steady:
             return
         self._prepare()
         own = [*zip(self._parameters, self._masters, strict=True)]
@@ -83,7 +90,7 @@ class _Lists:
             self._counted = self._count()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        if not self._is_steady:
+        if not self.is_steady:
             self._zero(set_to_none)
 
     def counted(self, *group: Any) -> list[Tensor]:

@@ -24,18 +24,14 @@ from megatron.core import parallel_state as mpu
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer.clip_grads import get_grad_norm_fp32
 from torch import Tensor, nn
 
 from lora_megatron.config import OptimizerSection
 from lora_megatron.model.names import Named
+from lora_megatron.training.clipping import chained, clip, global_norm
 from lora_megatron.training.cuda_graph import StepGraph
-from lora_megatron.training.looked_up_once import (
-    counted_gradients,
-    is_fused_adamw,
-    look_up_once,
-    use_fused_adamw,
-)
+from lora_megatron.training.looked_up_once import is_fused_adamw, look_up_once, use_fused_adamw
+from lora_megatron.training.optimizer_graph import OptimizerGraph
 
 STATE_KINDS = ("master", "exp_avg", "exp_avg_sq")
 
@@ -107,10 +103,18 @@ class _MainParameter:
 
 
 class MegatronAdamW:
-    """megatron-core's optimizer (plain or distributed), with its state readable by name."""
+    """megatron-core's optimizer (plain or distributed), with its state readable by name.
+
+    `graph`: what runs the passes. With it steps become a CUDA graph too, where they can.
+    """
 
     def __init__(
-        self, ddp_chunks: Sequence[DistributedDataParallel], section: OptimizerSection, *, precision: str
+        self,
+        ddp_chunks: Sequence[DistributedDataParallel],
+        section: OptimizerSection,
+        *,
+        precision: str,
+        graph: StepGraph | None = None,
     ) -> None:
         self.chunks = list(ddp_chunks)
         self.clip_grad = section.clip_grad
@@ -130,47 +134,41 @@ class MegatronAdamW:
         self.inner = get_megatron_optimizer(config, self.chunks, use_gloo_process_groups=False)
         for group in self.inner.param_groups:
             group["weight_decay"] = section.weight_decay  # one decay for all that trains
+        self.set_lr(section.lr)
         for optimizer in self._optimizers():
             use_fused_adamw(optimizer)
-            look_up_once(optimizer)
+        kept = [look_up_once(optimizer) for optimizer in self._optimizers()]
+        self._graph = None if graph is None else OptimizerGraph.of(self.inner, kept, clip_grad=self.clip_grad)
+        if graph is not None and self._graph is not None:
+            graph.release_too(self._graph.release)
         self._state_bytes = 0
 
     def zero_grad(self) -> None:
         self.inner.zero_grad()
 
     def set_lr(self, lr: float) -> None:
+        # A float32: torch's AdamW reads nothing longer from the device, where a CUDA graph has it. Both shall be one.
+        self._lr = torch.tensor(lr, dtype=torch.float32).item()
         for group in self.inner.param_groups:
-            group["lr"] = lr
+            group["lr"] = self._lr
 
     @torch.no_grad()
     def step(self) -> float:
+        if self._graph is not None and self._graph.is_due():
+            return self._graph.step(self._lr)
         self.inner.prepare_grads()
-        norm = self._grad_norm()
+        norm = float(global_norm(chained(self.inner)))
         # megatron-core as a library applies NaN gradients and reports success, so the check is here.
         if not math.isfinite(norm):
             return norm
         if self.clip_grad > 0:
             for optimizer in self._optimizers():
-                _clip(optimizer.get_parameters(), most=self.clip_grad, norm=norm)
+                clip([p.grad for p in optimizer.get_parameters() if p.grad is not None], most=self.clip_grad, norm=norm)
         self.inner.step_with_ready_grads()
         return norm
 
-    def _grad_norm(self) -> float:
-        """As megatron-core's own (replicas count once, summed over the model's ranks), of norms that one launch takes
-        for all tensors: without apex it takes them one by one and waits for each."""
-        chained = getattr(self.inner, "chained_optimizers", [self.inner])
-        groups: dict[Any, list[Tensor]] = {}
-        for optimizer in chained:
-            groups.setdefault(optimizer.get_grad_stats_parallel_group(), []).extend(counted_gradients(optimizer))
-        norms = []
-        for group, grads in groups.items():
-            each: Any = torch.stack(torch._foreach_norm(grads)).double() if grads else []
-            norms.append(float(get_grad_norm_fp32(each, grad_stats_parallel_group=group)))
-        return math.hypot(*norms)
-
     def _optimizers(self) -> list[Any]:
-        chained = getattr(self.inner, "chained_optimizers", [self.inner])
-        return [o for o in chained if not getattr(o, "is_stub_optimizer", False)]
+        return [o for o in chained(self.inner) if not getattr(o, "is_stub_optimizer", False)]
 
     def _main_parameters(self) -> dict[nn.Parameter, _MainParameter]:
         """Trained parameter -> what is stepped for it on this rank; absent where another data-parallel rank owns it."""
@@ -235,10 +233,13 @@ class MegatronAdamW:
             if owned.main is not parameter:
                 owned.main.copy_(ranged["master"].view_as(owned.main))
             inner = inner_state[owned.main]
-            inner.state[owned.main] = {
-                "step": torch.tensor(float(step), device=owned.main.device if is_fused_adamw(inner) else None),
-                **{k: ranged[k].view_as(owned.main).clone() for k in STATE_KINDS[1:]},
-            }
+            count = torch.tensor(float(step), device=owned.main.device if is_fused_adamw(inner) else None)
+            state = inner.state[owned.main]
+            for kind, value in {"step": count, **{k: ranged[k].view_as(owned.main) for k in STATE_KINDS[1:]}}.items():
+                if kind in state:
+                    state[kind].copy_(value)  # in its place, where a CUDA graph goes on finding it
+                else:
+                    state[kind] = value.clone()
         for group in self.inner.param_groups:
             if "step" in group or type(self).fused(self.inner):
                 group["step"] = step  # fused optimizers count steps per group
@@ -246,8 +247,7 @@ class MegatronAdamW:
     @staticmethod
     def fused(inner: Any) -> bool:
         """Whether apex's or Transformer Engine's FusedAdam is the inner optimizer."""
-        chained = getattr(inner, "chained_optimizers", [inner])
-        return any(type(o.optimizer).__name__ == "FusedAdam" for o in chained)
+        return any(type(o.optimizer).__name__ == "FusedAdam" for o in chained(inner))
 
     def refresh_master(self) -> None:
         self.inner.reload_model_params()
@@ -266,14 +266,6 @@ class MegatronAdamW:
                 moment = self._moment(owned.main, kind)
                 total += 0 if moment is None else moment.numel() * moment.element_size()
         return total
-
-
-def _clip(parameters: Sequence[Tensor], *, most: float, norm: float) -> None:
-    """Scale the gradients in place so that a global norm above `most` becomes it, as megatron-core does."""
-    factor = most / (norm + 1e-6)
-    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    if factor < 1 and grads:
-        torch._foreach_mul_(grads, factor)
 
 
 def trained(named: Sequence[Named]) -> dict[nn.Parameter, str]:

@@ -186,6 +186,21 @@ def test_the_reference_has_the_same_dgrad(pool: Pool) -> None:
     assert lora
 
 
+def test_a_step_has_as_many_microbatches_as_asked_for(pool: Pool, tmp_path: Path) -> None:
+    arguments = [*SMALL, "--out", str(tmp_path / "out")]
+    three = [*arguments, "--microbatches", "3"]
+    (once,) = pool.run(1, dgrads, arguments=arguments, adapted=True)
+    assert pool.run(1, dgrads, arguments=three, adapted=True) == [3 * once]
+    for given, count in ((arguments, 1), (three, 3)):
+        data = adapter_tax.config_of(adapter_tax.Case("bf16", 1, True), adapter_tax.parse(given)).data
+        assert (data.micro_batch_size, data.global_batch_size) == (BATCH, count * BATCH)
+    short = ["--layers", "1", "--storage", "bf16", "--warm-up", "0", "--rounds", "1"]
+    assert pool.run(1, run_tax, arguments=[*three, *short]) == [0]
+    assert report_of(tmp_path / "out")["options"]["microbatches"] == 3
+    text = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    assert f"3 microbatches a step, each of {BATCH} x {SEQUENCE} tokens" in text
+
+
 @pytest.mark.parametrize(
     ("script", "wrong", "says"),
     [
@@ -197,6 +212,7 @@ def test_the_reference_has_the_same_dgrad(pool: Pool) -> None:
         (bench_peft, ["--steps", "0"], "--steps 0: must be at least 1"),
         (bench_peft, ["--override", "base.storag=fp8"], "unknown key base.storag: did you mean base.storage?"),
         (adapter_tax, ["--storage", "fp4"], "--storage names 'fp4': choose among bf16, fp8"),
+        (adapter_tax, ["--microbatches", "0"], "--microbatches 0: must be at least 1"),
         (adapter_tax, ["--warm-up", "-1"], "--warm-up -1: must be 0 or more"),
     ],
 )

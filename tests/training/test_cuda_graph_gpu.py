@@ -3,10 +3,11 @@
 
     python -m pytest tests/training/test_cuda_graph_gpu.py -m "gpu or multigpu" -s
 
-A run: two eager steps, the capture, replays, an evaluation, a step of other shapes, a replay after it. Every step has
-data of its own, so that a graph which reads old inputs is noticed; a test lets one do so. Sequences fit one tile of the
-attention's backward kernel, whose sums over several have no fixed order; an eager run is repeated, and must repeat
-itself, before the graph is compared with it. The comparison is rehearsed over gloo, without a graph.
+A run: two eager steps, the capture (of the passes, and of the optimizer's step), replays, an evaluation, a step of
+other shapes, a replay after it. Every step has data of its own, so that a graph which reads old inputs is noticed; a
+test lets one do so. Sequences fit one tile of the attention's backward kernel, whose sums over several have no fixed
+order; an eager run is repeated, and must repeat itself, before the graph is compared with it. The comparison is
+rehearsed over gloo, without a graph.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from lora_megatron.parallel import groups
 from lora_megatron.training.cuda_graph import WARM_UP_STEPS, StaticInputs
 from lora_megatron.training.held_out import held_out_loss
 from lora_megatron.training.loop import Trainer, train_step
+from lora_megatron.training.optimizer import MegatronAdamW, Optimizer
 from tests.pool import Pool
 
 GPUS = torch.cuda.device_count()
@@ -117,6 +119,7 @@ def run(config: Config, *, stale: int = 0) -> tuple[list[StepRecord], float]:
         assert report.grad_norm > CLIP, "clipping is active"
         if trainer.graph is not None:
             assert trainer.graph.is_captured == (step > WARM_UP_STEPS)
+            assert has_captured(trainer.optimizer) == (step > WARM_UP_STEPS and config.optimizer.sharding == "none")
         trainer.step = report.step
         records.append(StepRecord(report.loss, report.grad_norm, report.lr, *snapshot(trainer)))
         if step == 4:
@@ -125,6 +128,12 @@ def run(config: Config, *, stale: int = 0) -> tuple[list[StepRecord], float]:
     if trainer.graph is not None:
         trainer.graph.release()
     return records, held_out
+
+
+def has_captured(optimizer: Optimizer) -> bool:
+    """Whether its steps are a graph's."""
+    assert isinstance(optimizer, MegatronAdamW)
+    return optimizer._graph is not None and optimizer._graph._captured is not None
 
 
 class HeldOut:

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `train.cuda_graph` captures of the optimizer's step is the eager step to the bit: here run without a capture.
+
+The graph's work is a plain function, which takes its decisions on the device that the CPU is here. What only a capture
+can get wrong is tested where there is a GPU: `test_optimizer_graph_gpu`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from lora_megatron.parallel.groups import Layout, build_mesh
+from lora_megatron.training import optimizer_graph
+from lora_megatron.training.clipping import chained, global_norm
+from lora_megatron.training.cuda_graph import StepGraph
+from tests.pool import Pool
+from tests.training.optimizer_course import BAD, CLIP, compare, draw, make
+
+
+@pytest.mark.parametrize("clip", [0.0, CLIP, 1e9])
+def test_what_is_captured_is_the_eager_step(pool: Pool, clip: float) -> None:
+    """Clipped never, in each step, and never though it is asked for."""
+    assert pool.run(1, compare, layout=Layout(), clip=clip, by_name=True) == [[]]
+
+
+@pytest.mark.parametrize("layout", [Layout(tensor=2, sequence=True), Layout(pipeline=2, virtual_pipeline=2)])
+def test_ranks_and_chunks_have_one_norm(pool: Pool, layout: Layout) -> None:
+    """No graph holds a pipeline's passes, but that of one stage may come to hold several chunks."""
+    assert pool.run(2, compare, layout=layout, by_name=True) == [[], []]
+
+
+def compare_without(decision: str) -> list[str]:
+    decide = optimizer_graph._decided_on_device
+
+    def undecided(adamws: Any, **values: torch.Tensor) -> Any:
+        return decide(adamws, **{**values, decision: torch.zeros_like(values[decision])})
+
+    with mock.patch.object(optimizer_graph, "_decided_on_device", undecided):
+        return compare(Layout(), by_name=True)
+
+
+def test_a_decision_that_is_left_out_would_be_noticed(pool: Pool) -> None:
+    (found,) = pool.run(1, compare_without, decision="found_inf")
+    assert {text.split(":")[0] for text in found} >= {f"step {step}" for step in BAD}
+    assert not [text for text in found if text.startswith(("step 2:", "step 3:"))]
+    (found,) = pool.run(1, compare_without, decision="lr")
+    assert [text for text in found if text.startswith("step 2:")]
+
+
+def graphs(**how: Any) -> list[bool]:
+    """Whether the optimizer has a graph, with passes that have one and with passes that have none."""
+    build_mesh(Layout(), seed=1, timeout_minutes=2)
+    return [make(Layout(), graph=graph, **how)[0]._graph is not None for graph in (StepGraph(), None)]
+
+
+def test_only_what_stays_in_its_place_is_captured(pool: Pool) -> None:
+    assert pool.run(1, graphs) == [[True, False]]
+    assert pool.run(1, graphs, precision="fp32") == [[False, False]]
+    assert pool.run(1, graphs, sharding="megatron") == [[False, False]]
+
+
+def places() -> tuple[list[int], list[int]]:
+    """Addresses of all that the state consists of, before and after one is loaded."""
+    build_mesh(Layout(), seed=1, timeout_minutes=2)
+    optimizer, names = make(Layout())
+    draw(names, 0)
+    optimizer.step()
+
+    def addresses() -> list[int]:
+        states = [each.optimizer.state for each in optimizer._optimizers()]
+        return [t.data_ptr() for state in states for p, kinds in state.items() for t in (p, *kinds.values())]
+
+    before, copy = addresses(), {name: value.clone() for name, value in optimizer.named_state(names)}
+    optimizer.load_named_state(names, copy.__getitem__, step=5)
+    optimizer.refresh_master()
+    return before, addresses()
+
+
+def test_a_loaded_state_lies_where_the_old_one_lay(pool: Pool) -> None:
+    ((before, after),) = pool.run(1, places)
+    assert before
+    assert before == after
+
+
+def norms(layout: Layout) -> tuple[float, float]:
+    build_mesh(layout, seed=1, timeout_minutes=2)
+    optimizer, names = make(layout)
+    draw(names, 0)
+    optimizer.inner.prepare_grads()
+    return float(global_norm(chained(optimizer.inner))), optimizer.inner.get_grad_norm()
+
+
+@pytest.mark.parametrize("layout", [Layout(tensor=2), Layout(pipeline=2)])
+def test_the_norm_is_megatron_cores(pool: Pool, layout: Layout) -> None:
+    """Which adds up squares in float32, in an order of its own."""
+    (mine, theirs), other = pool.run(2, norms, layout=layout)
+    assert mine == pytest.approx(theirs, rel=1e-5)
+    assert other == (mine, theirs)

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The optimizer's step as a CUDA graph gives the eager step's norms, gradients, parameters and state to the bit.
+
+    python -m pytest tests/training/test_optimizer_graph_gpu.py -m "gpu or multigpu" -s
+
+Two eager steps, the capture, and replays: with norms that are not finite, a state loaded from before, and a graph that
+is released and captured again. Each step has gradients and a learning rate of its own. With the passes' graph before it
+the same step is compared in `test_cuda_graph_gpu`, with what is done here without a capture in `test_optimizer_graph`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from lora_megatron.parallel.groups import Layout
+from lora_megatron.training.optimizer import MegatronAdamW
+from tests.pool import Pool
+from tests.training.optimizer_course import CLIP, LOADED, compare
+
+GPUS = torch.cuda.device_count()
+one_gpu = [pytest.mark.gpu, pytest.mark.skipif(GPUS < 1, reason="needs a CUDA device")]
+two_gpus = [pytest.mark.multigpu, pytest.mark.skipif(GPUS < 2, reason="needs two CUDA devices")]
+
+
+@pytest.fixture(scope="module")
+def nccl() -> Iterator[Pool]:
+    """One process per GPU, two at most."""
+    pool = Pool(min(GPUS, 2), backend="nccl")
+    yield pool
+    pool.close()
+
+
+def compare_here(**how: Any) -> list[str]:
+    os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")  # as `join_world` does, which a pool does without
+    return compare(**how)
+
+
+@pytest.mark.parametrize("clip", [pytest.param(clip, marks=one_gpu) for clip in (0.0, CLIP, 1e9)])
+def test_a_graph_equals_eager_steps(nccl: Pool, clip: float) -> None:
+    assert nccl.run(1, compare_here, layout=Layout(), clip=clip) == [[]]
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param(Layout(tensor=2, sequence=True), marks=two_gpus, id="tp2-sp"),
+        pytest.param(Layout(pipeline=2, virtual_pipeline=2), marks=two_gpus, id="chunks"),
+        pytest.param(Layout(), marks=two_gpus, id="dp2"),
+    ],
+)
+def test_graphs_of_two_gpus_equal_eager_steps(nccl: Pool, layout: Layout) -> None:
+    assert nccl.run(2, compare_here, layout=layout) == [[], []]
+
+
+def load_elsewhere(optimizer: MegatronAdamW, names: Any, read: Any, *, step: int) -> None:
+    """Into tensors that no graph knows."""
+    for each in optimizer._optimizers():
+        each.optimizer.state.clear()
+    optimizer.load_named_state(names, read, step)
+
+
+@pytest.mark.parametrize("_", [pytest.param(None, marks=one_gpu)])
+def test_a_state_that_lies_elsewhere_would_be_noticed(nccl: Pool, _: None) -> None:
+    (found,) = nccl.run(1, compare_here, layout=Layout(), load=load_elsewhere)
+    assert [text for text in found if text.startswith(f"step {LOADED + 1}:")]
+    assert not [text for text in found if text.startswith(tuple(f"step {step}:" for step in range(LOADED + 1)))]
+
+
+def compare_with_one_rate() -> list[str]:
+    """The learning rate stays what the first launch had."""
+    fill, filled = torch.Tensor.fill_, set[int]()
+
+    def fill_once(self: torch.Tensor, value: Any) -> torch.Tensor:
+        is_rate = isinstance(value, float) and self.dim() == 0 and 0 < value < 1
+        if is_rate and id(self) in filled:
+            return self
+        filled.update([id(self)] if is_rate else [])
+        return fill(self, value)
+
+    with mock.patch.object(torch.Tensor, "fill_", fill_once):
+        return compare_here(layout=Layout())
+
+
+@pytest.mark.parametrize("_", [pytest.param(None, marks=one_gpu)])
+def test_a_rate_that_stays_would_be_noticed(nccl: Pool, _: None) -> None:
+    (found,) = nccl.run(1, compare_with_one_rate)
+    assert [text for text in found if text.startswith("step 3:")]
+    assert not [text for text in found if text.startswith(("step 0:", "step 1:", "step 2:"))]
