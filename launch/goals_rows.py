@@ -120,11 +120,18 @@ ONE, TWO, LLAMA = "gpt3_175b_1gpu", "gpt3_175b_2gpu", "llama2_70b_1gpu"
 BF16 = ("base.storage=null", "base.gemm=null", "train.recompute=none")
 LEAN = ("train.recompute=full", "train.recompute_unit=3")
 TENSOR = ("parallel.pipeline=1", "parallel.tensor=2", "parallel.sequence=true", "parallel.tp_comm_overlap=true")
-CHUNKS = ("parallel.virtual_pipeline=48", "base.transposes=group", "data.global_batch_size=32", "train.recompute=none")
+CHUNKS = (
+    "parallel.virtual_pipeline=48",
+    "parallel.pp_comm_copy=true",
+    "base.transposes=group",
+    "data.global_batch_size=32",
+    "train.recompute=none",
+)
 FEW_CHANNELS = (("NCCL_MAX_NCHANNELS", "8"), ("NCCL_MAX_P2P_NCHANNELS", "8"))
 """NCCL's communicators then take 1.07 GiB of an H200 at PP=2, instead of over 2.5 (by what recompute=auto found free).
 Where stages only pass hidden states on, 4 channels and 32 were equally fast."""
-FAST = "base.fast_accum=both"
+FAST = ("base.fast_accum=both", "base.head=fp8", "base.transposes_kept=2")
+"""What changes roundings, and is off unless asked for; and what memory is left for."""
 GRAPH = "train.cuda_graph=true"
 TAX = ("--cuda-graph", "--layers", "2,8", "--steps", "20", "--rounds", "5")
 """Two slices far apart: their difference is divided by six layers, and so is what each step varies by."""
@@ -156,7 +163,7 @@ ROWS = {
         bench(TWO, *CHUNKS, layers=96, steps=2, warm_up=1), speed(1500, SPARE_4_GIB), gpus=2, variables=FEW_CHANNELS
     ),
     "175b-2gpu-chunks-fast": Row(
-        bench(TWO, *CHUNKS, FAST, layers=96, steps=2, warm_up=1),
+        bench(TWO, *CHUNKS, *FAST, layers=96, steps=2, warm_up=1),
         speed(1500, SPARE_4_GIB),
         gpus=2,
         variables=FEW_CHANNELS,
