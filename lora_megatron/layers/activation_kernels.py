@@ -3,7 +3,8 @@
 
 `activation.Activation.exactly` is the reference. A program does one row. To round a row to FP8 its largest magnitude
 must be known: the row is read and computed twice, the second time from the cache, which is far less than writing it
-and reading it again. What adapters read of it besides is written on the second pass.
+and reading it again. What adapters read of it besides is written on the second pass. (Where nothing reads anything
+besides, and no other rank has a part of the row, `held_activation_kernels` computes it once.)
 """
 
 from __future__ import annotations
@@ -104,6 +105,7 @@ def _forward(
             value = _outputs(x, bias, row, column, column < columns, columns, KIND, GATED, BIAS)
             if FACTOR:
                 value *= tl.load(factor + column, column < columns, 0.0)
+            value = value.to(x.dtype.element_ty).to(tl.float32)
             largest = tl.maximum(largest, tl.where(column < columns, tl.abs(value), 0.0))
         scale = tl.max(largest, 0)
         if CAST:
@@ -124,6 +126,7 @@ def _forward(
             if CAST:
                 if FACTOR:
                     value *= tl.load(factor + column, column < columns, 0.0)
+                value = value.to(x.dtype.element_ty).to(tl.float32)
                 value = tl.clamp(value * inverse, -_LARGEST, _LARGEST)
             tl.store(out + row * columns + column, value.to(out.dtype.element_ty), column < columns)
 
@@ -148,6 +151,8 @@ def _backward(
                 first *= tl.load(factor + column, inside, 0.0)
                 if GATED:
                     second *= tl.load(factor + columns + column, inside, 0.0)
+            first = first.to(x.dtype.element_ty).to(tl.float32)
+            second = second.to(x.dtype.element_ty).to(tl.float32)
             largest = tl.maximum(largest, tl.where(inside, tl.abs(first), 0.0))
             if GATED:
                 largest = tl.maximum(largest, tl.where(inside, tl.abs(second), 0.0))
@@ -177,6 +182,8 @@ def _backward(
                     first *= tl.load(factor + column, inside, 0.0)
                     if GATED:
                         second *= tl.load(factor + columns + column, inside, 0.0)
+                first = first.to(x.dtype.element_ty).to(tl.float32)
+                second = second.to(x.dtype.element_ty).to(tl.float32)
                 first = tl.clamp(first * inverse, -_LARGEST, _LARGEST)
                 second = tl.clamp(second * inverse, -_LARGEST, _LARGEST)
             tl.store(out + row * width + column, first.to(out.dtype.element_ty), inside)

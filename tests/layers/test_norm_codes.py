@@ -88,10 +88,16 @@ def test_codes_are_those_of_what_is_stored(kernels: Any, name: str, dtype: torch
     statistics = kernels.room_for_statistics(problem.x, centred=centred)
     of_y, of_dx = room_for_codes(problem.x), room_for_codes(problem.x)
     y = kernels.norm(problem.x, weight, problem.bias, EPS, statistics, of_y)
-    assert torch.equal(y, kernels.norm(problem.x, weight, problem.bias, EPS, statistics))
+    apart = (
+        0.0 if dtype == torch.bfloat16 else 1e-6
+    )  # another kernel to the compiler, which may fuse other sums in fp32
+    torch.testing.assert_close(
+        y, kernels.norm(problem.x, weight, problem.bias, EPS, statistics), rtol=apart, atol=apart
+    )
     more: Any = {"centred": centred, "beside": problem.beside}
     dx = kernels.norm_gradient(problem.x, problem.grad, weight, statistics, **more, quantised=of_dx)
-    assert torch.equal(dx, kernels.norm_gradient(problem.x, problem.grad, weight, statistics, **more))
+    without = kernels.norm_gradient(problem.x, problem.grad, weight, statistics, **more)
+    torch.testing.assert_close(dx, without, rtol=apart, atol=apart)
     for values, got in ((y, of_y), (dx, of_dx)):
         rows = values.view(-1, shape[-1])
         assert not rows[1].any()

@@ -52,8 +52,9 @@ def to_fp8(values: Tensor, scale: Tensor) -> Tensor:
 
 
 def quantise_tokens(x: Tensor, *, factor: Tensor | None, group: dist.ProcessGroup | None) -> Quantised:
-    """q(x diag(factor)) of x [m, k]; `group`: the ranks over which the k inner values of a token are spread.
+    """q(x diag(factor)) of x [m, k], the product rounded to the type of x: so kernels hold it until its scale is known.
 
+    `group`: the ranks over which the k inner values of a token are spread.
     Not quantised again where whoever made x left it (`left_codes`)."""
     if factor is None and group is None:
         left = take(x)
@@ -61,7 +62,7 @@ def quantise_tokens(x: Tensor, *, factor: Tensor | None, group: dist.ProcessGrou
             return left
     if kernels is not None and x.is_cuda:
         return Quantised(*kernels.quantise_rows(x.contiguous(), factor, agree=agree_over(group)))
-    values = x.float() if factor is None else x.float() * factor
+    values = x.float() if factor is None else (x.float() * factor).to(x.dtype).float()
     largest = values.abs().amax(1, keepdim=True)
     agree = agree_over(group)
     if agree is not None:

@@ -20,8 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-LARGEST = tl.constexpr(448.0)
-SMALLEST = tl.constexpr(1e-30)
+from lora_megatron.layers.storage.held_rows import LARGEST, SMALLEST, WIDEST, launch_options, quantise_held_rows
+
 _PIECE, _WARPS = 4096, 16
 """Columns at a time, and warps, of a program that quantises a row: of those tried on an H200 the fastest or near it."""
 
@@ -125,6 +125,7 @@ def _quantise_rows(
             values = tl.load(x + row * columns + column, column < columns, 0.0).to(tl.float32)
             if FACTOR:
                 values *= tl.load(factor + column, column < columns, 0.0)
+                values = values.to(x.dtype.element_ty).to(tl.float32)
             largest = tl.maximum(largest, tl.abs(values))
         scale = tl.max(largest, 0)
         if CAST:
@@ -141,6 +142,7 @@ def _quantise_rows(
             values = tl.load(x + row * columns + column, column < columns, 0.0).to(tl.float32)
             if FACTOR:
                 values *= tl.load(factor + column, column < columns, 0.0)
+                values = values.to(x.dtype.element_ty).to(tl.float32)
             values = tl.clamp(values * inverse, -LARGEST, LARGEST)
             tl.store(codes + row * columns + column, values.to(tl.float8e4nv), column < columns)
 
@@ -176,7 +178,7 @@ def room_for_codes(x: Tensor) -> tuple[Tensor, Tensor]:
 def quantise_rows(
     x: Tensor, factor: Tensor | None, *, agree: Callable[[Tensor], object] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """x diag(factor) in FP8 with a scale per row: [m, k] -> [m, k] e4m3, [m, 1] fp32.
+    """x diag(factor), rounded to the type of x, in FP8 with a scale per row: [m, k] -> [m, k] e4m3, [m, 1] fp32.
 
     `agree` is given each row's largest magnitude, to raise it to that of all ranks in place.
     """
@@ -188,7 +190,10 @@ def quantise_rows(
         flags = (columns, _PIECE, factor is not None, measure, cast)
         _quantise_rows[(rows,)](x, factor, codes, into, known, *flags, num_warps=_WARPS)
 
-    if agree is None:
+    if agree is None and x.dtype == torch.bfloat16 and columns <= WIDEST:
+        size, warps = launch_options(columns)
+        quantise_held_rows[(rows,)](x, factor, codes, scales, columns, size, factor is not None, num_warps=warps)
+    elif agree is None:
         launch(scales, None, measure=True, cast=True)
     else:
         largest = torch.empty_like(scales)

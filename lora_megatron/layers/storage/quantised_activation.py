@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -14,6 +15,7 @@ from lora_megatron.layers.storage.left_codes import Quantised
 
 try:
     from lora_megatron.layers import activation_kernels as kernels
+    from lora_megatron.layers import held_activation_kernels as held
 except ImportError:  # no Triton: the same numbers, from more passes
     kernels = None  # type: ignore[assignment]
 
@@ -42,16 +44,17 @@ def activated(
     group: dist.ProcessGroup | None,
     keep: bool = False,
 ) -> Activated:
-    """q(y diag(factor)) of y = act(x + bias), and y itself with `keep`: x [m, f or 2 f]; `factor` and `group` as in
-    `quantise_tokens`."""
+    """q(y diag(factor)) of y = act(x + bias), rounded to the type of x when multiplied, and y itself with `keep`: x
+    [m, f or 2 f]; `factor` and `group` as in `quantise_tokens`."""
     name, gated = activation.name, activation.gated
     if kernels is not None and x.is_cuda:
-        codes, scale, kept = kernels.activate_in_fp8(
-            x, bias, factor, name, gated=gated, agree=agree_over(group), keep=keep
-        )
+        agree = agree_over(group)
+        if agree is None and not keep and held.can_hold(x, activation.width(x.shape[1])):
+            return Activated(Quantised(*held.activate(x, bias, factor, name, gated=gated)), None)
+        codes, scale, kept = kernels.activate_in_fp8(x, bias, factor, name, gated=gated, agree=agree, keep=keep)
         return Activated(Quantised(codes, scale), kept)
     y = activation.exactly(x, bias)
-    return Activated(quantise_tokens(y, factor=factor, group=group), y.to(x.dtype) if keep else None)
+    return Activated(_quantised(y, factor, x.dtype, group), y.to(x.dtype) if keep else None)
 
 
 def activation_gradient(
@@ -68,13 +71,22 @@ def activation_gradient(
     """q(dL/dx diag(factor)) from grad = dL/dy [m, f]; with `keep` dL/dx itself, with `keep_y` y."""
     name, gated = activation.name, activation.gated
     if kernels is not None and x.is_cuda:
+        agree = agree_over(group)
+        if agree is None and not (keep or keep_y) and held.can_hold(x, x.shape[1]):
+            quantised = Quantised(*held.activate_gradient(x, bias, grad, factor, name, gated=gated))
+            return ActivationGradient(quantised, None, None)
         codes, scale, *kept = kernels.activate_gradient_in_fp8(
-            x, bias, grad, factor, name, gated=gated, agree=agree_over(group), keep=keep, keep_y=keep_y
+            x, bias, grad, factor, name, gated=gated, agree=agree, keep=keep, keep_y=keep_y
         )
         return ActivationGradient(Quantised(codes, scale), *kept)
     dx = activation.exact_gradient(x, bias, grad)
     return ActivationGradient(
-        quantise_tokens(dx, factor=factor, group=group),
+        _quantised(dx, factor, x.dtype, group),
         dx.to(x.dtype) if keep else None,
         activation.exactly(x, bias).to(x.dtype) if keep_y else None,
     )
+
+
+def _quantised(values: Tensor, factor: Tensor | None, dtype: torch.dtype, group: dist.ProcessGroup | None) -> Quantised:
+    """q of values diag(factor) rounded to `dtype`: values [m, k] in fp32."""
+    return quantise_tokens((values if factor is None else values * factor).to(dtype), factor=None, group=group)

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Triton functions of kernels that hold a row in registers, in bf16, until its scale is known and its FP8 codes are.
+
+The other way is to read a row twice and to compute it twice: the second reading comes from the cache, but so do the
+factors of its columns, twice as many bytes as the row, and an activation takes more instructions than its bytes take
+time. 1,024 threads hold rows of up to 65,536 numbers, two in a register.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LARGEST = tl.constexpr(448.0)  # of e4m3
+SMALLEST = tl.constexpr(1e-30)  # as in `fp8`
+WIDEST = 65536
+"""Numbers that a program can hold."""
+_NARROW = 16384
+
+
+def launch_options(numbers: int) -> tuple[int, int]:
+    """Columns at a time, and warps, of a program that holds so many numbers."""
+    return (4096, 16) if numbers <= _NARROW else (8192, 32)
+
+
+@triton.jit
+def packed(values, C: tl.constexpr):
+    """[C] -> [C / 2] words of two neighbours each, rounded to bf16."""
+    first, second = tl.split(tl.reshape(values.to(tl.bfloat16), [C // 2, 2]))
+    low = first.to(tl.uint16, bitcast=True).to(tl.uint32)
+    return low | (second.to(tl.uint16, bitcast=True).to(tl.uint32) << 16)
+
+
+@triton.jit
+def _unpacked(words):
+    """The inverse, in fp32."""
+    low = (words << 16).to(tl.float32, bitcast=True)
+    high = (words & 0xFFFF0000).to(tl.float32, bitcast=True)
+    return tl.interleave(low, high)
+
+
+@triton.jit
+def larger(largest, words):
+    """[C]: of the magnitudes so far, and of these."""
+    return tl.maximum(largest, tl.abs(_unpacked(words)))
+
+
+@triton.jit
+def scale_of_row(largest):
+    """As `fp8.scale_of`."""
+    scale = tl.max(largest, 0)
+    return tl.where(scale > SMALLEST, tl.div_rn(scale, LARGEST), 1.0)
+
+
+@triton.jit
+def store_codes(codes, inside, words, inverse):
+    """Of [C] numbers, where `codes` points; inverse: of the scale."""
+    values = tl.clamp(_unpacked(words) * inverse, -LARGEST, LARGEST)
+    tl.store(codes, values.to(codes.dtype.element_ty), inside)
+
+
+@triton.jit
+def quantise_held_rows(x, factor, codes, scales, columns: tl.constexpr, C: tl.constexpr, FACTOR: tl.constexpr):
+    """q(x diag(factor)) of a bf16 row."""
+    row = tl.program_id(0).to(tl.int64)
+    held = ()
+    largest = tl.zeros([C], tl.float32)
+    for piece in tl.static_range((columns + C - 1) // C):
+        column = piece * C + tl.arange(0, C)
+        values = tl.load(x + row * columns + column, column < columns, 0.0)
+        if FACTOR:
+            values = values.to(tl.float32) * tl.load(factor + column, column < columns, 0.0)
+        words = packed(values, C)
+        largest = larger(largest, words)
+        held = held + (words,)  # type: ignore[assignment]  # noqa: RUF005
+    scale = scale_of_row(largest)
+    tl.store(scales + row, scale)
+    inverse = tl.div_rn(1.0, scale)  # exact: Triton's own division is approximate
+    for piece in tl.static_range((columns + C - 1) // C):
+        column = piece * C + tl.arange(0, C)
+        store_codes(codes + row * columns + column, column < columns, held[piece], inverse)
