@@ -20,7 +20,7 @@ KINDS: tuple[tuple[str, str], ...] = (
     ("rotary positions", r"^_turn$"),
     (
         "FP8 casts and transposes",
-        r"^_quantise_rows$|^quantise_held_rows$|^_transpose$|^_forward$|^_backward$|^_unpack$",
+        r"^_quantise_rows$|^_transpose$|^_forward$|^_backward$|^_unpack$",
     ),
     ("norms and activations", r"^_norm$|^_norm_gradient$|layer_norm|gelu|silu"),
     ("dropout", r"^_drop$"),

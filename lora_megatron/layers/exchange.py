@@ -38,7 +38,6 @@ except ImportError:  # no Triton
     kernels = None  # type: ignore[assignment]  # mypy takes the name for a module; None is what is asked for below
 
 OPTION = "parallel.tp_comm_overlap"
-_WORD = torch.int64
 _made: dict[dist.ProcessGroup, Exchange] = {}
 
 
@@ -93,8 +92,10 @@ class Exchange:
         main, rows = torch.cuda.current_stream(), parts[0].shape[0]
         places, total = _places(parts)
         box = self._box("gather", total + self._room(product, rows, beside))
-        given = [*zip(parts, places, strict=True)] + ([] if beside is None else [(beside, total)])
-        _copy_all([box.at(self.rank, part, place) for part, place in given], [part for part, _ in given])
+        for part, place in zip(parts, places, strict=True):
+            box.at(self.rank, part, place).copy_(part)
+        if beside is not None:
+            box.at(self.rank, beside, total).copy_(beside)
         box.barrier()
         out = torch.empty(self.size * rows, product.columns, dtype=product.dtype, device=parts[0].device)
         received = [[torch.empty_like(part) for part in parts] for _ in range(self.size - 1)]
@@ -186,24 +187,6 @@ def _rows(part: Tensor, start: int, count: int) -> Tensor:
     """That many rows from `start`; a copy where they begin at a place from which a library's product cannot read."""
     rows = part[start:][:count]
     return rows if rows.data_ptr() % 16 == 0 else rows.clone()
-
-
-def _copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    """Each source over its target, of the same shape and type; in one launch, where all can be taken for words."""
-    if all(_is_of_words(source) for source in sources):
-        torch._foreach_copy_([_words(target) for target in targets], [_words(source) for source in sources])
-        return
-    for target, source in zip(targets, sources, strict=True):
-        target.copy_(source)
-
-
-def _words(tensor: Tensor) -> Tensor:
-    return tensor.view(-1).view(torch.uint8).view(_WORD)
-
-
-def _is_of_words(tensor: Tensor) -> bool:
-    start = tensor.storage_offset() * tensor.element_size()
-    return tensor.is_contiguous() and start % _WORD.itemsize == tensor.nbytes % _WORD.itemsize == 0
 
 
 def _places(parts: Sequence[Tensor]) -> tuple[list[int], int]:

@@ -76,8 +76,9 @@ def declare(parameter: torch.nn.Parameter, shard: Shard, *, sum_over_sequence_sh
     """Write the declaration on `parameter`, for us and for megatron-core.
 
     `sum_over_sequence_shards`: the parameter is replicated but each tensor rank sees only its shard of the sequence,
-    so its gradient is a partial sum that must be summed over the tensor-parallel group (`sequence_parallel` is
-    megatron-core's name for it).
+    so its gradient is a partial sum that must be summed over the tensor-parallel group
+    (`training.sequence_gradients`; megatron-core, which would do it for those it calls `sequence_parallel`, is told
+    that there are none).
     """
     assert shard.axis is None or not sum_over_sequence_shards
     # The declaration travels on the tensor, as megatron-core's own marks do, which torch's types cannot know.
@@ -88,7 +89,13 @@ def declare(parameter: torch.nn.Parameter, shard: Shard, *, sum_over_sequence_sh
     set_tensor_model_parallel_attributes(
         parameter, shard.axis is not None, -1 if shard.axis is None else shard.axis, shard.blocks
     )
-    parameter.sequence_parallel = sum_over_sequence_shards  # type: ignore[attr-defined]
+    parameter.sequence_parallel = False  # type: ignore[attr-defined]
+    parameter.sum_over_sequence_shards = sum_over_sequence_shards  # type: ignore[attr-defined]
+
+
+def is_summed_over_sequence_shards(parameter: torch.nn.Parameter) -> bool:
+    """Whether `declare` said so."""
+    return bool(getattr(parameter, "sum_over_sequence_shards", False))
 
 
 def shard_of(parameter: torch.nn.Parameter) -> Shard:

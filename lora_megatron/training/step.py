@@ -28,6 +28,7 @@ from lora_megatron.parallel.agree import gather_text
 from lora_megatron.parallel.heartbeat import making_data
 from lora_megatron.parallel.sent_outputs import SentOutputs
 from lora_megatron.parallel.stage_copies import copies_over
+from lora_megatron.training.sequence_gradients import sum_over_sequence_shards
 
 Batch = dict[str, Any]
 
@@ -142,6 +143,7 @@ def _finalize(chunks: Sequence[DistributedDataParallel], tokens: Tensor, **megat
     """megatron-core's reductions of gradients, and its division by the tokens of the global batch (a number on the
     last stage's device), at which 0.16 looks from the host."""
     finalize_model_grads(list(chunks), None, **megatron)
+    sum_over_sequence_shards(chunks)
     last = mpu.get_pipeline_model_parallel_last_rank()
     dist.broadcast(tokens, src=last, group=mpu.get_pipeline_model_parallel_group())
     dist.all_reduce(tokens, group=mpu.get_data_parallel_group(with_context_parallel=True))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows that a kernel holds until their FP8 codes are known (`storage.held_rows`) against plain torch.
+"""FP8 codes of rows that a kernel holds (`storage.held_rows`) or reads twice, against plain torch.
 
 On a GPU, or in Triton's interpreter (TRITON_INTERPRET=1).
 """
@@ -65,7 +65,7 @@ def test_rows_to_the_bit(width: int, scaled: bool) -> None:
     x[0, -1] = 1e3  # the largest at the very end
     want = quantised(x.float() if factor is None else x.float() * factor)
     assert same(quantise_rows(*on(DEVICE, x, factor)), want)
-    agreed = quantise_rows(*on(DEVICE, x, factor), agree=lambda largest: None)  # read twice
+    agreed = quantise_rows(*on(DEVICE, x, factor), agree=lambda largest: None)
     assert same(agreed, want)
 
 

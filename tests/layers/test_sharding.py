@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_megatron.layers.sharding import REPLICATED, Shard, declare, shard_of
+from lora_megatron.layers.sharding import REPLICATED, Shard, declare, is_summed_over_sequence_shards, shard_of
 
 whole_numbers = st.integers(1, 5)
 
@@ -100,7 +100,7 @@ def test_a_declaration_is_read_by_us_and_by_megatron() -> None:
     assert (parameter.tensor_model_parallel, parameter.partition_dim, parameter.partition_stride) == (True, 1, 2)
     declare(parameter, REPLICATED, sum_over_sequence_shards=True)
     assert shard_of(parameter) is REPLICATED
-    assert (parameter.tensor_model_parallel, parameter.sequence_parallel) == (False, True)
+    assert (parameter.tensor_model_parallel, is_summed_over_sequence_shards(parameter)) == (False, True)
 
 
 def test_a_sharded_parameter_is_no_partial_sum() -> None:

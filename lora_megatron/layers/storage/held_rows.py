@@ -15,12 +15,6 @@ LARGEST = tl.constexpr(448.0)  # of e4m3
 SMALLEST = tl.constexpr(1e-30)  # as in `fp8`
 WIDEST = 65536
 """Numbers that a program can hold."""
-_NARROW = 16384
-
-
-def launch_options(numbers: int) -> tuple[int, int]:
-    """Columns at a time, and warps, of a program that holds so many numbers."""
-    return (4096, 16) if numbers <= _NARROW else (8192, 32)
 
 
 @triton.jit
@@ -57,25 +51,3 @@ def store_codes(codes, inside, words, inverse):
     """Of [C] numbers, where `codes` points; inverse: of the scale."""
     values = tl.clamp(_unpacked(words) * inverse, -LARGEST, LARGEST)
     tl.store(codes, values.to(codes.dtype.element_ty), inside)
-
-
-@triton.jit
-def quantise_held_rows(x, factor, codes, scales, columns: tl.constexpr, C: tl.constexpr, FACTOR: tl.constexpr):
-    """q(x diag(factor)) of a bf16 row."""
-    row = tl.program_id(0).to(tl.int64)
-    held = ()
-    largest = tl.zeros([C], tl.float32)
-    for piece in tl.static_range((columns + C - 1) // C):
-        column = piece * C + tl.arange(0, C)
-        values = tl.load(x + row * columns + column, column < columns, 0.0)
-        if FACTOR:
-            values = values.to(tl.float32) * tl.load(factor + column, column < columns, 0.0)
-        words = packed(values, C)
-        largest = larger(largest, words)
-        held = held + (words,)  # type: ignore[assignment]  # noqa: RUF005
-    scale = scale_of_row(largest)
-    tl.store(scales + row, scale)
-    inverse = tl.div_rn(1.0, scale)  # exact: Triton's own division is approximate
-    for piece in tl.static_range((columns + C - 1) // C):
-        column = piece * C + tl.arange(0, C)
-        store_codes(codes + row * columns + column, column < columns, held[piece], inverse)

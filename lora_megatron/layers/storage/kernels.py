@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_megatron.layers.storage.held_rows import LARGEST, SMALLEST, WIDEST, launch_options, quantise_held_rows
+from lora_megatron.layers.storage.held_rows import LARGEST, SMALLEST
 
 _PIECE, _WARPS = 4096, 16
 """Columns at a time, and warps, of a program that quantises a row: of those tried on an H200 the fastest or near it."""
@@ -190,10 +190,7 @@ def quantise_rows(
         flags = (columns, _PIECE, factor is not None, measure, cast)
         _quantise_rows[(rows,)](x, factor, codes, into, known, *flags, num_warps=_WARPS)
 
-    if agree is None and x.dtype == torch.bfloat16 and columns <= WIDEST:
-        size, warps = launch_options(columns)
-        quantise_held_rows[(rows,)](x, factor, codes, scales, columns, size, factor is not None, num_warps=warps)
-    elif agree is None:
+    if agree is None:
         launch(scales, None, measure=True, cast=True)
     else:
         largest = torch.empty_like(scales)
