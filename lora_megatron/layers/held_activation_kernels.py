@@ -17,9 +17,9 @@ from lora_megatron.layers.storage.held_rows import WIDEST, larger, packed, scale
 
 _WIDE, _NARROW = (8192, 32), (4096, 16)
 """Columns at a time, and warps, of a program: the narrow one is faster for a gated activation's gradient alone, of
-which both halves are under way. (Between products on an H200, GPT-3 175B's rows of 49,152: 173 us where reading and
-computing them twice takes 203, and 226 for 298 backward. Rows that a product wrote gain nothing by being held: 35 us for
-28 of 12,288 columns.)"""
+which both halves are under way. Between products on an H200, GPT-3 175B's rows of 49,152 take 173 us where reading and
+computing them twice takes 203, and 226 for 298 backward. Rows that a product wrote gain nothing by being held: 35 us
+for 28 of 12,288 columns."""
 
 
 @triton.jit
