@@ -16,6 +16,7 @@ from megatron.core.tensor_parallel import random as megatron_random
 
 from lora_megatron.config import Config, parse_config
 from lora_megatron.errors import ConfigError
+from lora_megatron.layers.sharding import is_summed_over_sequence_shards
 from lora_megatron.methods.choose import choose_method
 from lora_megatron.model.checks import check, check_plan
 from lora_megatron.model.presets import resolve_shape
@@ -181,6 +182,9 @@ def test_the_gpus_generator_is_left_alone(pool: Pool) -> None:
 
 def gradients_by(finalize: Any, experiment: Experiment) -> list[torch.Tensor]:
     run, ours = Run(experiment), step._finalize
+    if finalize is finalize_model_grads:  # which of them it has to sum is kept from it
+        for parameter in (p for chunk in run.chunks for p in chunk.parameters()):
+            parameter.sequence_parallel = is_summed_over_sequence_shards(parameter)
     step._finalize = finalize
     try:
         step.run_microbatches(run.ddp, own_batches(experiment, 0))
