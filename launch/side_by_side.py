@@ -27,6 +27,7 @@ from lora_megatron.measure.atomic import write_json, write_text
 from lora_megatron.measure.markdown import escape, printable
 from lora_megatron.measure.report_folder import JSON_NAME, MARKDOWN_NAME, claim_folder, require_no_file
 from lora_megatron.measure.units import MISSING, show_seconds
+from lora_megatron.parallel.launcher import leave_others
 
 
 def names_of(text: str, valid: Sequence[str], *, flag: str) -> list[str]:
@@ -166,4 +167,7 @@ def status_of(run: Callable[[], None]) -> int:
             sys.stderr.flush()
             os._exit(error.exit_status)  # nothing that waits for the others may run
         return error.exit_status
+    except Exception:
+        leave_others()
+        raise
     return 0

@@ -18,7 +18,7 @@ from lora_megatron.errors import (
     Preempted,
     UserError,
 )
-from lora_megatron.parallel.launcher import die_with_parent, is_rank
+from lora_megatron.parallel.launcher import die_with_parent, is_rank, leave_others
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,6 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at exit
         return EXIT_BROKEN_PIPE
+    except Exception:
+        leave_others()
+        raise
     return EXIT_DONE
 
 

@@ -202,7 +202,7 @@ def test_the_comparison_notices_a_label_left_out(pool: Pool) -> None:
             "embedding.word_embeddings.weight: drop it",
         ),
         ({"base": {"head": "bf16"}}, "base.head = bf16 is not train.precision = fp32"),
-        ({"base": {"head": "fp8", "transposes": "kept"}}, "base.transposes = kept is about FP8 products"),
+        ({"base": {"head": "fp8", "transposes": "kept"}}, "base.transposes = kept is about FP8 linear layers"),
         ({"base": {"head": "bf16", "fast_accum": "both"}, "train": {"precision": "bf16"}}, "base.fast_accum = both"),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -16,6 +17,7 @@ from lora_megatron.errors import ConfigError
 from lora_megatron.layers.storage.choose import StorageFormat
 from lora_megatron.layers.storage.fp8 import Fp8Products, StoredFp8
 from lora_megatron.layers.storage.nf4 import StoredNf4ForFp8
+from lora_megatron.model.build import _keep_transposes
 from lora_megatron.model.storage import storage_of
 from lora_megatron.parallel.groups import Layout
 from lora_megatron.planning.weights import Weight, unpacked_bytes
@@ -95,8 +97,24 @@ def test_the_last_layers_of_a_stage_keep_theirs(pool: Pool) -> None:
     for rank in range(2):
         others = LINEARS - (rank == 0)
         assert kept_one[rank][1:] == (4 * others + LINEARS, LINEARS + others, LINEARS)
-    assert (kept_one[0].record, plain[0].record) != (None, None)
-    assert kept_one[0].record["norm"] == plain[0].record["norm"]  # type: ignore[index]  # the line above
+    got, want = kept_one[0].record, plain[0].record
+    assert got is not None
+    assert want is not None
+    assert got["norm"] == want["norm"]
+
+
+def test_layers_without_fp8_products_are_not_counted() -> None:
+    """As those that are fully trained above frozen ones."""
+
+    def stored() -> torch.nn.ModuleList:
+        return torch.nn.ModuleList(StoredFp8(16, 16, device=torch.device("cpu"), axis=0, group=None) for _ in range(2))
+
+    layers = [stored(), torch.nn.Linear(4, 4), stored(), torch.nn.Linear(4, 4)]
+    chunks = [SimpleNamespace(decoder=SimpleNamespace(layers=part)) for part in (layers[:3], layers[3:])]
+    for count, expected in ((0, [1, 1]), (1, [1, 0]), (2, [0, 0])):
+        _keep_transposes(chunks, count)  # type: ignore[arg-type]  # it asks for layers alone
+        found = [{one.transposes for one in layer} for layer in (layers[0], layers[2])]  # type: ignore[union-attr]
+        assert found == [{uses} for uses in expected]
 
 
 @pytest.mark.parametrize("make", [StoredFp8, StoredNf4ForFp8])
@@ -129,8 +147,11 @@ def test_from_a_configuration() -> None:
     format_of = storage_of(plain)
     assert format_of is not None
     assert format_of.transposes == 1
-    with pytest.raises(ConfigError, match="= group is about FP8"):
-        storage_of(parse_config({**tree, "base": {"transposes": "group"}}))
+    for base in ({"transposes": "group"}, {"transposes": "group", "head": "fp8"}):
+        with pytest.raises(ConfigError, match=r"= group is about FP8 linear layers: set base.storage=fp8"):
+            storage_of(parse_config({**tree, "base": base}))
+    with pytest.raises(ConfigError, match=r"= both is about FP8 products: set base.storage=fp8, .*, base.head=fp8"):
+        storage_of(parse_config({**tree, "base": {"fast_accum": "both"}}))
 
 
 def test_the_plan_counts_a_chunk_or_all() -> None:
@@ -151,6 +172,7 @@ def test_the_plan_counts_a_chunk_or_all() -> None:
     ways = tuple({"transposes": how, "transposes_kept": 1} for how in (None, "group", "kept"))  # layer 1's
     assert [planned(storage="fp8", **how) for how in ways] == [64 + 32, 64 + 32, 64 + 32]
     assert [planned(storage="nf4", gemm="fp8", **how) for how in ways] == [64 + 32, 64 + 64, 64 + 64]
-    assert planned(storage="fp8", transposes_kept=9) == 96 + 32, "more than there are"
+    assert [planned(storage="fp8", transposes_kept=n) for n in (2, 9)] == [96, 96], "all, and more than there are"
+    assert planned(storage="nf4", gemm="fp8", transposes_kept=9) == 96 + 32, "unpacked beside it"
     del weights[0]
     assert planned(storage="fp8", transposes="group") == 32, "no interleaved schedule, no group"

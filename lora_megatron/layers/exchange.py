@@ -30,7 +30,7 @@ from torch import Tensor
 
 from lora_megatron.layers.low_rank_input import add_input_gradient
 from lora_megatron.layers.storage.product import Product
-from lora_megatron.parallel.shared_box import ALIGNMENT, Box, aligned
+from lora_megatron.parallel.shared_box import ALIGNMENT, Box, aligned, all_made, made_over
 
 try:
     from lora_megatron.layers import exchange_kernels as kernels
@@ -38,7 +38,6 @@ except ImportError:  # no Triton
     kernels = None  # type: ignore[assignment]  # mypy takes the name for a module; None is what is asked for below
 
 OPTION = "parallel.tp_comm_overlap"
-_made: dict[dist.ProcessGroup, Exchange] = {}
 
 
 def exchange_over(group: dist.ProcessGroup) -> Exchange:
@@ -49,15 +48,13 @@ def exchange_over(group: dist.ProcessGroup) -> Exchange:
     Raises:
         ConfigError: the GPUs of the group do not reach each other's memory.
     """
-    if group not in _made:
-        _made[group] = Exchange(group)
-    return _made[group]
+    return made_over(Exchange, group, lambda: Exchange(group))
 
 
 def forget_turns() -> None:
     """To be called around the capture of a CUDA graph and after each launch of one: whose turn it was is then not what
     this process last asked for, and the next product of each exchange begins with a barrier."""
-    for exchange in _made.values():
+    for exchange in all_made(Exchange):
         exchange.last = ""
 
 

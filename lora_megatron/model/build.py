@@ -230,10 +230,15 @@ def _freeze(chunks: list[GPTModel], method: Method) -> None:
 
 
 def _keep_transposes(chunks: list[GPTModel], layers: int) -> None:
-    last = [layer for chunk in chunks for layer in chunk.decoder.layers][-layers:] if layers else []
-    for stored in (module for layer in last for module in layer.modules()):
-        if isinstance(stored, Fp8Products):
-            stored.transposes = 0
+    """Of the last so many layers that have FP8 products."""
+    stored = [
+        [module for module in layer.modules() if isinstance(module, Fp8Products)]
+        for chunk in chunks
+        for layer in chunk.decoder.layers
+    ]
+    last = [products for products in stored if products][-layers:] if layers else []
+    for one in (one for products in last for one in products):
+        one.transposes = 0
 
 
 def _let_gradient_reach_input(chunk: GPTModel) -> None:

@@ -24,12 +24,14 @@ def storage_of(config: Config) -> StorageFormat | None:
         raise ConfigError(
             f"base.gemm = {gemm} says what NF4 weights are multiplied in: set base.storage=nf4, or drop it"
         )
-    # The head's is always kept turned round.
-    for key, head in (("fast_accum", config.base.head), ("transposes", None), ("transposes_kept", None)):
-        if getattr(config.base, key) is not None and storage != "fp8" and gemm != "fp8" and head != "fp8":
+    # An FP8 head has products that add up too; but it is always kept turned round, whatever the linear layers do.
+    for key, of_head in (("fast_accum", True), ("transposes", False), ("transposes_kept", False)):
+        has_any = storage == "fp8" or gemm == "fp8" or (of_head and config.base.head == "fp8")
+        if getattr(config.base, key) is not None and not has_any:
+            what, way = ("products", ", base.head=fp8") if of_head else ("linear layers", "")
             raise ConfigError(
-                f"base.{key} = {getattr(config.base, key)} is about FP8 products: set base.storage=fp8, or "
-                "base.storage=nf4 and base.gemm=fp8, or drop it"
+                f"base.{key} = {getattr(config.base, key)} is about FP8 {what}: set base.storage=fp8, or "
+                f"base.storage=nf4 and base.gemm=fp8{way}, or drop it"
             )
     if storage in (None, precision):
         return None

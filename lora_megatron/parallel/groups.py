@@ -20,7 +20,7 @@ from megatron.core import parallel_state as mpu
 from megatron.core import tensor_parallel
 
 from lora_megatron.errors import ConfigError, JoinError
-from lora_megatron.parallel import cpu_backend
+from lora_megatron.parallel import cpu_backend, shared_box
 
 if not torch.cuda.is_available():
     cpu_backend.install()
@@ -83,7 +83,7 @@ def join_world(*, timeout_minutes: float = 30.0, streams_wait: bool = False) -> 
     """Join the world torchrun announced, or make a world of one; nothing when this process is in a world already.
 
     streams_wait: whether streams are to wait for other ranks (`parallel.stage_copies`), which must hold up no other
-    stream: each then has a queue of its own.
+    stream: each then has a queue of its own, as a rule.
 
     Raises:
         JoinError: the environment announces a world that cannot be joined, or fewer GPUs are there than processes.
@@ -207,11 +207,12 @@ def _connect(device: torch.device) -> None:
 
 
 def stop() -> None:
-    """Leave every group, and end its threads.
+    """Leave every group, end its threads, and let go of the boxes that its ranks shared.
 
     A group lives until nothing refers to it, and a model that does refers to itself in cycles. Gloo's threads of a
     group whose peers have gone never sleep again: a dozen of them take a core.
     """
+    shared_box.forget_all()
     mpu.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()

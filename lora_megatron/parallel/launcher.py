@@ -6,11 +6,13 @@ Nothing here imports torch: a worker must be bound to its launcher before it spe
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
 import socket
 import sys
+import traceback
 from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
@@ -34,6 +36,22 @@ def die_with_parent() -> None:
 def is_rank() -> bool:
     """Whether a launcher started this process as one rank of a world."""
     return "RANK" in os.environ
+
+
+def leave_others() -> None:
+    """To be called where an exception that nobody expected is handled: if this is one of several ranks, print it and
+    end the process with 1.
+
+    Nothing that waits for the others may run, such as NCCL's destructors, or CUDA's, which wait for streams that wait
+    for another rank's numbers (`stream_values`). The launcher ends the others.
+    """
+    if not is_rank() or os.environ.get("WORLD_SIZE", "1") == "1":
+        return
+    traceback.print_exc()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
+            stream.flush()
+    os._exit(1)
 
 
 def launcher_identity() -> str:

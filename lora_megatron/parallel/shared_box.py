@@ -8,7 +8,8 @@ for (`stream_values`).
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,26 @@ from lora_megatron.parallel import stream_values
 
 ALIGNMENT = 256
 """Bytes between parts of a box."""
+Kind = TypeVar("Kind")
+_made: dict[tuple[type, dist.ProcessGroup], Any] = {}
+
+
+def made_over(kind: type[Kind], group: dist.ProcessGroup, make: Callable[[], Kind]) -> Kind:
+    """The one of its kind that a group has, made when it is first asked for: by all ranks at once, as it has boxes."""
+    if (kind, group) not in _made:
+        _made[kind, group] = make()
+    found: Kind = _made[kind, group]
+    return found
+
+
+def all_made(kind: type[Kind]) -> list[Kind]:
+    """Those of a kind, of all groups."""
+    return [one for (its, _), one in _made.items() if its is kind]
+
+
+def forget_all() -> None:
+    """To be called when groups are left: what was made over them keeps them, and its boxes, no longer."""
+    _made.clear()
 
 
 def aligned(size: int) -> int:
@@ -40,33 +61,37 @@ class Box:
         self.handle: Any = None
         self.older: list[tuple[Tensor, Any]] = []
 
+    @property
+    def size(self) -> int:
+        """Bytes, the same on all ranks."""
+        return 0 if self.memory is None else self.memory.numel()
+
     def holding(self, size: int) -> bool:
         """Make it at least `size` bytes, if it is not, and say whether it is another one now: for all ranks at
-        once, as all have tokens of one size.
+        once, as all have tokens of one size. Where that fails it stays the one it is.
 
         Raises:
             torch.OutOfMemoryError: this GPU has no room for it.
             ConfigError: the GPUs do not reach each other's memory.
         """
-        if self.memory is not None:
-            if self.memory.numel() >= size:
-                return False
-            # Other ranks may still be reading the old one, and CUDA graphs go on using it. Twice its size at least, so
-            # that all old ones together are no larger than the new one, however often it grows.
-            self.older.append((self.memory, self.handle))
-            size = max(size, 2 * self.memory.numel())
-        self.memory = self._symmetric(size)
+        if self.size >= size:
+            return False
+        # Twice its size at least, so that all old ones together are no larger than the new one, however often it grows.
+        memory = self._symmetric(max(size, 2 * self.size))
         # Loaded by those who use it: importing it costs a second.
         from torch.distributed import _symmetric_memory as symmetric
 
         try:
-            self.handle = symmetric.rendezvous(self.memory, self.group.group_name)
+            handle = symmetric.rendezvous(memory, self.group.group_name)
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             raise ConfigError(
                 f"{self.needed_by} = true: the GPUs of a group do not reach each other's memory "
                 f"({reason}): set {self.needed_by}=false, or keep the group inside one host"
             ) from None
+        if self.memory is not None:  # other ranks may still be reading the old one, and CUDA graphs go on using it
+            self.older.append((self.memory, self.handle))
+        self.memory, self.handle = memory, handle
         return True
 
     def at(self, rank: int, like: Tensor, place: int = 0) -> Tensor:

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from lora_megatron.errors import ConfigError
 from lora_megatron.parallel.groups import MOST_QUEUES, QUEUES
-from lora_megatron.parallel.shared_box import ALIGNMENT, Box, aligned
+from lora_megatron.parallel.shared_box import ALIGNMENT, Box, aligned, made_over
 from lora_megatron.parallel.stream_values import BYTES
 
 OPTION = "parallel.pp_comm_copy"
@@ -43,12 +43,17 @@ SLOTS = 2
 PREVIOUS, NEXT = 0, 1
 """Sides of a stage."""
 _FULL, _BUSY = 0, 1
-_made: dict[dist.ProcessGroup, StageCopies] = {}
 
 
 def bytes_of(message: int) -> int:
     """What a rank's box takes for messages of so many bytes."""
     return ALIGNMENT + 2 * SLOTS * aligned(message)
+
+
+def slot_of(box: int) -> int:
+    """Bytes of each slot in a box of so many: where it is does not depend on a message, or its number would not guard
+    it."""
+    return (box - ALIGNMENT) // (2 * SLOTS) // ALIGNMENT * ALIGNMENT
 
 
 def _number(kind: int, side: int, slot: int) -> int:
@@ -61,6 +66,10 @@ class Handle(Protocol):
 
     def wait(self) -> object:
         """Nothing that the current stream is given after this begins before it is done."""
+        ...
+
+    def query(self) -> bool:
+        """Whether it is done already."""
         ...
 
 
@@ -85,6 +94,9 @@ class _Nothing:
     def wait(self) -> None:
         pass
 
+    def query(self) -> bool:
+        return True
+
 
 class _Neighbour:
     """Messages to and from the stage on one side."""
@@ -102,15 +114,16 @@ class _Neighbour:
         self.sent += 1
         message = tensor.detach().contiguous()
         own_busy, their_full = _number(_BUSY, self.side, slot), _number(_FULL, self.opposite, slot)
+        place = self._place(self.opposite, slot, message)
 
         def copy() -> None:
             box.wait(own_busy, 0)
             box.write(box.group.rank(), own_busy, 1)
-            box.at(self.rank, message, _place(self.opposite, slot, message)).copy_(message, non_blocking=True)
+            box.at(self.rank, message, place).copy_(message, non_blocking=True)
             box.write(self.rank, their_full, 1)
 
         self._under_way.append((message, self.outward.run(copy)))
-        self._let_go(SLOTS)
+        self.let_go(SLOTS)
         return _Nothing()
 
     def receive(self, into: Tensor) -> Handle:
@@ -119,59 +132,82 @@ class _Neighbour:
         self.received += 1
         own_full, their_busy = _number(_FULL, self.side, slot), _number(_BUSY, self.opposite, slot)
         target = into.detach()
+        place = self._place(self.side, slot, target)
 
         def copy() -> None:
             own = box.group.rank()
             box.wait(own_full, 1)
             box.write(own, own_full, 0)
-            target.copy_(box.at(own, target, _place(self.side, slot, target)), non_blocking=True)
+            target.copy_(box.at(own, target, place), non_blocking=True)
             box.write(self.rank, their_busy, 0)
 
         return self.inward.run(copy)
 
     def end(self) -> None:
         """All messages that were sent are there, before whatever the current stream is given after this."""
-        self._let_go(0)
+        self.let_go(0)
         self.sent = self.received = 0
 
-    def _let_go(self, but: int) -> None:
-        """Of the memory of all messages but the last so many; the stream that made it waits for their copies."""
-        while len(self._under_way) > but:
+    def let_go(self, but: int) -> None:
+        """Of the memory of messages that are there, and of all but the last so many others; the stream that made it
+        waits for their copies."""
+        while self._under_way and (len(self._under_way) > but or self._under_way[0][1].query()):
             _, handle = self._under_way.popleft()
             handle.wait()
 
-
-def _place(side: int, slot: int, message: Tensor) -> int:
-    """Where in a box the inbox of that side has its slot, in bytes."""
-    return ALIGNMENT + (side * SLOTS + slot) * aligned(message.nbytes)
+    def _place(self, side: int, slot: int, message: Tensor) -> int:
+        """Where in a box the inbox of that side has its slot, in bytes."""
+        room = slot_of(self.box.size)
+        assert message.nbytes <= room, f"a message of {message.nbytes:,} bytes in a slot of {room:,}"
+        return ALIGNMENT + (side * SLOTS + slot) * room
 
 
 class StageCopies(P2PCommunicator):
-    """megatron-core's messages between stages, copied. All of a step have one size."""
+    """megatron-core's messages between stages, copied."""
 
     def __init__(self, group: dist.ProcessGroup, config: ModelParallelConfig) -> None:
         super().__init__(group, config)
         self.box = Box(group, needed_by=OPTION)
         rank, size = group.rank(), group.size()
         self._sides = [_Neighbour(self.box, (rank + step) % size, side) for side, step in ((PREVIOUS, -1), (NEXT, 1))]
+        self._in_step = False
 
     @contextlib.contextmanager
     def step(self, message: int, config: ModelParallelConfig) -> Iterator[dict[str, Any]]:
-        """Within, what megatron-core's schedules are to be given for a step whose messages have so many bytes.
+        """Within, what megatron-core's schedules are to be given for a step whose messages have at most so many bytes.
 
         Every rank of the group must enter it at the same time.
 
         Raises:
-            torch.OutOfMemoryError, ConfigError: as `Box.holding`.
+            torch.OutOfMemoryError, ConfigError: as `Box.holding`; or streams cannot write or wait for numbers.
+            RuntimeError: an exception has ended a step before it.
         """
+        if self._in_step:
+            raise RuntimeError(f"a step has not come to its end, and left messages under way ({OPTION}): start anew")
         self.config = config
+        self.virtual_pipeline_model_parallel_size = config.virtual_pipeline_model_parallel_size
         if self.box.holding(bytes_of(message)):
-            self.box.at(self.pp_group.rank(), torch.empty(ALIGNMENT, dtype=torch.uint8, device="meta")).zero_()
-            torch.cuda.synchronize()
+            self._clear_numbers()
             dist.barrier(group=self.pp_group)  # no slot is busy or full anywhere before anyone writes
+        self._in_step = True
         yield {"p2p_communicator": self, "pg_collection": _groups()}
         for side in self._sides:
             side.end()
+        self._in_step = False
+
+    def _clear_numbers(self) -> None:
+        """Of this rank's box; and try whether streams can write those of the neighbours, and wait."""
+        self.box.at(self.pp_group.rank(), torch.empty(ALIGNMENT, dtype=torch.uint8, device="meta")).zero_()
+        try:
+            for side in self._sides:
+                self.box.write(side.rank, _number(_FULL, side.opposite, 0), 0)
+                self.box.wait(_number(_FULL, side.side, 0), 0)
+        except (OSError, RuntimeError) as error:  # no library of the driver's, or it refuses
+            reason = str(error).splitlines()[0]
+            raise ConfigError(
+                f"{OPTION} = true: streams of this GPU cannot write or wait for numbers ({reason}): set {OPTION}=false"
+            ) from error
+        torch.cuda.synchronize()
 
     def _communicate(
         self,
@@ -185,6 +221,8 @@ class StageCopies(P2PCommunicator):
     ) -> tuple[Tensor | None, Tensor | None, dict[str, Handle] | None]:
         """As megatron-core's (0.16 to 0.19), by which all its sends and receives go: what was received from the stage
         before and from the one after, and handles by name."""
+        for neighbour in self._sides:
+            neighbour.let_go(SLOTS)
         handles: dict[str, Handle] = {}
         received: list[Tensor | None] = [None, None]
         for side, name, tensor in ((NEXT, "send_next", tensor_send_next), (PREVIOUS, "send_prev", tensor_send_prev)):
@@ -209,9 +247,7 @@ class StageCopies(P2PCommunicator):
 
 def copies_over(group: dist.ProcessGroup, config: ModelParallelConfig) -> StageCopies:
     """The one of a pipeline group, whose ranks must ask for it at the same time, the first time."""
-    if group not in _made:
-        _made[group] = StageCopies(group, config)
-    return _made[group]
+    return made_over(StageCopies, group, lambda: StageCopies(group, config))
 
 
 def check_copies_here() -> None:

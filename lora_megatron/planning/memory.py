@@ -151,7 +151,7 @@ def plan_rank(config: Config, shape: ModelShape, method: Method, weights: Sequen
         optimizer=trained.optimizer,
         activations=round(worst.activations + sum(chunk.once for chunk in chunks)),
         logits=round(worst.loss),
-        communication=round(_communication(batch)),
+        communication=round(_communication(batch, copies=config.parallel.pp_comm_copy)),
         workspace=round(at_most),
         context=_outside(config, method, batch, place),
     )
@@ -273,12 +273,13 @@ def _workspace(
     return max(at_loss, in_layer, 0.0) + max(weight, unpacked_bytes(weights, base)) + kept + 2 * CUBLAS_WORKSPACE
 
 
-def _communication(batch: Microbatch) -> float:
-    """Between pipeline stages the last outputs are under way, and one hidden state each way; a column layer under
-    sequence parallelism gathers its input, and its gradient in backward."""
+def _communication(batch: Microbatch, *, copies: bool) -> float:
+    """Between pipeline stages the last outputs are under way, and one hidden state each way; with `pp_comm_copy` the
+    gradients too that the slots of the stage before hold up; a column layer under sequence parallelism gathers its
+    input, and its gradient in backward."""
     held = 0.0
     if batch.layout.pipeline > 1:
-        held += batch.hidden_bytes * (UNDER_WAY + 2)
+        held += batch.hidden_bytes * (UNDER_WAY + 2 + (stage_copies.SLOTS if copies else 0))
     if batch.layout.sequence:
         held += 2 * batch.hidden_bytes * batch.tensor
     return held

@@ -144,11 +144,14 @@ def _stored_bytes(weight: Weight, storage: str) -> int:
 
 def unpacked_bytes(weights: Sequence[Weight], base: BaseSection) -> int:
     """The most that a stored weight's products read at once: the largest in the precision they are done in, FP8 turned
-    round or NF4 unpacked; or what is kept turned round, and NF4 unpacked beside it. 0 where nothing is stored."""
+    round or NF4 unpacked; or what is kept turned round, and NF4 unpacked beside it. Where all FP8 is kept turned round
+    none is read beside that. 0 where nothing is stored."""
     frozen = [w for w in weights if base.storage in STORAGE and w.is_linear and not w.trained]
     in_fp8 = base.storage == "fp8" or base.gemm == "fp8"
     largest = max((w.size * (1 if in_fp8 else w.itemsize) for w in frozen), default=0)
     kept, others = transposed_bytes(frozen, base.transposes, base.transposes_kept or 0)
+    if base.storage == "fp8" and kept == sum(weight.size for weight in frozen):
+        return kept
     return kept + max(largest, others + (largest if others and base.storage == "nf4" else 0))
 
 

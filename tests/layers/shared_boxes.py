@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lora_megatron.layers import exchange
 from lora_megatron.layers.sequence_shards import SequenceShards
-from lora_megatron.parallel import cpu_backend
+from lora_megatron.parallel import cpu_backend, shared_box
 
 DELAY_S = 0.005
 NO_BARRIER, NO_TURNS = "no barrier", "no turns"
@@ -83,7 +83,7 @@ def exchanging(*, delay: float = 0.0, fault: str = "") -> Iterator[None]:
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(patch.object(exchange, "Box", SharedBox))
-        stack.enter_context(patch.object(exchange, "_made", {}))
+        stack.enter_context(patch.object(shared_box, "_made", {}))
         stack.enter_context(patch.object(SequenceShards, "over", over))
         stack.enter_context(patch.object(SharedBox, "delay", delay))
         if fault == NO_BARRIER:

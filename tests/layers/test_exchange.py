@@ -266,6 +266,14 @@ def test_gpus_apart_and_full_ones_are_told_from_each_other(monkeypatch: pytest.M
     ) as one:
         box.holding(16)
     assert "\n" not in str(one.value)
+    assert (box.memory, box.handle, box.older) == (None, None, []), "nothing half made"
+    monkeypatch.setattr(symmetric, "rendezvous", lambda memory, name: memory.numel())
+    assert box.holding(16)
+    monkeypatch.setattr(symmetric, "rendezvous", fail)
+    with pytest.raises(ConfigError):
+        box.holding(17)
+    assert not box.holding(16), "the one there was stays"
+    assert (box.size, box.handle, box.older) == (16, 16, [])
     monkeypatch.setattr(symmetric, "empty", fail)
     with pytest.raises(torch.OutOfMemoryError, match="no room for 1,024 bytes that GPUs share"):
         Box(Group(), needed_by="parallel.tp_comm_overlap").holding(1024)  # type: ignore[arg-type]  # the same

@@ -23,6 +23,7 @@ from lora_megatron.planning.memory import plan_this_rank
 from lora_megatron.training.choose_optimizer import choose_optimizer
 from lora_megatron.training.optimizer import gradient_bytes, wrap_ddp
 from lora_megatron.training.step import run_microbatches
+from tests.training.shared_stages import copying
 
 VOCABULARY, LENGTH = 500, 64
 Tree = dict[str, Any]
@@ -86,6 +87,7 @@ def _one(case: Case) -> tuple[Tree, Tree]:
         recompute_layers=train.recompute_layers,
         recompute_unit=train.recompute_unit,
         attention=train.attention,
+        pp_comm_copy=config.parallel.pp_comm_copy,
     )
     chunks = build(shape, method, layout_of(config), options)
     initialise_base(chunks, seed=3, num_layers=shape.num_layers)
@@ -96,7 +98,7 @@ def _one(case: Case) -> tuple[Tree, Tree]:
     count = data.global_batch_size // (data.micro_batch_size * mpu.get_data_parallel_world_size())
     batches = [microbatch(data.micro_batch_size, packing=data.packing) for _ in range(count)]
     optimizer.zero_grad()
-    with meter:
+    with copying(), meter:
         run_microbatches(ddp, batches)
     optimizer.step()
     measured = {

@@ -133,6 +133,7 @@ GROUPS = {
         pipeline(recompute("full"), virtual_pipeline=2),
         pipeline({"train": {"recompute": "full", "recompute_layers": 1}}, virtual_pipeline=2),
         pipeline(EVERY_TARGET, mlp(1), virtual_pipeline=2),
+        pipeline(BF16, virtual_pipeline=2, pp_comm_copy=True),
     ],
     "four stages": [pipeline(stages=4)],
     "tensor and pipeline": [case(LLAMA, BF16, world=4, tensor=2, pipeline=2, sequence=True)],

@@ -60,6 +60,22 @@ def test_pipeline_stages_hold_two_outputs_and_a_message_each_way(
         assert rank["memory"]["communication"] == 4 * hidden
 
 
+def test_stages_that_copy_hold_slots_and_gradients(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Two slots for each neighbour, outside torch's allocator, and of the gradients as many as there are slots."""
+    path = write(tmp_path, parallel={"pipeline": 2})
+    sends, copies = (plan(capsys, path, f"parallel.pp_comm_copy={value}")["ranks"] for value in ("false", "true"))
+    hidden = 64 * 64 * 4
+    for before, after in zip(sends, copies, strict=True):
+        more = {kind: after["memory"][kind] - bytes_ for kind, bytes_ in before["memory"].items()}
+        box = 2 * 2 * hidden + 256
+        assert {kind: bytes_ for kind, bytes_ in more.items() if bytes_} == {
+            "communication": 2 * hidden,
+            "context": box,
+            "allocated": 2 * hidden,
+            "total": 2 * hidden + box,
+        }
+
+
 def test_the_papers_175b_on_96_gpus(capsys: pytest.CaptureFixture[str]) -> None:
     started = time.process_time()
     facts = plan(capsys, GPT3)

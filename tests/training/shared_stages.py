@@ -14,7 +14,7 @@ from unittest.mock import patch
 
 import torch
 
-from lora_megatron.parallel import cpu_backend, stage_copies
+from lora_megatron.parallel import cpu_backend, shared_box, stage_copies
 from tests.layers.shared_boxes import SharedBox
 
 LONGEST_WAIT_S, LONGEST_OF_A_FAULT_S = 60.0, 2.0
@@ -30,6 +30,9 @@ class Started:
 
     def wait(self) -> None:
         self._future.result(LONGEST_WAIT_S)
+
+    def query(self) -> bool:
+        return self._future.done()
 
 
 class ThreadLane:
@@ -77,7 +80,7 @@ def copying(*, delay: float = 0.0, forgotten: str = "") -> Iterator[None]:
     patches: list[tuple[Any, str, Any]] = [
         (stage_copies, "Box", NumberedBox),
         (stage_copies, "Lane", ThreadLane),
-        (stage_copies, "_made", {}),
+        (shared_box, "_made", {}),
         (NumberedBox, "delay", delay),
         (NumberedBox, "longest_s", LONGEST_OF_A_FAULT_S if forgotten else LONGEST_WAIT_S),
         (NumberedBox, "forgotten", {"full": 1, "busy": 0}.get(forgotten, -1)),

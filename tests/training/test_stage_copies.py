@@ -8,11 +8,10 @@ Processes of a CPU copy through files (`shared_stages`).
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -26,9 +25,16 @@ from lora_megatron.layers.storage.choose import StorageFormat
 from lora_megatron.methods.choose import choose_method
 from lora_megatron.model.checks import check_plan
 from lora_megatron.model.presets import resolve_shape
-from lora_megatron.parallel import stage_copies
 from lora_megatron.parallel.groups import MOST_QUEUES, QUEUES, Layout, build_mesh
-from lora_megatron.parallel.stage_copies import SLOTS, check_copies_here, copies_over
+from lora_megatron.parallel.shared_box import ALIGNMENT
+from lora_megatron.parallel.stage_copies import (
+    SLOTS,
+    bytes_of,
+    check_copies_here,
+    copies_over,
+    slot_of,
+)
+from lora_megatron.parallel.stream_values import BYTES
 from tests.comparison import compare
 from tests.pool import Pool
 from tests.training.shared_stages import NOBODY_WAITS, copying
@@ -48,58 +54,76 @@ def nccl(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pool]:
     pool.close()
 
 
-def message(number: int, sender: int, backward: bool) -> torch.Tensor:
-    """Recognisable: [5, 2, 8]."""
+class Step(NamedTuple):
+    """What every stage sends in it each way."""
+
+    count: int
+    shape: tuple[int, ...] = SHAPE
+    room: int = 0
+    """Bytes for which there is to be room; not given: as its messages have."""
+
+
+def message(number: int, sender: int, backward: bool, shape: tuple[int, ...]) -> torch.Tensor:
+    """Recognisable."""
     value = 1000.0 * sender + 2 * number + backward
-    return torch.full(SHAPE, value, device=torch.cuda.current_device())
+    return torch.full(shape, value, device=torch.cuda.current_device())
 
 
-def pass_round(steps: int, count: int, how: dict[str, Any]) -> list[tuple[str, float, float]]:
-    """In each step every stage sends `count` messages each way round, started before any is waited for; what was
-    received with another value than was sent: where, got, wanted."""
+def pass_round(steps: Sequence[Step], how: dict[str, Any], one_way: bool = False) -> list[tuple[str, float, float]]:
+    """In each step every stage sends so many messages each way round, started before any is waited for; what was
+    received with another value than was sent: where, got, wanted.
+
+    one_way: none goes back, nor from the last stage to the first.
+    """
     size, rank = dist.get_world_size(), dist.get_rank()
     build_mesh(Layout(pipeline=size), seed=1, timeout_minutes=2)
     config = ModelParallelConfig(pipeline_dtype=torch.float32, pipeline_model_parallel_size=size)
     found = []
     with copying(**how):
         copies = copies_over(mpu.get_pipeline_model_parallel_group(), config)
-        bytes_each = message(0, 0, False).nbytes
-        for step in range(steps):
-            with copies.step(bytes_each * (1 + step), config) as given:  # the box grows
+        sends, receives = (not one_way or place < size - 1 for place in (rank, size - 1 - rank))
+        for step, (count, shape, room) in enumerate(steps):
+            with copies.step(room or message(0, 0, False, shape).nbytes, config) as given:
                 assert given["p2p_communicator"] is copies
                 started = []
                 for number in range(count):
                     ahead, _, first = copies._communicate(
-                        tensor_send_next=message(number, rank, False),
+                        tensor_send_next=message(number, rank, False, shape) if sends else None,
                         tensor_send_prev=None,
-                        recv_prev=True,
+                        recv_prev=receives,
                         recv_next=False,
-                        tensor_shape=SHAPE,
+                        tensor_shape=shape,
                         wait_on_reqs=False,
                     )
                     _, back, second = copies._communicate(
                         tensor_send_next=None,
-                        tensor_send_prev=message(number, rank, True),
+                        tensor_send_prev=None if one_way else message(number, rank, True, shape),
                         recv_prev=False,
-                        recv_next=True,
-                        tensor_shape=SHAPE,
+                        recv_next=not one_way,
+                        tensor_shape=shape,
                         wait_on_reqs=False,
                     )
                     assert first is not None
                     assert second is not None
+                    before, after = (rank - 1) % size, (rank + 1) % size
                     started += [
-                        (f"step {step} forward {number}", ahead, first["recv_prev"], (rank - 1) % size, number, False),
-                        (f"step {step} backward {number}", back, second["recv_next"], (rank + 1) % size, number, True),
+                        (f"step {step} forward {number}", ahead, first.get("recv_prev"), before, number, False),
+                        (f"step {step} backward {number}", back, second.get("recv_next"), after, number, True),
                     ]
                 for name, tensor, handle, sender, number, backward in started:
+                    if handle is None:
+                        continue
                     handle.wait()
                     assert tensor is not None
                     assert tensor.requires_grad
-                    wanted = message(number, sender, backward)
+                    wanted = message(number, sender, backward, shape)
                     if not torch.equal(tensor.detach(), wanted):
                         found.append((name, float(tensor.detach().mean()), float(wanted.mean())))
         assert all(not side._under_way for side in copies._sides)  # nothing sent is kept
     return found
+
+
+GROWING = [Step(3 * SLOTS + 1), Step(3 * SLOTS + 1, room=1000)]
 
 
 @pytest.mark.parametrize(
@@ -107,22 +131,35 @@ def pass_round(steps: int, count: int, how: dict[str, Any]) -> list[tuple[str, f
     [(2, 0.0), (2, 0.002), (3, 0.001)],
 )
 def test_every_message_comes_whole_and_in_order(pool: Pool, world: int, delay: float) -> None:
-    assert pool.run(world, pass_round, steps=2, count=3 * SLOTS + 1, how={"delay": delay}) == [[]] * world
+    assert pool.run(world, pass_round, steps=GROWING, how={"delay": delay}) == [[]] * world
+
+
+SMALL, LARGE = (64, 64), (128, 128)
+
+
+def test_sizes_may_change_from_step_to_step(pool: Pool) -> None:
+    """A slow receiver still has to take a message out when the next step's larger one comes into the slot beside it."""
+    room = 4 * LARGE[0] * LARGE[1]
+    steps = [Step(0, LARGE, room), Step(2, SMALL, room), Step(1, LARGE, room), Step(1, SMALL), Step(2, LARGE)]
+    assert pool.run(2, pass_round, steps=steps, how={"delay": 0.02}, one_way=True) == [[], []]
 
 
 @pytest.mark.parametrize("world", [pytest.param(2, marks=several_gpus), pytest.param(4, marks=several_gpus)])
 def test_it_does_between_gpus(nccl: Pool, world: int) -> None:
     if world > GPUS:
         pytest.skip(f"needs {world} CUDA devices")
-    assert nccl.run(world, pass_round, steps=3, count=40, how={}) == [[]] * world
+    steps = [Step(40), Step(40, LARGE), Step(39, SMALL), Step(40, LARGE), Step(40)]
+    assert nccl.run(world, pass_round, steps=steps, how={}) == [[]] * world
 
 
 @pytest.mark.parametrize("forgotten", NOBODY_WAITS)
 def test_a_missing_wait_is_missed(pool: Pool, forgotten: str) -> None:
-    found: list[Any] = []
-    with contextlib.suppress(AssertionError):  # of the ranks: a message that was lost is waited for in vain
-        found = pool.run(2, pass_round, steps=1, count=4 * SLOTS, how={"delay": 0.005, "forgotten": forgotten})
-    assert found != [[], []]
+    found, told = [], ""
+    try:
+        found = pool.run(2, pass_round, steps=[Step(4 * SLOTS)], how={"delay": 0.005, "forgotten": forgotten})
+    except AssertionError as error:  # of the ranks: a message that was lost is waited for in vain
+        told = str(error)
+    assert any(found) or "never was" in told
 
 
 EXPERIMENTS = [
@@ -212,5 +249,6 @@ def test_a_machine_or_an_environment_that_cannot_is_told(monkeypatch: pytest.Mon
 
 def test_the_box_is_as_large_as_planned() -> None:
     each = 50 * 2**20
-    assert stage_copies.bytes_of(each) == 4 * each + stage_copies.ALIGNMENT
-    assert 2 * 2 * SLOTS * stage_copies.BYTES <= stage_copies.ALIGNMENT  # room for all numbers
+    assert bytes_of(each) == 4 * each + ALIGNMENT
+    assert [slot_of(bytes_of(size)) for size in (each, 1, 257)] == [each, 256, 512]
+    assert 2 * 2 * SLOTS * BYTES <= ALIGNMENT  # room for all numbers

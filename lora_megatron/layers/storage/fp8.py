@@ -237,12 +237,12 @@ class StoredFp8(Fp8Products):
 
     def unpacked(self, dtype: torch.dtype) -> Tensor:
         scale = self.scale[:, None] if self.axis == 0 else self.scale
-        return (self.codes.float() * scale).to(dtype)
+        return self.codes.float().mul_(scale).to(dtype)
 
     def rows(self, index: Tensor) -> Tensor:
         """Rows of W, fp32: index [n] -> [n, in]; for axis 0."""
         codes = self.codes.view(torch.uint8)[index].view(FP8)  # torch does not index FP8 everywhere
-        return codes.float() * self.scale[index].unsqueeze(1)
+        return codes.float().mul_(self.scale[index].unsqueeze(1))
 
     def column_scale(self) -> Tensor:
         return self.scale
