@@ -88,9 +88,8 @@ def test_codes_are_those_of_what_is_stored(kernels: Any, name: str, dtype: torch
     statistics = kernels.room_for_statistics(problem.x, centred=centred)
     of_y, of_dx = room_for_codes(problem.x), room_for_codes(problem.x)
     y = kernels.norm(problem.x, weight, problem.bias, EPS, statistics, of_y)
-    apart = (
-        0.0 if dtype == torch.bfloat16 else 1e-6
-    )  # another kernel to the compiler, which may fuse other sums in fp32
+    # Another kernel to the compiler, which may order fp32 sums otherwise: of numbers about 400, of which 1e-4 is left.
+    apart = 0.0 if dtype == torch.bfloat16 else 1e-3
     torch.testing.assert_close(
         y, kernels.norm(problem.x, weight, problem.bias, EPS, statistics), rtol=apart, atol=apart
     )
