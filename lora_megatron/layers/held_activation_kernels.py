@@ -80,9 +80,13 @@ def _backward(
             store_codes(where, column < columns, held[piece * halves + half], inverse)
 
 
+_KNOWS_TUPLES = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 3)
+"""Triton, before which a kernel could not keep a row in pieces (torch 2.6 brings 3.2)."""
+
+
 def can_hold(x: Tensor, numbers: int) -> bool:
     """Whether a program holds so many numbers of a row of what is made of x: f, or those of dL/dx."""
-    return x.dtype == torch.bfloat16 and numbers <= WIDEST
+    return _KNOWS_TUPLES and x.dtype == torch.bfloat16 and numbers <= WIDEST
 
 
 def activate(x: Tensor, bias: Tensor | None, factor: Tensor | None, name: str, *, gated: bool) -> tuple[Tensor, Tensor]:

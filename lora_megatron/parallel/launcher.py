@@ -47,10 +47,9 @@ def leave_others() -> None:
     """
     if not is_rank() or os.environ.get("WORLD_SIZE", "1") == "1":
         return
-    traceback.print_exc()
-    for stream in (sys.stdout, sys.stderr):
+    for tell in (traceback.print_exc, sys.stdout.flush, sys.stderr.flush):
         with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
-            stream.flush()
+            tell()
     os._exit(1)
 
 

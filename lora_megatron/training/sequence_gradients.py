@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Gradients of replicated parameters that under sequence parallelism each tensor rank has of its own tokens only.
 
-Summed over the tensor-parallel group as megatron-core does it, in one all-reduce of all of them; but put back in one
-launch. megatron-core takes one for each parameter: with adapters on all linear layers six in every layer.
+Summed over the tensor-parallel group as megatron-core does it, in one all-reduce of all of them; but put back in a
+few launches. megatron-core takes one for each parameter: with adapters on all linear layers six in every layer.
 """
 
 from __future__ import annotations

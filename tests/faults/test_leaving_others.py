@@ -33,6 +33,16 @@ def test_a_rank_of_several_leaves_at_once(way: str) -> None:
     assert ended.stderr.endswith("KeyError: 'a bug'\n")
 
 
+def test_it_leaves_where_nobody_reads_what_it_says() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    environment = {**os.environ, "RANK": "1", "WORLD_SIZE": "2"}
+    command = [sys.executable, "-c", PRELUDE + WAYS["a script"]]
+    with os.fdopen(writer, "w") as nobody:
+        ended = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=nobody, timeout=120)
+    assert (ended.returncode, ended.stdout) == (1, b"said before")
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("world", [{}, {"RANK": "0", "WORLD_SIZE": "1"}])
 def test_one_that_is_alone_ends_as_usual(way: str, world: dict[str, str]) -> None:

@@ -257,7 +257,8 @@ def test_the_activation_and_its_gradient_beside_their_fp8_codes(
             activation_gradient(activation, *there, grad.to(GPU), factor=on_gpu[1], group=None, keep=kept, keep_y=kept),
         )
         for ours, theirs in zip(got, wanted, strict=True):
-            torch.testing.assert_close(ours.quantised.scale.cpu(), theirs.quantised.scale, rtol=1e-4, atol=0)
+            # The largest of a row is rounded to bf16 first, and may fall the other way.
+            torch.testing.assert_close(ours.quantised.scale.cpu(), theirs.quantised.scale, rtol=2**-7, atol=0)
             assert off(ours.quantised.codes.float(), theirs.quantised.codes.float()) < 0.01
             for mine, want in zip(ours[1:], theirs[1:], strict=True):
                 assert (mine is not None) == kept

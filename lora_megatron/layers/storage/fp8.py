@@ -52,7 +52,7 @@ def to_fp8(values: Tensor, scale: Tensor) -> Tensor:
 
 
 def quantise_tokens(x: Tensor, *, factor: Tensor | None, group: dist.ProcessGroup | None) -> Quantised:
-    """q(x diag(factor)) of x [m, k], the product rounded to the type of x: so kernels hold it until its scale is known.
+    """q(x diag(factor)) of x [m, k], the product rounded to the type of x: so the kernels of activations hold theirs.
 
     `group`: the ranks over which the k inner values of a token are spread.
     Not quantised again where whoever made x left it (`left_codes`)."""
