@@ -92,7 +92,9 @@ MORE_ON_TP2 = (
     "k-only-rank-1",
     "rslora",
 )
-"""On two tensor ranks slow ones: each is in every run on `tp2-sp`, and on `tp4` or `pp2` too."""
+"""On two tensor ranks slow ones: each is in every run on `tp2-sp`, and most on `pp2` or `tp4-sp` too."""
+SLOW = ("tp2, more", "tp4")
+"""Layouts; of four tensor ranks those with sequence parallelism are in every run."""
 DROPOUTS = ("dropout", "dropout-full-recompute", "dropout-mlp-recompute", "llama-dropout-micro-batch-2")
 # Name of a layout -> world size, layout, the variants that run on it.
 LAYOUTS: dict[str, tuple[int, Layout, tuple[str, ...]]] = {
@@ -124,7 +126,7 @@ LAYOUTS: dict[str, tuple[int, Layout, tuple[str, ...]]] = {
     "pp2-dp2": (4, Layout(pipeline=2), MAIN),
 }
 CASES = [
-    pytest.param(layout, variant, marks=[pytest.mark.slow] if layout == "tp2, more" else [])
+    pytest.param(layout, variant, marks=[pytest.mark.slow] if layout in SLOW else [])
     for layout, (_, _, variants) in LAYOUTS.items()
     if layout != "one"
     for variant in variants

@@ -24,6 +24,7 @@ INSIDE_OTHERS = {
     "_outputs",
     "_sigmoid",
     "_sum_part",
+    "store_quantised",
     "_u",
     "_b",
     "_fc1",
