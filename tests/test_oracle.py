@@ -205,7 +205,7 @@ def test_the_experiment_can_tell_runs_apart(pool: Pool) -> None:
 
 def test_a_is_drawn_from_the_full_fan_in_and_differs_by_layer(pool: Pool) -> None:
     """U(-1/sqrt(in), 1/sqrt(in)) with `in` of the whole matrix; `compare` has it equal on every layout."""
-    for layout in ("one", "tp4"):
+    for layout in ("one", "tp4-sp"):
         born = records(pool, layout)["gpt"]["born"]
         first_rows = []
         for name, value in born.items():
