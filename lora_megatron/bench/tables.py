@@ -109,7 +109,11 @@ def _spread(row: Row) -> str:
 
 
 def _tera(flops_per_second: float | None) -> str:
-    return MISSING if flops_per_second is None else f"{flops_per_second / 1e12:.3g}"
+    """Three digits at least: of FP8 products there are thousands."""
+    if flops_per_second is None:
+        return MISSING
+    tera = flops_per_second / 1e12
+    return f"{tera:,.0f}" if tera >= 100 else f"{tera:.3g}"
 
 
 def _percent(share: float | None) -> str:

@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 
+from lora_megatron.bench import tables
 from lora_megatron.bench.gemm import (
     DGRAD,
     FORWARD,
@@ -215,3 +216,10 @@ def test_a_slice_that_cannot_be_cut_names_what_is_at_fault(layers: int, said: st
         check_layers(layers, config, all_layers=8)
     assert str(error.value) == f"{said} a multiple of parallel.pipeline x virtual_pipeline x train.recompute_unit = 4"
     check_layers(4, config, all_layers=8)
+
+
+@pytest.mark.parametrize(
+    ("flops", "shown"), [(None, "-"), (4.31e10, "0.0431"), (6.4512e13, "64.5"), (7.734e14, "773"), (1.0688e15, "1,069")]
+)
+def test_rates_are_shown_in_teraflops(flops: float | None, shown: str) -> None:
+    assert tables._tera(flops) == shown
