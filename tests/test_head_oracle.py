@@ -69,7 +69,11 @@ def records(pool: Pool, layout: str) -> dict[tuple[str, str], Record]:
     return _records[layout]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+SLOW = {"pp2-chunks": pytest.mark.slow}
+EVERY = [pytest.param(name, marks=SLOW.get(name, ())) for name in LAYOUTS]
+
+
+@pytest.mark.parametrize("layout", EVERY)
 @pytest.mark.parametrize(("model", "smoothing"), CASES)
 def test_a_layout_changes_nothing_but_roundings(pool: Pool, layout: str, model: str, smoothing: str) -> None:
     of = (model, smoothing)

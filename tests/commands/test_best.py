@@ -192,6 +192,7 @@ def labelled(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_tasks_metric_chooses_the_same_on_every_layout(pool: Pool, tmp_path: Path) -> None:
     """Rows are answered by the model in training, which goes on as if they had not been."""
     corpus = labelled(tmp_path / "labelled")

@@ -116,7 +116,7 @@ def brute_force(reader: Reader, name: str, labels: Sequence[str]) -> list[dict[s
     return found
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("name", ["gpt2", pytest.param("llama", marks=pytest.mark.slow)])
 def test_labels_have_the_likelihoods_of_brute_force(
     pool: Pool, reader: Callable[[str], Reader], tmp_path: Path, name: str
 ) -> None:

@@ -45,8 +45,8 @@ def content(folder: Path) -> dict[str, bytes]:
     ("layout", "sections"),
     [
         ("TP2", {}),
-        ("PP2", {"train": {"precision": "bf16"}}),
-        ("DP2", {}),
+        pytest.param("PP2", {"train": {"precision": "bf16"}}, marks=pytest.mark.slow),
+        pytest.param("DP2", {}, marks=pytest.mark.slow),
         ("alone", {"method": {"name": "full", "targets": {}, "dropout": 0.0}}),
     ],
     ids=["TP2", "PP2-bf16", "DP2", "full"],

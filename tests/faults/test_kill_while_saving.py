@@ -52,9 +52,9 @@ def test_a_kill_at_any_point(corpus: Path, tmp_path: Path, undisturbed: Undistur
 ONE_OF_TWO = [
     ("PP2", "in the middle of a file", 1),
     ("PP2", "while the parts are joined", 0),
-    ("DP2", "before the manifest", 0),
 ]
 MORE_OF_TWO = [
+    ("DP2", "before the manifest", 0),
     ("TP2", "after the copy", 1),
     ("TP2", "in the middle of a file", 0),
     ("PP2", "before a file", 1),

@@ -237,7 +237,7 @@ def off(got: Tensor, want: Tensor) -> float:
 def test_the_activation_and_its_gradient_beside_their_fp8_codes(
     name: str, gated: bool, scaled: bool, agreed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Codes are those of the reference but for roundings that fall the other way, with what is kept and without."""
+    """Codes are those of the reference but for roundings (a scale's, to bf16) that fall the other way, with what is kept and without."""
     if agreed:  # measured, agreed upon over (here) no other ranks, and cast: two launches
         monkeypatch.setattr(quantised_activation, "agree_over", lambda group: lambda largest: None)
     activation, columns, width = Activation(name, gated), 5000, 10000 if gated else 5000
@@ -257,7 +257,6 @@ def test_the_activation_and_its_gradient_beside_their_fp8_codes(
             activation_gradient(activation, *there, grad.to(GPU), factor=on_gpu[1], group=None, keep=kept, keep_y=kept),
         )
         for ours, theirs in zip(got, wanted, strict=True):
-            # The largest of a row is rounded to bf16 first, and may fall the other way.
             torch.testing.assert_close(ours.quantised.scale.cpu(), theirs.quantised.scale, rtol=2**-7, atol=0)
             assert off(ours.quantised.codes.float(), theirs.quantised.codes.float()) < 0.01
             for mine, want in zip(ours[1:], theirs[1:], strict=True):
