@@ -237,7 +237,7 @@ def off(got: Tensor, want: Tensor) -> float:
 def test_the_activation_and_its_gradient_beside_their_fp8_codes(
     name: str, gated: bool, scaled: bool, agreed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Codes are those of the reference but for roundings (a scale's, to bf16) that fall the other way, with what is kept and without."""
+    """Codes are those of the reference but for roundings that fall the other way, with what is kept and without."""
     if agreed:  # measured, agreed upon over (here) no other ranks, and cast: two launches
         monkeypatch.setattr(quantised_activation, "agree_over", lambda group: lambda largest: None)
     activation, columns, width = Activation(name, gated), 5000, 10000 if gated else 5000
