@@ -167,7 +167,7 @@ def status_of(run: Callable[[], None]) -> int:
             sys.stderr.flush()
             os._exit(error.exit_status)  # nothing that waits for the others may run
         return error.exit_status
-    except Exception:
+    except Exception:  # any bug: none is handled, but a rank that unwinds from it may wait for the others for ever
         leave_others()
         raise
     return 0

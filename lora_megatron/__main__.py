@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at exit
         return EXIT_BROKEN_PIPE
-    except Exception:
+    except Exception:  # any bug: none is handled, but a rank that unwinds from it may wait for the others for ever
         leave_others()
         raise
     return EXIT_DONE

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_megatron.layers.activation_kernels import _gradients, _outputs
-from lora_megatron.layers.storage.held_rows import WIDEST, larger, packed, scale_of_row, store_codes
+from lora_megatron.layers.storage.held_rows import WIDEST, larger, packed, store_codes, store_scale
 
 _WIDE, _NARROW = (8192, 32), (4096, 16)
 """Columns at a time, and warps, of a program: the narrow one is faster for a gated activation's gradient alone, of
@@ -37,10 +37,8 @@ def _forward(
             value *= tl.load(factor + column, column < columns, 0.0)
         words = packed(value, C)
         largest = larger(largest, words)
-        held = held + (words,)  # type: ignore[assignment]  # noqa: RUF005
-    scale = scale_of_row(largest)
-    tl.store(scales + row, scale)
-    inverse = tl.div_rn(1.0, scale)
+        held = held + (words,)  # type: ignore[assignment]  # noqa: RUF005  # a tuple of Triton's grows by + alone
+    inverse = store_scale(scales + row, largest)
     for piece in tl.static_range((columns + C - 1) // C):
         column = piece * C + tl.arange(0, C)
         store_codes(codes + row * columns + column, column < columns, held[piece], inverse)
@@ -63,16 +61,14 @@ def _backward(
             first *= tl.load(factor + column, inside, 0.0)
         words = packed(first, C)
         largest = larger(largest, words)
-        held = held + (words,)  # type: ignore[assignment]  # noqa: RUF005
+        held = held + (words,)  # type: ignore[assignment]  # noqa: RUF005  # a tuple of Triton's grows by + alone
         if GATED:
             if FACTOR:
                 second *= tl.load(factor + columns + column, inside, 0.0)
             words = packed(second, C)
             largest = larger(largest, words)
-            held = held + (words,)  # type: ignore[assignment]  # noqa: RUF005
-    scale = scale_of_row(largest)
-    tl.store(scales + row, scale)
-    inverse = tl.div_rn(1.0, scale)
+            held = held + (words,)  # type: ignore[assignment]  # noqa: RUF005  # a tuple of Triton's grows by + alone
+    inverse = store_scale(scales + row, largest)
     for piece in tl.static_range((columns + C - 1) // C):
         column = piece * C + tl.arange(0, C)
         for half in tl.static_range(halves):

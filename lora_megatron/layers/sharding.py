@@ -89,8 +89,8 @@ def declare(parameter: torch.nn.Parameter, shard: Shard, *, sum_over_sequence_sh
     set_tensor_model_parallel_attributes(
         parameter, shard.axis is not None, -1 if shard.axis is None else shard.axis, shard.blocks
     )
-    parameter.sequence_parallel = False  # type: ignore[attr-defined]
-    parameter.sum_over_sequence_shards = sum_over_sequence_shards  # type: ignore[attr-defined]
+    parameter.sequence_parallel = False  # type: ignore[attr-defined]  # as above: megatron-core's mark
+    parameter.sum_over_sequence_shards = sum_over_sequence_shards  # type: ignore[attr-defined]  # and our own
 
 
 def is_summed_over_sequence_shards(parameter: torch.nn.Parameter) -> bool:

@@ -40,10 +40,12 @@ def larger(largest, words):
 
 
 @triton.jit
-def scale_of_row(largest):
-    """As `fp8.scale_of`."""
+def store_scale(where, largest):
+    """The row's, as `fp8.scale_of`, to `where`; its inverse, exact: Triton's own division is approximate."""
     scale = tl.max(largest, 0)
-    return tl.where(scale > SMALLEST, tl.div_rn(scale, LARGEST), 1.0)
+    scale = tl.where(scale > SMALLEST, tl.div_rn(scale, LARGEST), 1.0)
+    tl.store(where, scale)
+    return tl.div_rn(1.0, scale)
 
 
 @triton.jit

@@ -111,7 +111,7 @@ def device_of(parameter: Tensor) -> torch.device:
 
 def store_beside(parameter: Tensor, stored: Stored) -> None:
     """Have `stored` hold whatever a loader writes into `parameter`, which keeps its own bytes for others to read."""
-    parameter.stored_beside = stored  # type: ignore[attr-defined]
+    parameter.stored_beside = stored  # type: ignore[attr-defined]  # travels like the declarations
 
 
 @contextlib.contextmanager
