@@ -18,7 +18,7 @@ KINDS: tuple[tuple[str, str], ...] = (
     ),
     ("sums over ranks", r"^_sum_in_order$|^_sum_and_add$"),
     ("rotary positions", r"^_turn$"),
-    ("FP8 casts and transposes", r"^_quantise_rows$|^_transpose$|^_forward$|^_backward$|^_unpack$"),
+    ("FP8 casts and transposes", r"^_quantise_rows$|^_quantise_held$|^_transpose$|^_forward$|^_backward$|^_unpack$"),
     ("norms and activations", r"^_norm$|^_norm_gradient$|layer_norm|gelu|silu"),
     ("dropout", r"^_drop$"),
     ("optimizer", r"multi_tensor|foreach|adam"),

@@ -13,13 +13,12 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_megatron.layers.activation_kernels import _gradients, _outputs
-from lora_megatron.layers.storage.held_rows import WIDEST, larger, packed, store_codes, store_scale
+from lora_megatron.layers.storage.held_rows import larger, packed, store_codes, store_scale
 
-_WIDE, _NARROW = (8192, 32), (4096, 16)
-"""Columns at a time, and warps, of a program: the narrow one is faster for a gated activation's gradient alone, of
-which both halves are under way. Between products on an H200, GPT-3 175B's rows of 49,152 take 173 us where reading and
-computing them twice takes 203, and 226 for 298 backward. Rows that a product wrote gain nothing by being held: 35 us
-for 28 of 12,288 columns."""
+_FORWARD, _BACKWARD = (8192, 32), (4096, 16)
+"""Columns at a time, and warps, of a program. Between products on an H200, GPT-3 175B's rows of 49,152 took 173 us
+where reading and computing them twice took 203, and 226 for 298 backward; since then backward 233 in pieces of 4096
+columns where those of 8192 took 260."""
 
 
 @triton.jit
@@ -76,20 +75,11 @@ def _backward(
             store_codes(where, column < columns, held[piece * halves + half], inverse)
 
 
-_KNOWS_TUPLES = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 3)
-"""Triton, before which a kernel could not keep a row in pieces (torch 2.6 brings 3.2)."""
-
-
-def can_hold(x: Tensor, numbers: int) -> bool:
-    """Whether a program holds so many numbers of a row of what is made of x: f, or those of dL/dx."""
-    return _KNOWS_TUPLES and x.dtype == torch.bfloat16 and numbers <= WIDEST
-
-
 def activate(x: Tensor, bias: Tensor | None, factor: Tensor | None, name: str, *, gated: bool) -> tuple[Tensor, Tensor]:
     """y diag(factor) as e4m3 with a scale per row: x [m, f or 2 f] contiguous -> [m, f], [m, 1] fp32."""
     rows, columns = x.shape[0], x.shape[1] // (2 if gated else 1)
     codes, scales = _room(x, columns)
-    size, warps = _WIDE
+    size, warps = _FORWARD
     flags = (columns, size, name, gated, bias is not None, factor is not None)
     _forward[(rows,)](x, bias, factor, codes, scales, *flags, num_warps=warps)
     return codes, scales
@@ -101,7 +91,7 @@ def activate_gradient(
     """dL/dx diag(factor) likewise, from dL/dy [m, f] contiguous: [m, f or 2 f], [m, 1] fp32."""
     rows, columns = x.shape[0], x.shape[1] // (2 if gated else 1)
     codes, scales = _room(x, x.shape[1])
-    size, warps = _NARROW if gated else _WIDE
+    size, warps = _BACKWARD
     flags = (columns, size, name, gated, bias is not None, factor is not None)
     _backward[(rows,)](x, bias, grad, factor, codes, scales, *flags, num_warps=warps)
     return codes, scales

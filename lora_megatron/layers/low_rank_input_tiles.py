@@ -23,7 +23,7 @@ MOST_RANKS = 64
 # tokens of GPT-3 175B's width, between products on an H200; the others are chosen by what they compile to. Both passes
 # in one, which reads du once less, were slower than one after the other, with eight kinds of tiles.
 GRADIENT_TILES: dict[int, Tile] = {
-    32: Tile(32, 64, 512, 4),
+    32: Tile(64, 64, 512, 2),
     64: Tile(32, 128, 256, 4),
     128: Tile(64, 128, 512, 4),
     256: Tile(32, 64, 256, 8),

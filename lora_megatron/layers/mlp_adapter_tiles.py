@@ -39,16 +39,18 @@ class Tile(NamedTuple):
 # under way. A shorter span writes more addends of dB and dA (a span r numbers a column), or of u2 (r a token); fewer
 # columns more addends of du (a tile of them r a token). Forward and backward those of two bytes are the fastest of a
 # dozen, or near it, at rank 16 and the sizes of GPT-3 175B and Llama 2 70B between products on an H200, of the table in
-# the middle that of GPT-3; the rest are chosen by what they compile to. But for the first table 16 tokens a warp at
-# least: a product whose result goes into another one has all its warps along its rows in Triton 3.6, and with fewer
-# rows they repeat each other's work. Fewer registers, or a tile's columns computed in two halves with fewer of them,
-# make the backward pass slower by 5% and more.
+# the middle those of nine and of five; the rest are chosen by what they compile to. But for the first table 16 tokens a
+# warp at least: a product whose result goes into another one has all its warps along its rows in Triton 3.6, and with
+# fewer rows they repeat each other's work. A program of one warp has nobody to wait for: faster forward, by 18% of a
+# gated MLP, and slower backward, by 10% and more, where its tile must be narrow and so writes twice the addends of du.
+# Fewer registers, or a tile's columns computed in two halves with fewer of them, make the backward pass slower by 5%
+# and more.
 FORWARD_TILES: dict[int, tuple[Tile, Tile]] = {
     2: (Tile(32, 128, 128, 4, 1), Tile(32, 128, 512, 4)),
     4: (Tile(32, 128, 128, 4), Tile(32, 64, 128, 4)),
 }
 PROJECTION_TILES: dict[int, tuple[Tile, Tile]] = {
-    2: (Tile(64, 64, 1024, 4, 3, 128), Tile(64, 64, 1024, 4, 2)),
+    2: (Tile(16, 64, 1024, 1), Tile(16, 64, 1024, 1, registers=168)),
     4: (Tile(64, 32, 1024, 4), Tile(64, 32, 1024, 4)),
 }
 BACKWARD_TILES: dict[int, tuple[Tile, Tile]] = {
@@ -56,6 +58,9 @@ BACKWARD_TILES: dict[int, tuple[Tile, Tile]] = {
     4: (Tile(64, 64, 512, 4), Tile(64, 64, 512, 4)),
 }
 TABLES = FORWARD_TILES, PROJECTION_TILES, BACKWARD_TILES
+LONG_SPAN, FEWEST_PROGRAMS = 1024, 768
+"""Tokens of a program of a backward pass, where that leaves so many programs, three for each place of an H200: at
+2048 tokens and 49,152 columns 340 us where spans of 512 take 354."""
 MOST_RANK = 16
 """Of an adapter. Wider ones leave registers for narrower tiles alone, whose addends of du are then as much as z is."""
 SUM = 32, 128
@@ -83,10 +88,18 @@ def tile_of(itemsize: int, ranks: Sequence[int], tiles: Mapping[int, tuple[Tile,
     return tiles[itemsize][gated] if max(ranks) <= MOST_RANK else None
 
 
+def backward_tile_of(itemsize: int, ranks: Sequence[int], tokens: int, columns: int, *, gated: bool) -> Tile | None:
+    """Of BACKWARD_TILES likewise, for so many tokens and columns of y."""
+    tile = tile_of(itemsize, ranks, BACKWARD_TILES, gated=gated)
+    if tile is None or gated or math.ceil(columns / tile.columns) * math.ceil(tokens / LONG_SPAN) < FEWEST_PROGRAMS:
+        return tile
+    return tile._replace(span=max(tile.span, LONG_SPAN))
+
+
 def addend_bytes(ranks: Sequence[int], fc2_rank: int, tokens: int, columns: int, *, gated: bool, itemsize: int) -> int:
     """Of all addends of a backward pass, for adapters as in `addends_of`; 0 where the kernels do not take them."""
     known = [*ranks, fc2_rank]
-    tile = tile_of(itemsize, known, BACKWARD_TILES, gated=gated) if any(known) else None
+    tile = backward_tile_of(itemsize, known, tokens, columns, gated=gated) if any(known) else None
     if tile is None:
         return 0
     tiles, pieces = math.ceil(columns / tile.columns), math.ceil(tokens / tile.span)

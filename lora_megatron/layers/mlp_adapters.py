@@ -129,7 +129,7 @@ def gradients(
     """
     tokens, columns = dy.shape
     factors, ranks = _factors(update, a)
-    tile = tiles.tile_of(z.element_size(), ranks, tiles.BACKWARD_TILES, gated=gated)
+    tile = tiles.backward_tile_of(z.element_size(), ranks, tokens, columns, gated=gated)
     assert tile is not None
     assert all(t.is_contiguous() for t in (z, dy, *factors, *(mains or ())))
     halves, fc2_rank = _Halves(update), 0 if a is None else a.shape[0]

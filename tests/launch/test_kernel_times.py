@@ -55,6 +55,7 @@ def kernel(name: str, start: int, stop: int) -> Kernel:
         ("normed_factor_gradients", "low-rank kernels"),
         ("_turn", "rotary positions"),
         ("_quantise_rows", "FP8 casts and transposes"),
+        ("_quantise_held", "FP8 casts and transposes"),
         ("_transpose", "FP8 casts and transposes"),
         ("_unpack", "FP8 casts and transposes"),
         ("_norm", "norms and activations"),

@@ -20,7 +20,7 @@ from lora_megatron.layers import activation_kernels
 from lora_megatron.layers import held_activation_kernels as held_activation
 from lora_megatron.layers.activation import ACTIVATIONS, Activation
 from lora_megatron.layers.storage.fp8 import scale_of, to_fp8
-from lora_megatron.layers.storage.held_rows import WIDEST
+from lora_megatron.layers.storage.held_rows import WIDEST, can_hold
 from lora_megatron.layers.storage.kernels import quantise_rows
 from tests.layers.test_low_rank_input_kernels import DEVICE, HAS_GPU, by_kernel, interpreted, large
 from tests.layers.test_norm_codes import rounded_to_fp8
@@ -84,7 +84,7 @@ def test_activations(width: int, gated: bool, name: str, given: bool) -> None:
     y, dx = activation.exactly(x, bias), activation.exact_gradient(x, bias, grad)
     got = [held_activation.activate(*on(DEVICE, x, bias, over), name, gated=gated)]
     want = [quantised(y if over is None else y * over)]
-    if held_activation.can_hold(x, wide):
+    if can_hold(x, wide):
         got.append(held_activation.activate_gradient(*on(DEVICE, x, bias, grad, under), name, gated=gated))
         want.append(quantised(dx if under is None else dx * under))
     # Read twice, as where ranks agree on the scale, it is the same.
@@ -101,6 +101,6 @@ def test_activations(width: int, gated: bool, name: str, given: bool) -> None:
 
 
 def test_what_cannot_be_held_is_not() -> None:
-    assert held_activation.can_hold(torch.empty(1, 8, dtype=torch.bfloat16), WIDEST)
-    assert not held_activation.can_hold(torch.empty(1, 8, dtype=torch.bfloat16), WIDEST + 1)
-    assert not held_activation.can_hold(torch.empty(1, 8), 8)
+    assert can_hold(torch.empty(1, 8, dtype=torch.bfloat16), WIDEST)
+    assert not can_hold(torch.empty(1, 8, dtype=torch.bfloat16), WIDEST + 1)
+    assert not can_hold(torch.empty(1, 8), 8)

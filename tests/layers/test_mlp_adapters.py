@@ -165,6 +165,17 @@ def test_tiles_are_what_a_tensor_core_takes(table: dict[int, tuple[tiles.Tile, t
         assert tile.span % (tile.columns if table is tiles.PROJECTION_TILES else tile.tokens) == 0
 
 
+def test_spans_are_long_where_programs_are_many() -> None:
+    def span(tokens: int, columns: int, *, gated: bool = False) -> int:
+        tile = tiles.backward_tile_of(2, [16, 16], tokens, columns, gated=gated)
+        assert tile is not None
+        return tile.span
+
+    assert (span(2048, 49152), span(2048, 24576), span(4096, 24576)) == (1024, 512, 1024)
+    assert span(8192, 28672, gated=True) == 1024
+    assert tiles.backward_tile_of(2, [17], 2048, 49152, gated=False) is None
+
+
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_large_ranks_have_no_tile(itemsize: int) -> None:
     for table in tiles.TABLES:
@@ -198,10 +209,11 @@ def test_sums_have_places_of_their_own(ranks: tuple[int, ...], fc2: int, tokens:
 @pytest.mark.parametrize("gated", [False, True])
 def test_the_plan_knows_of_all_addends(gated: bool) -> None:
     ranks, fc2 = ((8, 16) if gated else (16,)), 4
-    tile = tiles.tile_of(2, [*ranks, fc2], tiles.BACKWARD_TILES, gated=gated)
-    assert tile is not None
-    known = tiles.addend_bytes(ranks, fc2, 300, 1000, gated=gated, itemsize=2)
-    assert known == 4 * tiles.addends_of(ranks, fc2, 300, 1000, tile, CPU).size
+    for tokens, columns in ((300, 1000), (2048, 49152)):
+        tile = tiles.backward_tile_of(2, [*ranks, fc2], tokens, columns, gated=gated)
+        assert tile is not None
+        known = tiles.addend_bytes(ranks, fc2, tokens, columns, gated=gated, itemsize=2)
+        assert known == 4 * tiles.addends_of(ranks, fc2, tokens, columns, tile, CPU).size
     assert tiles.addend_bytes((17,), 0, 300, 1000, gated=gated, itemsize=2) == 0
     assert tiles.addend_bytes((), 0, 300, 1000, gated=gated, itemsize=2) == 0
 

@@ -8,13 +8,22 @@ time. 1,024 threads hold rows of up to 65,536 numbers, two in a register.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 LARGEST = tl.constexpr(448.0)  # of e4m3
 SMALLEST = tl.constexpr(1e-30)  # as in `fp8`
 WIDEST = 65536
 """Numbers that a program can hold."""
+_KNOWS_TUPLES = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 3)
+"""Triton, before which a kernel could not keep a row in pieces (torch 2.6 brings 3.2)."""
+
+
+def can_hold(x: Tensor, numbers: int) -> bool:
+    """Whether a program holds so many numbers that are made of a row of x, rounded to its type."""
+    return _KNOWS_TUPLES and x.dtype == torch.bfloat16 and numbers <= WIDEST
 
 
 @triton.jit

@@ -7,7 +7,8 @@ All are bound by memory: they read each byte once and write it once.
 - `unpack`: NF4 codes to FP8 or bf16, as they are or transposed.
 - `transpose`: bytes [n, k] -> [k, n]. Hopper's FP8 GEMM reads both factors along the inner dimension, so the backward
   product needs W the other way round.
-- `quantise_rows`: a token's largest magnitude, its scale and its FP8 codes, the row read from memory once.
+- `quantise_rows`: a token's largest magnitude, its scale and its FP8 codes, the row read from memory once: held in
+  registers, or found in the cache when it is read again, whichever is faster.
 - `store_quantised`: the same of a row in registers, for kernels that make one (`layers.norm_kernels`).
 """
 
@@ -20,10 +21,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_megatron.layers.storage.held_rows import LARGEST, SMALLEST
+from lora_megatron.layers.storage.held_rows import (
+    LARGEST,
+    SMALLEST,
+    can_hold,
+    larger,
+    packed,
+    store_codes,
+    store_scale,
+)
 
-_PIECE, _WARPS = 4096, 16
-"""Columns at a time, and warps, of a program that quantises a row: of those tried on an H200 the fastest or near it."""
+_PIECE = 4096
+"""Columns at a time of a program that reads a row twice."""
+_NARROW, _WIDE = 16384, 40960
+"""Columns of rows. Between products on an H200, rows of GPT-3 175B that are multiplied by a factor take, held and read
+twice (by 16 warps, by 32), us: 12,288 columns 23, 33, 31; 36,864 columns 95, 102, 80; 49,152 columns 115, 131, 160.
+What two programs of 32 warps read, their rows and the factor, fills a processor's cache at 32,768 columns."""
 
 
 @triton.jit
@@ -148,6 +161,26 @@ def _quantise_rows(
 
 
 @triton.jit
+def _quantise_held(x, factor, codes, scales, columns: tl.constexpr, C: tl.constexpr, FACTOR: tl.constexpr):
+    """The same of a bf16 row that the program holds from its one reading on."""
+    row = tl.program_id(0).to(tl.int64)
+    held = ()
+    largest = tl.zeros([C], tl.float32)
+    for piece in tl.static_range((columns + C - 1) // C):
+        column = piece * C + tl.arange(0, C)
+        values = tl.load(x + row * columns + column, column < columns, 0.0).to(tl.float32)
+        if FACTOR:
+            values *= tl.load(factor + column, column < columns, 0.0)
+        words = packed(values, C)
+        largest = larger(largest, words)
+        held = held + (words,)  # type: ignore[assignment]  # noqa: RUF005  # a tuple of Triton's grows by + alone
+    inverse = store_scale(scales + row, largest)
+    for piece in tl.static_range((columns + C - 1) // C):
+        column = piece * C + tl.arange(0, C)
+        store_codes(codes + row * columns + column, column < columns, held[piece], inverse)
+
+
+@triton.jit
 def store_quantised(rounded, codes, scales, row, column, width: tl.constexpr):
     """The codes and the scale of a row that a program holds, as `_quantise_rows` has them of `rounded` in memory."""
     inside = column < width
@@ -188,9 +221,13 @@ def quantise_rows(
 
     def launch(into: Tensor, known: Tensor | None, *, measure: bool, cast: bool) -> None:
         flags = (columns, _PIECE, factor is not None, measure, cast)
-        _quantise_rows[(rows,)](x, factor, codes, into, known, *flags, num_warps=_WARPS)
+        warps = 32 if measure and _NARROW < columns <= _WIDE else 16
+        _quantise_rows[(rows,)](x, factor, codes, into, known, *flags, num_warps=warps)
 
-    if agree is None:
+    if agree is None and can_hold(x, columns) and not _NARROW < columns <= _WIDE:
+        piece, warps = (4096, 16) if columns <= _NARROW else (8192, 32)
+        _quantise_held[(rows,)](x, factor, codes, scales, columns, piece, factor is not None, num_warps=warps)
+    elif agree is None:
         launch(scales, None, measure=True, cast=True)
     else:
         largest = torch.empty_like(scales)

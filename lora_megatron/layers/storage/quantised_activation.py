@@ -16,6 +16,7 @@ from lora_megatron.layers.storage.left_codes import Quantised
 try:
     from lora_megatron.layers import activation_kernels as kernels
     from lora_megatron.layers import held_activation_kernels as held
+    from lora_megatron.layers.storage.held_rows import can_hold
 except ImportError:  # no Triton: the same numbers, from more passes
     kernels = None  # type: ignore[assignment]
 
@@ -49,7 +50,7 @@ def activated(
     name, gated = activation.name, activation.gated
     if kernels is not None and x.is_cuda:
         agree = agree_over(group)
-        if agree is None and not keep and held.can_hold(x, activation.width(x.shape[1])):
+        if agree is None and not keep and can_hold(x, activation.width(x.shape[1])):
             return Activated(Quantised(*held.activate(x, bias, factor, name, gated=gated)), None)
         codes, scale, kept = kernels.activate_in_fp8(x, bias, factor, name, gated=gated, agree=agree, keep=keep)
         return Activated(Quantised(codes, scale), kept)
@@ -72,7 +73,7 @@ def activation_gradient(
     name, gated = activation.name, activation.gated
     if kernels is not None and x.is_cuda:
         agree = agree_over(group)
-        if agree is None and not (keep or keep_y) and held.can_hold(x, x.shape[1]):
+        if agree is None and not (keep or keep_y) and can_hold(x, x.shape[1]):
             quantised = Quantised(*held.activate_gradient(x, bias, grad, factor, name, gated=gated))
             return ActivationGradient(quantised, None, None)
         codes, scale, *kept = kernels.activate_gradient_in_fp8(
