@@ -12,19 +12,24 @@ from unittest import mock
 import pytest
 import torch
 
-from lora_megatron.config import BaseSection, parse_config
+from lora_megatron.config import BaseSection, Config, parse_config
 from lora_megatron.errors import ConfigError
 from lora_megatron.layers.storage.choose import StorageFormat
 from lora_megatron.layers.storage.fp8 import Fp8Products, StoredFp8
 from lora_megatron.layers.storage.nf4 import StoredNf4ForFp8
+from lora_megatron.methods.choose import choose_method
 from lora_megatron.model.build import _keep_transposes
+from lora_megatron.model.checks import layout_of
+from lora_megatron.model.presets import resolve_shape
 from lora_megatron.model.storage import storage_of
 from lora_megatron.parallel.groups import Layout
+from lora_megatron.planning.memory import build_rank, microbatch_of, names_read_backward, this_place
 from lora_megatron.planning.weights import Weight, unpacked_bytes
 from tests.pool import Pool
-from tests.twin import Experiment, Record, train_twin
+from tests.twin import VOCABULARY, Experiment, Record, train_twin
 
 WIDE = {"preset": "tiny", "num_layers": 4, "hidden_size": 128, "num_attention_heads": 4, "ffn_hidden_size": 256}
+DEEP = {**WIDE, "num_layers": 8}
 INTERLEAVED = Layout(pipeline=2, virtual_pipeline=2)
 GROUPS = Experiment(model=WIDE, layout=INTERLEAVED, steps=2, global_batch_size=4)
 LAYERS_OF_A_RANK, LINEARS = 2, 4
@@ -163,7 +168,7 @@ def test_the_plan_counts_a_chunk_or_all() -> None:
     ]
 
     def planned(**base: Any) -> int:
-        return unpacked_bytes(weights, BaseSection(**base))
+        return unpacked_bytes(weights, BaseSection(**base), read_backward={weight.name for weight in weights})
 
     ways: tuple[Any, ...] = (None, "anew", "group", "kept")
     assert [planned(storage="fp8", transposes=how) for how in ways] == [32, 32, 64, 96]
@@ -176,3 +181,84 @@ def test_the_plan_counts_a_chunk_or_all() -> None:
     assert planned(storage="nf4", gemm="fp8", transposes_kept=9) == 96 + 32, "unpacked beside it"
     del weights[0]
     assert planned(storage="fp8", transposes="group") == 32, "no interleaved schedule, no group"
+
+
+def turned_and_planned(cases: list[tuple[dict[str, Any], dict[str, Any]]]) -> list[tuple[int, int]]:
+    """Most bytes of weights turned round at any time of a step, and the plan's, of this rank. Each case: what the
+    configuration says beside the model, and the same for `Experiment`."""
+    return [_turned_and_planned(parse_config({"model": DEEP, **tree}), **same) for tree, same in cases]
+
+
+def _turned_and_planned(config: Config, **same: Any) -> tuple[int, int]:
+    most = 0
+    original = Fp8Products.transposed_codes
+
+    def counting(self: Fp8Products) -> torch.Tensor:
+        nonlocal most
+        codes = original(self)
+        own.add(self)
+        lasting = sum(one._transposed.numel() for one in own if one._transposed is not None)
+        most = max(most, lasting + (codes.numel() if self._transposed is None else 0))
+        return codes
+
+    own: set[Any] = set()
+    experiment = Experiment(
+        layout=layout_of(config),
+        model=DEEP,
+        storage=storage_of(config),
+        transposes_kept=config.base.transposes_kept or 0,
+        precision="bf16",
+        steps=1,
+        **same,
+    )
+    with mock.patch.object(Fp8Products, "transposed_codes", counting):
+        train_twin(experiment)
+    shape = resolve_shape(config.model, tokenizer_vocab_size=VOCABULARY)
+    method = choose_method(config.method, num_layers=shape.num_layers)
+    names = names_read_backward(method, microbatch_of(config, shape), this_place().stage)
+    return most, unpacked_bytes(build_rank(config, shape, method), config.base, read_backward=names)
+
+
+LAYER, LARGEST = 128 * 384 + 128 * 128 + 2 * 128 * 256, 128 * 384
+TOP = {"name": "ft_top2"}
+
+
+def top(full: bool = False, method: Any = TOP, **base: Any) -> tuple[Any, Any]:
+    """A case: the last two layers trained, unless `method` says otherwise."""
+    train = {"precision": "bf16", "recompute": "full" if full else "none"}
+    tree = {"method": method, "base": {"storage": "fp8", **base}, "train": train}
+    return tree, {"method": method, "recompute": train["recompute"]}
+
+
+@pytest.mark.parametrize(
+    ("parallel", "cases"),
+    [
+        # Of 8 layers six are frozen. Nothing trains below them, unless recomputation has to have it so.
+        (
+            {},
+            [
+                (top(transposes="kept"), [0]),
+                (top(transposes_kept=3), [0]),
+                (top(full=True, transposes="kept"), [6 * LAYER]),
+                (top(full=True, transposes_kept=3), [3 * LAYER + LARGEST]),
+                # Adapters of the last three: below the first of them qkv's input needs no gradient.
+                (top(method={"layers": {"0-4": {"q": 0, "v": 0}}}, transposes="kept"), [3 * LAYER - LARGEST]),
+            ],
+        ),
+        # A later stage's input always needs one.
+        (
+            {"pipeline": 2},
+            [(top(transposes="kept"), [0, 2 * LAYER]), (top(transposes_kept=1), [0, LAYER + LARGEST])],
+        ),
+        # Stage 0 has layers 0, 1, 4 and 5; stage 1 has 2, 3, and the two that are trained.
+        (
+            {"pipeline": 2, "virtual_pipeline": 2},
+            [(top(transposes="group"), [2 * LAYER] * 2), (top(transposes_kept=1), [LAYER + LARGEST] * 2)],
+        ),
+    ],
+    ids=["one stage", "two stages", "interleaved"],
+)
+def test_what_is_planned_is_what_is_turned_round(pool: Pool, parallel: Any, cases: list[Any]) -> None:
+    given = [({**tree, "parallel": parallel}, same) for (tree, same), _ in cases]
+    found = pool.run(parallel.get("pipeline", 1), turned_and_planned, cases=given)
+    assert found == [[(size, size) for size in sizes] for sizes in zip(*(sizes for _, sizes in cases), strict=True)]

@@ -33,7 +33,14 @@ from lora_megatron.model.checks import layout_of
 from lora_megatron.model.names import EMBEDDING, OUTPUT
 from lora_megatron.model.recomputation import rebuilds_attention, rebuilt_layers, rebuilt_mlps
 from lora_megatron.model.shape import ModelShape
-from lora_megatron.planning.gradients import LayerFlow, LinearFlow, first_input_needs, layer_flow, layer_flows
+from lora_megatron.planning.gradients import (
+    LayerFlow,
+    LinearFlow,
+    chunk_flows,
+    first_input_needs,
+    layer_flow,
+    layer_flows,
+)
 
 _BACKWARD_NEEDS, _BACKWARD_EXECUTES = 2.0, 2.5  # of attention, in units of its forward pass
 
@@ -74,8 +81,7 @@ def stage_flops(config: Config, shape: ModelShape, method: Method, stage: int) -
     for chunk in range(layout.virtual_pipeline):
         position = chunk * layout.pipeline + stage
         layers = range(position * count, (position + 1) * count)
-        executed = first_input_needs(method, recompute=config.train.recompute) if position == 0 else True
-        flows = layer_flows(shape, method, layers, input_needs=executed)
+        flows = chunk_flows(shape, method, layers, recompute=config.train.recompute)
         hardware += sum(_executed(*pair, config, shape) for pair in zip(flows, layers, strict=True))
         hardware += _rebuilt(flows, layers, config, shape)
         needed = layers.start > lowest or first_input_needs(method, recompute="none")

@@ -36,6 +36,8 @@ class NormFlow:
 class LinearFlow:
     """A linear layer, fused projections together."""
 
+    name: str
+    """Global, of its weight."""
     projections: tuple[str, ...]
     input_needs: bool
     weight: bool
@@ -99,7 +101,8 @@ def layer_flow(shape: ModelShape, method: Method, layer: int, *, input_needs: bo
 
     def linear(name: str, projections: tuple[str, ...], needs: bool, *, has_bias: bool) -> LinearFlow:
         adapters = tuple(adapter for projection in projections for adapter in method.adapters(layer, projection))
-        return LinearFlow(projections, needs, trains(f"{name}.weight"), has_bias and trains(f"{name}.bias"), adapters)
+        bias = has_bias and trains(f"{name}.bias")
+        return LinearFlow(f"{prefix}.{name}.weight", projections, needs, trains(f"{name}.weight"), bias, adapters)
 
     norm1 = norm("input_layernorm", input_needs)
     qkv = linear("self_attention.linear_qkv", ("q", "k", "v"), norm1.output_needs, has_bias=shape.qkv_bias)
@@ -124,3 +127,9 @@ def layer_flows(shape: ModelShape, method: Method, layers: range, *, input_needs
 def first_input_needs(method: Method, *, recompute: str) -> bool:
     """Whether the input of layer 0 needs a gradient: it does when embeddings train, and under full recomputation."""
     return recompute == "full" or method.is_trainable(EMBEDDING) or method.is_trainable(POSITIONS)
+
+
+def chunk_flows(shape: ModelShape, method: Method, layers: range, *, recompute: str) -> list[LayerFlow]:
+    """The flows through the layers of a model chunk."""
+    needs = layers.start > 0 or first_input_needs(method, recompute=recompute)
+    return layer_flows(shape, method, layers, input_needs=needs)

@@ -27,7 +27,7 @@ from lora_megatron.model.shape import ModelShape
 from lora_megatron.parallel import stage_copies
 from lora_megatron.parallel.sent_outputs import UNDER_WAY
 from lora_megatron.planning.activations import ChunkBytes, Microbatch, chunk_bytes, embedding_bytes, head_bytes
-from lora_megatron.planning.gradients import LayerFlow, first_input_needs, layer_flow, layer_flows
+from lora_megatron.planning.gradients import LayerFlow, chunk_flows, layer_flow
 from lora_megatron.planning.schedule import peak
 from lora_megatron.planning.weights import (
     Weight,
@@ -140,7 +140,9 @@ def plan_rank(config: Config, shape: ModelShape, method: Method, weights: Sequen
     )
     worst = peak(place.stage, layout.pipeline, chunks, count)
     stepping = trained.optimizer // (12 if config.train.precision == "bf16" else 8) * ADAMW_TEMPORARY
-    in_backward = _workspace(batch, chunks, weights, config.base, addends=_addends(method, batch, place))
+    unpacked = unpacked_bytes(weights, config.base, read_backward=names_read_backward(method, batch, place.stage))
+    addends = _addends(method, batch, place)
+    in_backward = _workspace(batch, chunks, weights, config.base, addends=addends, unpacked=unpacked)
     at_most = max(in_backward, stepping - worst.bytes)
     if config.train.cuda_graph:  # what the passes had stays the graph's while the optimizer steps
         at_most = in_backward + stepping + count * _inputs(config, batch)
@@ -231,13 +233,20 @@ def stage_layers(batch: Microbatch, stage: int) -> list[range]:
     return [range(position * count, (position + 1) * count) for position in positions]
 
 
+def names_read_backward(method: Method, batch: Microbatch, stage: int) -> set[str]:
+    """Names of the linear layers' weights of pipeline stage `stage` that a backward product reads."""
+    parts = (
+        chunk_flows(batch.shape, method, layers, recompute=batch.recompute) for layers in stage_layers(batch, stage)
+    )
+    return {linear.name for flows in parts for flow in flows for linear in flow.linears if linear.input_needs}
+
+
 def chunks_of(shape: ModelShape, method: Method, batch: Microbatch, stage: int) -> list[ChunkBytes]:
     """What each model chunk of pipeline stage `stage` keeps of one microbatch."""
     chunks = []
     for layers in stage_layers(batch, stage):
         first, last = layers.start == 0, layers.stop == shape.num_layers
-        needs = first_input_needs(method, recompute=batch.recompute) if first else True
-        flows = layer_flows(shape, method, layers, input_needs=needs)
+        flows = chunk_flows(shape, method, layers, recompute=batch.recompute)
         chunk = chunk_bytes(flows, layers, batch)
         extra = embedding_bytes(method, batch) if first else 0.0
         norm, loss = head_bytes(method, batch, input_needs=flows[-1].output_needs) if last else (0.0, 0.0)
@@ -247,7 +256,13 @@ def chunks_of(shape: ModelShape, method: Method, batch: Microbatch, stage: int) 
 
 
 def _workspace(
-    batch: Microbatch, chunks: Sequence[ChunkBytes], weights: Sequence[Weight], base: BaseSection, *, addends: int
+    batch: Microbatch,
+    chunks: Sequence[ChunkBytes],
+    weights: Sequence[Weight],
+    base: BaseSection,
+    *,
+    addends: int,
+    unpacked: int,
 ) -> float:
     """Bytes on top of what is kept, at the worst moment of forward and backward.
 
@@ -256,8 +271,8 @@ def _workspace(
     Or in a layer's MLP, by when the loss is gone: the gradients of fc1's output and of fc2's input, and a hidden
     state; `addends` of its factors' gradients; and fc1's output itself, where it is made again and nothing has gone
     yet that made room for it.
-    Full fine-tuning adds the gradient of one weight in train.precision, stored weights what their products read, an
-    output layer in FP8 its codes turned round, for good.
+    Full fine-tuning adds the gradient of one weight in train.precision, stored weights what their products read
+    (`unpacked`), an output layer in FP8 its codes turned round, for good.
     """
     e, shape = batch.itemsize, batch.shape
     loss = max(chunk.loss for chunk in chunks)
@@ -270,7 +285,7 @@ def _workspace(
     in_layer = addends + e * batch.tokens * (wide + shape.hidden_size) + max(each.made_again for each in chunks) - loss
     weight = max((w.size * w.itemsize for w in weights if w.trained), default=0)
     kept = turned_head_bytes(weights, base)
-    return max(at_loss, in_layer, 0.0) + max(weight, unpacked_bytes(weights, base)) + kept + 2 * CUBLAS_WORKSPACE
+    return max(at_loss, in_layer, 0.0) + max(weight, unpacked) + kept + 2 * CUBLAS_WORKSPACE
 
 
 def _communication(batch: Microbatch, *, copies: bool) -> float:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -55,11 +56,14 @@ def test_an_output_layer_in_fp8_keeps_the_table_only_where_tokens_are_looked_up(
 
 
 def test_a_packed_weight_is_unpacked_for_its_product() -> None:
-    weights = [LINEAR, EMBEDDING, A]
-    assert unpacked_bytes(weights, BaseSection(storage="nf4")) == 2 * 512 * 128
-    assert unpacked_bytes(weights, BaseSection(storage="nf4", gemm="fp8")) == 512 * 128
-    assert unpacked_bytes(weights, BaseSection(storage="fp8")) == 512 * 128
-    assert unpacked_bytes(weights, BaseSection(storage="bf16")) == 0
+    def unpacked(*read_backward: str, **base: Any) -> int:
+        return unpacked_bytes([LINEAR, EMBEDDING, A], BaseSection(**base), read_backward=read_backward)
+
+    for names in ((), (LINEAR.name,)):
+        assert unpacked(*names, storage="nf4") == 2 * 512 * 128
+        assert unpacked(*names, storage="nf4", gemm="fp8") == 512 * 128
+        assert unpacked(*names, storage="fp8") == len(names) * 512 * 128, "read as it is stored, except backward"
+        assert unpacked(*names, storage="bf16") == 0
 
 
 def test_unsharded_state_is_twelve_bytes_in_bf16_and_eight_in_fp32() -> None:
