@@ -25,7 +25,7 @@ from lora_megatron.layers.storage.fp8 import Fp8Products
 from lora_megatron.methods.method import Method
 from lora_megatron.model.gpt import Gpt
 from lora_megatron.model.names import EMBEDDING, OUTPUT, POSITIONS, named_parameters
-from lora_megatron.model.recomputation import CORE_ATTENTION, rebuilds_attention, rebuilt_mlps
+from lora_megatron.model.recomputation import CORE_ATTENTION, first_of_units, rebuilds_attention, rebuilt_mlps
 from lora_megatron.model.shape import ModelShape
 from lora_megatron.model.spec import block_spec
 from lora_megatron.parallel.groups import Layout
@@ -181,6 +181,9 @@ def build(shape: ModelShape, method: Method, layout: Layout, options: BuildOptio
                     attention=options.attention,
                     rebuilt_mlps=rebuilt_mlps(
                         options.recompute, options.recompute_modules, options.recompute_layers, len(layers)
+                    ),
+                    first_of_units=first_of_units(
+                        options.recompute, options.recompute_layers, options.recompute_unit, len(layers)
                     ),
                 ),
                 vocab_size=padded,

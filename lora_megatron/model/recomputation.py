@@ -44,6 +44,11 @@ def rebuilt_layers(recompute: str, asked: int | None, layers: int) -> int:
     return _first(asked, layers) if recompute == "full" else 0
 
 
+def first_of_units(recompute: str, asked: int | None, unit: int, layers: int) -> range:
+    """The first ones of the layers that are rebuilt together as a whole, `unit` at a time."""
+    return range(0, rebuilt_layers(recompute, asked, layers), unit)
+
+
 def rebuilt_mlps(recompute: str, modules: Collection[str], asked: int | None, layers: int) -> int:
     """Likewise, in how many fc1's output is made again if their MLP is frozen."""
     return _first(asked, layers) if recompute == "selective" and "mlp" in modules else 0

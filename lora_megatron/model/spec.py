@@ -7,6 +7,7 @@ model: a shard of a very large model is built once, and names are the same for e
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import partial
 
 from megatron.core.transformer.attention import SelfAttentionSubmodules
@@ -56,9 +57,9 @@ def layer_spec(
     rebuild_mlp: bool,
     first: bool,
 ) -> ModuleSpec:
-    """One transformer layer, `layer` being its global index, `first` whether none is before it in its chunk; `dropout`
-    and `seed` are the adapters', `storage` that of frozen weights; `attention_kernels` as in `layers.attention`,
-    `rebuild_mlp` as in `layers.mlp`."""
+    """One transformer layer, `layer` being its global index, `first` whether none is before it in its chunk, or in what
+    is rebuilt with it; `dropout` and `seed` are the adapters', `storage` that of frozen weights; `attention_kernels` as
+    in `layers.attention`, `rebuild_mlp` as in `layers.mlp`."""
 
     def adapters(linear: str, *projections: str) -> AdapterSet:
         chosen = tuple(adapter for name in projections for adapter in method.adapters(layer, name))
@@ -74,7 +75,9 @@ def layer_spec(
 
     def norm(before: str, *, beside_residual: bool, gradient: bool) -> ModuleSpec:
         """In front of that layer; `gradient`: whether its input's gradient is read in FP8."""
-        # Where branches are parallel, autograd adds the other's gradient to it.
+        # Where branches are parallel, autograd adds the other's gradient to it. What a rebuilt layer hands to the one
+        # before is another tensor over the same memory: codes left there are given to nobody, and stay while that one
+        # is rebuilt.
         read = ReadInFp8(in_fp8(before), gradient and not shape.parallel_residual)
         return norm_spec(shape.normalization, beside_residual=beside_residual, in_fp8=read)
 
@@ -160,9 +163,10 @@ def block_spec(
     storage: StorageFormat | None = None,
     attention: str = "torch",
     rebuilt_mlps: int = 0,
+    first_of_units: Collection[int] = (),
 ) -> TransformerBlockSubmodules:
     """The layers `layers` (global indices) of one model chunk and the final norm's class; the first `rebuilt_mlps` of
-    them make fc1's output again."""
+    them make fc1's output again; `first_of_units` begin what is rebuilt as a whole."""
     return TransformerBlockSubmodules(
         layer_specs=[
             layer_spec(
@@ -174,7 +178,7 @@ def block_spec(
                 storage=storage,
                 attention_kernels=attention,
                 rebuild_mlp=layer - layers.start < rebuilt_mlps,
-                first=layer == layers.start,
+                first=layer == layers.start or layer - layers.start in first_of_units,
             )
             for layer in layers
         ],
