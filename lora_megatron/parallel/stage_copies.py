@@ -14,6 +14,17 @@ Each rank has a box with an inbox for each neighbour, of `SLOTS` messages, and t
 
 Each direction has a stream of its own on each side, in which messages keep the order of megatron-core's schedule: the
 same on both sides. The number of the slot starts at 0 in every step; every message of a step is taken out in it.
+
+A step that ends in an exception leaves streams waiting on this rank, and on its neighbours:
+
+    outward     for busy = 0, behind messages that the neighbour does not take out any more
+    inward      for full = 1, where it does not send any more; the main stream waits for what was to be received
+
+All of these numbers are in the waiting rank's own box, so each rank can end its own, and does once its own step has
+failed (`run_out`). A rank whose step has not failed is ended as after any other that is lost: by its launcher or
+watchdog, which wait for no stream. Until then it should not take what such streams still bring for messages: messages
+that are not there yet become NaN first. One that is made after that may still come in an older one's place, but nobody
+takes an optimizer's step, which ends in collectives of all stages, without the rank that failed.
 """
 
 from __future__ import annotations
@@ -21,8 +32,8 @@ from __future__ import annotations
 import contextlib
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -34,6 +45,7 @@ from torch import Tensor
 
 from lora_megatron.errors import ConfigError
 from lora_megatron.parallel.groups import MOST_QUEUES, QUEUES
+from lora_megatron.parallel.lanes import Handle, Lane, run_out
 from lora_megatron.parallel.shared_box import ALIGNMENT, Box, aligned, made_over
 from lora_megatron.parallel.stream_values import BYTES
 
@@ -43,6 +55,7 @@ SLOTS = 2
 PREVIOUS, NEXT = 0, 1
 """Sides of a stage."""
 _FULL, _BUSY = 0, 1
+_NAN_BYTE = 0xFF  # of which any floating-point number is NaN
 
 
 def bytes_of(message: int) -> int:
@@ -59,33 +72,6 @@ def slot_of(box: int) -> int:
 def _number(kind: int, side: int, slot: int) -> int:
     """Where in a box that number is."""
     return BYTES * ((kind * 2 + side) * SLOTS + slot)
-
-
-class Handle(Protocol):
-    """Of something that was started."""
-
-    def wait(self) -> object:
-        """Nothing that the current stream is given after this begins before it is done."""
-        ...
-
-    def query(self) -> bool:
-        """Whether it is done already."""
-        ...
-
-
-class Lane:
-    """What is done in order beside the main stream."""
-
-    def __init__(self) -> None:
-        self.stream = torch.cuda.Stream(priority=-1)
-
-    def run(self, work: Callable[[], None]) -> Handle:
-        """Do it once all that the current stream has been given so far is done."""
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
-            work()
-            event: torch.cuda.Event = self.stream.record_event()
-        return event
 
 
 class _Nothing:
@@ -155,6 +141,14 @@ class _Neighbour:
             _, handle = self._under_way.popleft()
             handle.wait()
 
+    def free(self) -> None:
+        """On the current stream: what this side's streams wait for is there, once more; and no message is one."""
+        for message, _ in self._under_way:
+            message.view(torch.uint8).fill_(_NAN_BYTE)
+        for slot in range(SLOTS):
+            self.box.write(self.box.group.rank(), _number(_BUSY, self.side, slot), 0)
+            self.box.write(self.box.group.rank(), _number(_FULL, self.side, slot), 1)
+
     def _place(self, side: int, slot: int, message: Tensor) -> int:
         """Where in a box the inbox of that side has its slot, in bytes."""
         room = slot_of(self.box.size)
@@ -170,6 +164,7 @@ class StageCopies(P2PCommunicator):
         self.box = Box(group, needed_by=OPTION)
         rank, size = group.rank(), group.size()
         self._sides = [_Neighbour(self.box, (rank + step) % size, side) for side, step in ((PREVIOUS, -1), (NEXT, 1))]
+        self._aside = Lane()  # now: torch's streams are a ring, and one made later may be one that waits
         self._in_step = False
 
     @contextlib.contextmanager
@@ -190,15 +185,32 @@ class StageCopies(P2PCommunicator):
             self._clear_numbers()
             dist.barrier(group=self.pp_group)  # no slot is busy or full anywhere before anyone writes
         self._in_step = True
-        yield {"p2p_communicator": self, "pg_collection": _groups()}
-        for side in self._sides:
-            side.end()
+        try:
+            yield {"p2p_communicator": self, "pg_collection": _groups()}
+            for side in self._sides:
+                side.end()
+        except BaseException:
+            with contextlib.suppress(Exception):  # what ended the step is what is to be told
+                run_out(
+                    [lane for side in self._sides for lane in (side.outward, side.inward)],
+                    aside=self._aside,
+                    free=self._free,
+                )
+            raise
         self._in_step = False
+
+    def _free(self) -> None:
+        """On the current stream: streams of a failed step need not wait for others, and bring NaN."""
+        inboxes = torch.empty(self.box.size - ALIGNMENT, dtype=torch.uint8, device="meta")
+        self.box.at(self.pp_group.rank(), inboxes, ALIGNMENT).fill_(_NAN_BYTE)
+        for side in self._sides:
+            side.free()
 
     def _clear_numbers(self) -> None:
         """Of this rank's box; and try whether streams can write those of the neighbours, and wait."""
-        self.box.at(self.pp_group.rank(), torch.empty(ALIGNMENT, dtype=torch.uint8, device="meta")).zero_()
         try:
+            self._free()  # so that its kernel is there: to load one CUDA may wait for all streams
+            self.box.at(self.pp_group.rank(), torch.empty(ALIGNMENT, dtype=torch.uint8, device="meta")).zero_()
             for side in self._sides:
                 self.box.write(side.rank, _number(_FULL, side.opposite, 0), 0)
                 self.box.wait(_number(_FULL, side.side, 0), 0)

@@ -40,9 +40,16 @@ class ThreadLane:
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(max_workers=1)
+        self.last: Future[None] | None = None
 
     def run(self, work: Callable[[], None]) -> Started:
-        return Started(self._thread.submit(work))
+        self.last = self._thread.submit(work)
+        return Started(self.last)
+
+    run_at_once = run
+
+    def is_idle(self) -> bool:
+        return self.last is None or self.last.done()
 
 
 class NumberedBox(SharedBox):

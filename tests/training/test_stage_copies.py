@@ -38,6 +38,7 @@ from lora_megatron.parallel.stream_values import BYTES
 from tests.comparison import compare
 from tests.pool import Pool
 from tests.training.shared_stages import NOBODY_WAITS, copying
+from tests.training.test_stage_copies_life import check_failed, fail_with_messages_under_way
 from tests.twin import Experiment, Record, train_twins
 
 GPUS = torch.cuda.device_count()
@@ -150,6 +151,11 @@ def test_it_does_between_gpus(nccl: Pool, world: int) -> None:
         pytest.skip(f"needs {world} CUDA devices")
     steps = [Step(40), Step(40, LARGE), Step(39, SMALL), Step(40, LARGE), Step(40)]
     assert nccl.run(world, pass_round, steps=steps, how={}) == [[]] * world
+
+
+@pytest.mark.parametrize("world", [pytest.param(2, marks=several_gpus)])
+def test_streams_of_a_failed_step_run_out_on_gpus(nccl: Pool, world: int) -> None:
+    check_failed(nccl.run(world, fail_with_messages_under_way, error=ConfigError("of this rank alone")))
 
 
 @pytest.mark.parametrize("forgotten", NOBODY_WAITS)
