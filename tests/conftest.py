@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.gpus import GPUS
 from tests.pool import Pool
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -17,6 +18,14 @@ SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 def pool() -> Iterator[Pool]:
     """Four gloo processes on this machine's CPU."""
     pool = Pool(4)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="module")
+def nccl() -> Iterator[Pool]:
+    """One process per GPU, two at most."""
+    pool = Pool(min(GPUS, 2), backend="nccl")
     yield pool
     pool.close()
 

@@ -12,7 +12,6 @@ import gc
 import json
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,21 +30,9 @@ from lora_megatron.training.choose_optimizer import choose_optimizer
 from lora_megatron.training.optimizer import wrap_ddp
 from lora_megatron.training.step import run_microbatches
 from tests.comparison import compare, frobenius
+from tests.gpus import one_gpu, two_gpus
 from tests.pool import Pool
 from tests.twin import Experiment, Record, train_twins
-
-GPUS = torch.cuda.device_count()
-one_gpu = [pytest.mark.gpu, pytest.mark.skipif(GPUS < 1, reason="needs a CUDA device")]
-two_gpus = [pytest.mark.multigpu, pytest.mark.skipif(GPUS < 2, reason="needs two CUDA devices")]
-
-
-@pytest.fixture(scope="module")
-def nccl() -> Iterator[Pool]:
-    """One process per GPU, two at most."""
-    pool = Pool(min(GPUS, 2), backend="nccl")
-    yield pool
-    pool.close()
-
 
 # Scale alpha / r near 1, so that bf16's error of a gradient stays near its rounding; see test_oracle.
 METHOD = {"targets": {"q": 4, "k": 1, "v": 2, "o": 3, "fc1": 2, "fc2": 5}, "alpha": 2}

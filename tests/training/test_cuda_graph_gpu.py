@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
@@ -31,24 +30,14 @@ from lora_megatron.training.cuda_graph import WARM_UP_STEPS, StaticInputs
 from lora_megatron.training.held_out import held_out_loss
 from lora_megatron.training.loop import Trainer, train_step
 from lora_megatron.training.optimizer import MegatronAdamW, Optimizer
+from tests.gpus import one_gpu, two_gpus
 from tests.pool import Pool
 
-GPUS = torch.cuda.device_count()
-one_gpu = [pytest.mark.gpu, pytest.mark.skipif(GPUS < 1, reason="needs a CUDA device")]
-two_gpus = [pytest.mark.multigpu, pytest.mark.skipif(GPUS < 2, reason="needs two CUDA devices")]
 LENGTH, VOCABULARY = 64, 300
 STEPS, OTHER_SHAPES = 8, 7
 CLIP = 1e-2
 Tree = dict[str, Any]
 Values = dict[str, torch.Tensor]
-
-
-@pytest.fixture(scope="module")
-def nccl() -> Iterator[Pool]:
-    """One process per GPU, two at most."""
-    pool = Pool(min(GPUS, 2), backend="nccl")
-    yield pool
-    pool.close()
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ the same step is compared in `test_cuda_graph_gpu`, with what is done here witho
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
@@ -20,20 +19,9 @@ import torch
 
 from lora_megatron.parallel.groups import Layout
 from lora_megatron.training.optimizer import MegatronAdamW
+from tests.gpus import one_gpu, two_gpus
 from tests.pool import Pool
 from tests.training.optimizer_course import CLIP, LOADED, compare
-
-GPUS = torch.cuda.device_count()
-one_gpu = [pytest.mark.gpu, pytest.mark.skipif(GPUS < 1, reason="needs a CUDA device")]
-two_gpus = [pytest.mark.multigpu, pytest.mark.skipif(GPUS < 2, reason="needs two CUDA devices")]
-
-
-@pytest.fixture(scope="module")
-def nccl() -> Iterator[Pool]:
-    """One process per GPU, two at most."""
-    pool = Pool(min(GPUS, 2), backend="nccl")
-    yield pool
-    pool.close()
 
 
 def compare_here(**how: Any) -> list[str]:
