@@ -13,8 +13,9 @@ layer 0's q, k and v, whose input (the embedding) needs no gradient either way. 
                       adapts a little, cancel out
     tax of a model    the same of the line through both slices at --scale-to layers
 
-Each round visits, in turn, every slice with and without adapters and gives one tax; what is reported is the median
-over rounds with the lowest and the highest. Sizes such as --hidden 64 --heads 2 --layers 1,2 --sequence 16
+A tax is a small difference of large times, and a clock wanders: with adapters and without, a slice stands in memory
+beside itself, and both step in turns of five. Each round builds every slice anew and gives one tax; what is reported is
+the median over rounds with the lowest and the highest. Sizes such as --hidden 64 --heads 2 --layers 1,2 --sequence 16
 --vocabulary 100 run on a CPU, where times say nothing.
 """
 
@@ -24,7 +25,6 @@ import argparse
 import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,97 +33,38 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from launch import side_by_side as side
+from launch.adapter_tax_cases import STORAGES, TARGETS, Case, Pair, config_of, shape_of
 from lora_megatron.bench import measurement
 from lora_megatron.bench.measurement import Effort, Measured, OutOfMemory, outcome_text
 from lora_megatron.bench.plans import known_of
-from lora_megatron.config import Config, parse_config
 from lora_megatron.errors import ConfigError
 from lora_megatron.measure.environment import describe_environment
 from lora_megatron.measure.markdown import table
 from lora_megatron.measure.units import MISSING, show_bytes, show_seconds
 from lora_megatron.methods.choose import choose_method
 from lora_megatron.model.checks import check, layout_of
-from lora_megatron.model.presets import resolve_shape
-from lora_megatron.model.shape import ModelShape
 from lora_megatron.parallel import groups
 from lora_megatron.parallel.agree import is_main, together
 from lora_megatron.parallel.world import in_world
 
 KIND = "adapter_tax"
-STORAGES: dict[str, dict[str, str]] = {
-    "bf16": {"storage": "bf16"},
-    "fp8": {"storage": "fp8"},
-    "nf4": {"storage": "nf4"},
-    "nf4-fp8": {"storage": "nf4", "gemm": "fp8"},
-}
 PARTS = {"whole": "step", "forward_backward": "forward, backward"}
 """What is compared: --microbatches divides the optimizer's share of a step, and leaves that of the passes as it is."""
-TARGETS = ("q", "k", "v", "o", "fc1", "fc2")
-REFERENCE_LAYERS = {"0": {"q": 1}}
+TURN = 5
+"""Steps, some tenths of a second: long enough for a card to find the clock that its power allows to what it runs."""
 
 
-@dataclass(frozen=True)
-class Case:
-    storage: str
-    layers: int
-    adapted: bool
-
-    def __str__(self) -> str:
-        return f"{self.storage}, {side.layers_text(self.layers)}, {'LoRA' if self.adapted else 'reference'}"
-
-
-def config_of(case: Case, options: argparse.Namespace) -> Config:
-    """The configuration of a case; raises ConfigError."""
-    targets = side.names_of(options.targets, TARGETS, flag="--targets")
-    method = {"targets": dict.fromkeys(targets, options.rank)} if case.adapted else {"layers": REFERENCE_LAYERS}
-    return parse_config(
-        {
-            "model": {
-                "num_layers": case.layers,
-                "hidden_size": options.hidden,
-                "num_attention_heads": options.heads,
-                "max_position_embeddings": options.sequence,
-                "vocab_size": options.vocabulary,
-            },
-            "base": STORAGES[case.storage],
-            "method": {"targets": {}, **method},
-            "parallel": {
-                "tensor": options.tensor,
-                "sequence": options.sequence_parallel,
-                "tp_comm_overlap": options.sequence_parallel,
-            },
-            "optimizer": {"lr": 1e-4, "clip_grad": 1.0},
-            "data": {
-                "sequence_length": options.sequence,
-                "micro_batch_size": options.batch,
-                "global_batch_size": options.batch * options.microbatches,
-            },
-            "train": {
-                "precision": "bf16",
-                "recompute": "none",
-                "cuda_graph": options.cuda_graph,
-                "attention": options.attention,
-            },
-        }
-    )
-
-
-def shape_of(config: Config) -> ModelShape:
-    return resolve_shape(config.model, tokenizer_vocab_size=config.model.vocab_size or 0)
-
-
-def visit(case: Case, options: argparse.Namespace) -> Measured:
-    """Build a case, take its steps, free it; collective. Raises ConfigError where it does not fit."""
-    config = config_of(case, options)
-    shape, whole = shape_of(config), measurement.Case("lora", case.layers)
-    planned = max(kinds["peak"] for kinds in known_of(whole, config, shape).planned)
+def visit(pair: Pair, options: argparse.Namespace) -> tuple[Measured, ...]:
+    """Build both cases, let them step in turns, free them; collective. Raises ConfigError where they do not fit."""
+    configs = [config_of(case, options) for case in pair.cases]
+    shape, whole = shape_of(configs[0]), measurement.Case("lora", pair.layers)
+    planned = sum(max(kinds["peak"] for kinds in known_of(whole, config, shape).planned) for config in configs)
     effort = Effort(options.steps, options.warm_up)
-    found = measurement.visit(
-        whole, config, shape, effort, load=None, planned_bytes=planned, on_step=lambda report: None
-    )
+    cases = [(whole, config) for config in configs]
+    found = measurement.visit_in_turns(cases, shape, effort, turn=TURN, planned_bytes=planned)
     if isinstance(found, OutOfMemory):
-        raise ConfigError(f"{case}: {outcome_text(found)}")
-    return found
+        raise ConfigError(f"{pair}, with adapters and without: {outcome_text(found)}")
+    return tuple(found)
 
 
 def tax_row(
@@ -232,7 +173,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         ("tensor", 1, "tensor-parallel ranks"),
         ("steps", 10, "measured ones in a visit"),
         ("warm-up", 3, "steps before them"),
-        ("rounds", 3, "visits to every case"),
+        ("rounds", 3, "visits to every slice"),
         ("scale-to", 96, "layers of the whole model"),
     ):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{what} (default: {default})")
@@ -254,12 +195,13 @@ def run(options: argparse.Namespace) -> None:
         raise ConfigError(f"--warm-up {options.warm_up}: must be 0 or more")
     sizes = side.sizes_of(options.layers, flag="--layers")
     storages = side.names_of(options.storage, tuple(STORAGES), flag="--storage")
-    cases = [Case(name, size, adapted) for name in storages for size in sizes for adapted in (True, False)]
+    pairs = [Pair(name, size) for name in storages for size in sizes]
     with in_world():
-        _run(options, cases, sizes, storages)
+        _run(options, pairs, sizes, storages)
 
 
-def _run(options: argparse.Namespace, cases: Sequence[Case], sizes: Sequence[int], storages: Sequence[str]) -> None:
+def _run(options: argparse.Namespace, pairs: Sequence[Pair], sizes: Sequence[int], storages: Sequence[str]) -> None:
+    cases = [case for pair in pairs for case in pair.cases]
     ranks = groups.build_mesh(layout_of(config_of(cases[0], options)), seed=1)
     for case in cases:
         config = config_of(case, options)
@@ -267,11 +209,12 @@ def _run(options: argparse.Namespace, cases: Sequence[Case], sizes: Sequence[int
     together(lambda: side.claim(options.out, kind=KIND) if is_main() else None)
     environment, report = describe_environment(), {}
     found: dict[Case, list[Measured]] = {case: [] for case in cases}
-    for index, case in side.in_rounds(cases, options.rounds, enabled=is_main()):
-        found[case].append(visit(case, options))
+    for index, pair in side.in_rounds(pairs, options.rounds, enabled=is_main()):
+        for case, measured in zip(pair.cases, visit(pair, options), strict=True):
+            found[case].append(measured)
         report = {
             "kind": KIND,
-            "complete": index == options.rounds - 1 and case == cases[-1],
+            "complete": index == options.rounds - 1 and pair == pairs[-1],
             "command": side.command_line("adapter_tax.py"),
             "options": {name: value for name, value in vars(options).items() if name != "out"},
             "world_size": ranks.world_size,

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One case, that is one method on one slice (or the whole) of the model: built, stepped, watched, and freed again."""
+"""Cases, each one method on one slice (or the whole) of the model: built, stepped, watched, and freed again."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,8 @@ from lora_megatron.parallel.groups import device_memory_bytes
 from lora_megatron.training.cuda_graph import WARM_UP_STEPS
 from lora_megatron.training.loop import StepReport, Trainer
 from lora_megatron.training.optimizer import Optimizer, gradient_bytes
+
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -97,17 +99,60 @@ def visit(
         NumericalError: a step made no update.
     """
     before = _allocated()
-    outcome: Measured | OutOfMemory
+
+    def measure() -> Measured:
+        running = _Running(case, config, slice_of(shape, case.layers), load=load)
+        running.warm_up(effort.warm_up)
+        running.take(effort.steps, on_step)
+        return running.measured(running.memory(), profiled=effort.profiled)
+
+    outcome = _freed(case, measure, planned_bytes)
+    return outcome if isinstance(outcome, OutOfMemory) else replace(outcome, left_bytes=max(0, _allocated() - before))
+
+
+def visit_in_turns(
+    cases: Sequence[tuple[Case, Config]], shape: ModelShape, effort: Effort, *, turn: int, planned_bytes: int
+) -> list[Measured] | OutOfMemory:
+    """The same of cases that stand beside each other and take `turn` steps each, in turns, A B B A A B: a clock that
+    wanders for longer than that does the same to all. Nothing is profiled, and weights are random.
+
+    The memory of each is its own, and that of those beside it not in it. Raises as `visit`.
+    """
+
+    def measure() -> list[Measured]:
+        every, memory = list[_Running](), list[MemoryByKind]()
+        for case, config in cases:
+            beside = _allocated()
+            running = _Running(case, config, slice_of(shape, case.layers), load=None)
+            running.warm_up(effort.warm_up)
+            every.append(running)
+            memory.append(_without(beside, running.memory()))
+        order = list(every)
+        for start in range(0, effort.steps, turn):
+            for running in order:
+                running.take(min(turn, effort.steps - start), lambda report: None)
+            order.reverse()
+        return [running.measured(own) for running, own in zip(every, memory, strict=True)]
+
+    return _freed(cases[0][0], measure, planned_bytes)
+
+
+def _without(beside: int, memory: MemoryByKind) -> MemoryByKind:
+    """Of a case, what was not there before it."""
+    return replace(memory, activations=max(0, memory.activations - beside), peak=memory.peak - beside)
+
+
+def _freed(case: Case, measure: Callable[[], Found], planned_bytes: int) -> Found | OutOfMemory:
+    """What is measured; and everything that it built is gone."""
+    outcome: Found | OutOfMemory
     try:
-        outcome = _measure(case, config, slice_of(shape, case.layers), effort, load=load, on_step=on_step)
+        outcome = measure()
     except torch.OutOfMemoryError:
         outcome = OutOfMemory(case, f"out of memory; plan: {show_bytes(planned_bytes)}")
     free()  # not before the exception is gone: its traceback holds the model
-    if isinstance(outcome, OutOfMemory):
-        if dist.get_world_size() > 1:
-            raise OutOfMemoryAlone(outcome_text(outcome))
-        return outcome
-    return replace(outcome, left_bytes=max(0, _allocated() - before))
+    if isinstance(outcome, OutOfMemory) and dist.get_world_size() > 1:
+        raise OutOfMemoryAlone(outcome_text(outcome))
+    return outcome
 
 
 def outcome_text(outcome: OutOfMemory) -> str:
@@ -118,39 +163,55 @@ def outcome_text(outcome: OutOfMemory) -> str:
     )
 
 
-def _measure(
-    case: Case,
-    config: Config,
-    shape: ModelShape,
-    effort: Effort,
-    *,
-    load: Load | None,
-    on_step: Callable[[StepReport], None],
-) -> Measured:
-    trainer = build_trainer(bench_config(config, case.method), shape, load=load)
-    trainer.optimizer = cast(Optimizer, TimedOptimizer(trainer.optimizer))
-    losses: list[float] = []
-    seconds: list[StepSeconds] = []
-    while len(seconds) < effort.steps:
-        warming = trainer.step < effort.warm_up or _is_metered(trainer) or _is_still_eager(trainer)
-        taken, report = timed_step(trainer)
-        losses.append(report.loss)
-        if not warming:
-            seconds.append(taken)
+class _Running:
+    """A case that is built, and steps."""
+
+    def __init__(self, case: Case, config: Config, shape: ModelShape, *, load: Load | None) -> None:
+        """`shape`: the slice's."""
+        self._case = case
+        self._trainer = build_trainer(bench_config(config, case.method), shape, load=load)
+        self._trainer.optimizer = cast(Optimizer, TimedOptimizer(self._trainer.optimizer))
+        self._losses: list[float] = []
+        self._seconds: list[StepSeconds] = []
+
+    def warm_up(self, steps: int) -> None:
+        """So many steps, and as many more as are not like those that a training mostly runs."""
+        trainer = self._trainer
+        while trainer.step < steps or _is_metered(trainer) or _is_still_eager(trainer):
+            self._step()
+
+    def take(self, steps: int, on_step: Callable[[StepReport], None]) -> None:
+        """Measured ones."""
+        for _ in range(steps):
+            taken, report = self._step()
+            self._seconds.append(taken)
             on_step(report)
-    memory = trainer.meter.memory(gradients=gradient_bytes(trainer.chunks), optimizer=trainer.optimizer.state_bytes())
-    communication = profile(lambda: timed_step(trainer)[0].whole, steps=effort.profiled)
-    trainable, total = _count_parameters([chunk.module for chunk in trainer.chunks])
-    return Measured(
-        case=case,
-        steps=slowest_of_each(seconds),
-        memory=gather_memory(memory),
-        trainable_parameters=trainable,
-        total_parameters=total,
-        first_loss=losses[0],
-        last_loss=losses[-1],
-        communication=_gather(communication),
-    )
+
+    def _step(self) -> tuple[StepSeconds, StepReport]:
+        taken, report = timed_step(self._trainer)
+        self._losses.append(report.loss)
+        return taken, report
+
+    def memory(self) -> MemoryByKind:
+        """On this rank, of the steps so far."""
+        trainer = self._trainer
+        state_bytes = trainer.optimizer.state_bytes()
+        return trainer.meter.memory(gradients=gradient_bytes(trainer.chunks), optimizer=state_bytes)
+
+    def measured(self, memory: MemoryByKind, *, profiled: int = 0) -> Measured:
+        """All that was found, with this rank's memory; collective."""
+        communication = profile(lambda: timed_step(self._trainer)[0].whole, steps=profiled)
+        trainable, total = _count_parameters([chunk.module for chunk in self._trainer.chunks])
+        return Measured(
+            case=self._case,
+            steps=slowest_of_each(self._seconds),
+            memory=gather_memory(memory),
+            trainable_parameters=trainable,
+            total_parameters=total,
+            first_loss=self._losses[0],
+            last_loss=self._losses[-1],
+            communication=_gather(communication),
+        )
 
 
 def _gather(mine: Communication | None) -> list[Communication]:

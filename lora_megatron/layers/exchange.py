@@ -89,14 +89,10 @@ class Exchange:
         main, rows = torch.cuda.current_stream(), parts[0].shape[0]
         places, total = _places(parts)
         box = self._box("gather", total + self._room(product, rows, beside))
-        if beside is not None:  # while the rows are copied, which takes longer
-            self.copies.wait_stream(main)
-            with torch.cuda.stream(self.copies):
-                box.at(self.rank, beside, total).copy_(beside)
         for part, place in zip(parts, places, strict=True):
             box.at(self.rank, part, place).copy_(part)
         if beside is not None:
-            main.wait_stream(self.copies)
+            box.at(self.rank, beside, total).copy_(beside)
         box.barrier()
         out = torch.empty(self.size * rows, product.columns, dtype=product.dtype, device=parts[0].device)
         received = [[torch.empty_like(part) for part in parts] for _ in range(self.size - 1)]

@@ -12,10 +12,13 @@ import pytest
 import torch
 
 from launch import adapter_tax, bench_peft
+from launch.adapter_tax_cases import Case as TaxCase
+from launch.adapter_tax_cases import config_of, shape_of
 from launch.rival_models import PRECISION, RivalTrainer, Sizes, build_rival
 from lora_megatron.bench.measurement import Case, Effort, visit
 from lora_megatron.bench.workload import free
 from lora_megatron.layers.storage.fp8 import Fp8Products
+from lora_megatron.model.checks import layout_of
 from lora_megatron.parallel import groups
 from tests.pool import Pool
 
@@ -153,8 +156,8 @@ def test_tax_of_slices_layers_and_models(pool: Pool, tmp_path: Path, layout: lis
 def dgrads(arguments: list[str], adapted: bool) -> list[tuple[int, int]]:
     """Shapes of the frozen weights that a step of two FP8 layers multiplies gradients with, in order."""
     options = adapter_tax.parse(arguments)
-    config = adapter_tax.config_of(adapter_tax.Case("fp8", 2, adapted), options)
-    groups.build_mesh(adapter_tax.layout_of(config), seed=1)
+    config = config_of(TaxCase("fp8", 2, adapted), options)
+    groups.build_mesh(layout_of(config), seed=1)
     seen: list[tuple[int, int]] = []
     multiply = Fp8Products.backward_product
 
@@ -166,7 +169,7 @@ def dgrads(arguments: list[str], adapted: bool) -> list[tuple[int, int]]:
         visit(
             Case("lora", 2),
             config,
-            adapter_tax.shape_of(config),
+            shape_of(config),
             Effort(1, 3),
             load=None,
             planned_bytes=0,
@@ -192,7 +195,7 @@ def test_a_step_has_as_many_microbatches_as_asked_for(pool: Pool, tmp_path: Path
     (once,) = pool.run(1, dgrads, arguments=arguments, adapted=True)
     assert pool.run(1, dgrads, arguments=three, adapted=True) == [3 * once]
     for given, count in ((arguments, 1), (three, 3)):
-        data = adapter_tax.config_of(adapter_tax.Case("bf16", 1, True), adapter_tax.parse(given)).data
+        data = config_of(TaxCase("bf16", 1, True), adapter_tax.parse(given)).data
         assert (data.micro_batch_size, data.global_batch_size) == (BATCH, count * BATCH)
     short = ["--layers", "1", "--storage", "bf16", "--warm-up", "0", "--rounds", "1"]
     assert pool.run(1, run_tax, arguments=[*three, *short]) == [0]
