@@ -35,9 +35,9 @@ if str(ROOT) not in sys.path:
 from launch import side_by_side as side
 from launch.adapter_tax_cases import STORAGES, TARGETS, Case, Pair, config_of, shape_of
 from lora_megatron.bench import measurement
-from lora_megatron.bench.measurement import Effort, Measured, OutOfMemory, outcome_text
+from lora_megatron.bench.measurement import Effort, Measured, OutOfMemory
 from lora_megatron.bench.plans import known_of
-from lora_megatron.errors import ConfigError
+from lora_megatron.errors import ConfigError, OutOfMemoryAlone
 from lora_megatron.measure.environment import describe_environment
 from lora_megatron.measure.markdown import table
 from lora_megatron.measure.units import MISSING, show_bytes, show_seconds
@@ -51,7 +51,8 @@ KIND = "adapter_tax"
 PARTS = {"whole": "step", "forward_backward": "forward, backward"}
 """What is compared: --microbatches divides the optimizer's share of a step, and leaves that of the passes as it is."""
 TURN = 5
-"""Steps, some tenths of a second: long enough for a card to find the clock that its power allows to what it runs."""
+"""Steps, some tenths of a second, so that a card may find the clock that its power allows to each: chosen, not
+measured."""
 
 
 def visit(pair: Pair, options: argparse.Namespace) -> tuple[Measured, ...]:
@@ -59,11 +60,17 @@ def visit(pair: Pair, options: argparse.Namespace) -> tuple[Measured, ...]:
     configs = [config_of(case, options) for case in pair.cases]
     shape, whole = shape_of(configs[0]), measurement.Case("lora", pair.layers)
     planned = sum(max(kinds["peak"] for kinds in known_of(whole, config, shape).planned) for config in configs)
-    effort = Effort(options.steps, options.warm_up)
-    cases = [(whole, config) for config in configs]
-    found = measurement.visit_in_turns(cases, shape, effort, turn=TURN, planned_bytes=planned)
+    cases, effort = [(whole, config) for config in configs], Effort(options.steps, options.warm_up)
+    remedy = (
+        f"{pair}, with adapters and without beside each other: out of memory; planned {show_bytes(planned)} "
+        f"of {show_bytes(groups.device_memory_bytes())}: lower --layers or --batch, or raise --tensor"
+    )
+    try:
+        found = measurement.visit_in_turns(cases, shape, effort, turn=TURN, planned_bytes=planned)
+    except OutOfMemoryAlone:
+        raise OutOfMemoryAlone(remedy) from None
     if isinstance(found, OutOfMemory):
-        raise ConfigError(f"{pair}, with adapters and without: {outcome_text(found)}")
+        raise ConfigError(remedy)
     return tuple(found)
 
 

@@ -71,7 +71,8 @@ class Measured:
     communication: list[Communication]
     """Of every rank; empty where no step was profiled, or a rank's profiler saw nothing."""
     left_bytes: int = 0
-    """GPU: bytes of this rank that were allocated after the case was freed and not before it was built."""
+    """GPU: bytes of this rank that were allocated after the case was freed and not before it was built; not looked at
+    where cases stand beside each other."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,8 @@ def visit_in_turns(
     """The same of cases that stand beside each other and take `turn` steps each, in turns, A B B A A B: a clock that
     wanders for longer than that does the same to all. Nothing is profiled, and weights are random.
 
-    The memory of each is its own, and that of those beside it not in it. Raises as `visit`.
+    Peak and activations of each are without what stood there before it, so what the first makes for the process (a
+    library's workspaces, tables) counts to it alone; reserved memory is that of all. Raises as `visit`.
     """
 
     def measure() -> list[Measured]:

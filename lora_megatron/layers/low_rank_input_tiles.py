@@ -19,9 +19,9 @@ MOST_RANKS = 64
 
 # By the bytes of a token's du, up to so many, its numbers made a power of two and 16 at least. The gradients of factors
 # have programs of few columns and long spans: a span writes an addend of dA, the sum of ranks fp32 numbers a column.
-# Those of 32 and 128 bytes are the fastest of ten, or near it, for one and three factors of rank 16 and 1024 and 2048
-# tokens of GPT-3 175B's width, between products on an H200; the others are chosen by what they compile to. Both passes
-# in one, which reads du once less, were slower than one after the other, with eight kinds of tiles.
+# Those of 32 and 128 bytes are the fastest of ten and more, or near it, for one and three factors of rank 16 and 1024
+# and 2048 tokens of GPT-3 175B's width, between products on an H200; the others are chosen by what they compile to.
+# Both passes in one, which reads du once less, were slower than one after the other, with eight kinds of tiles.
 GRADIENT_TILES: dict[int, Tile] = {
     32: Tile(64, 64, 512, 2),
     64: Tile(32, 128, 256, 4),

@@ -26,8 +26,9 @@ class Tile(NamedTuple):
 
 
 # By the bytes of a row of B, up to so many, its rank made a power of two and 16 at least: what fits the shared memory
-# of a Hopper GPU. Those of rank 16 are the fastest of 36 over the layers of GPT-3 175B. `_gradients` has many columns
-# at small ranks, since it writes r fp32 numbers for each token and tile of columns, which `_sum` reads again.
+# of a Hopper GPU. Those of rank 16 are the fastest of 36 over the layers of GPT-3 175B, or of nine tried later.
+# `_gradients` has many columns at small ranks, since it writes r fp32 numbers for each token and tile of columns, which
+# `_sum` reads again.
 _WIDE = {256: Tile(64, 128, 4), 512: Tile(32, 64, 4), 1024: Tile(32, 64, 4)}
 ADD_TILES: dict[int, Tile] = {32: Tile(32, 128, 2), 64: Tile(32, 256, 8), **_WIDE}
 GRADIENT_TILES: dict[int, Tile] = {32: Tile(32, 512, 4), 64: Tile(32, 256, 8), **_WIDE}

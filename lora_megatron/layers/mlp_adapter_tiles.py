@@ -38,13 +38,13 @@ class Tile(NamedTuple):
 # By the bytes of a number: of an MLP that is not gated, and of a gated one, which has half as much again of everything
 # under way. A shorter span writes more addends of dB and dA (a span r numbers a column), or of u2 (r a token); fewer
 # columns more addends of du (a tile of them r a token). Forward and backward those of two bytes are the fastest of a
-# dozen, or near it, at rank 16 and the sizes of GPT-3 175B and Llama 2 70B between products on an H200, of the table in
-# the middle those of nine and of five; the rest are chosen by what they compile to. But for the first table 16 tokens a
-# warp at least: a product whose result goes into another one has all its warps along its rows in Triton 3.6, and with
-# fewer rows they repeat each other's work. A program of one warp has nobody to wait for: faster forward, by 18% of a
-# gated MLP, and slower backward, by 10% and more, where its tile must be narrow and so writes twice the addends of du.
-# Fewer registers, or a tile's columns computed in two halves with fewer of them, make the backward pass slower by 5%
-# and more.
+# dozen, or near it, at rank 16 and the sizes of GPT-3 175B and Llama 2 70B between products on an H200, of the
+# projection those of nine and, gated, of five; the rest are chosen by what they compile to. But for the first table 16
+# tokens a warp at least: a product whose result goes into another one has all its warps along its rows in Triton 3.6,
+# and with fewer rows they repeat each other's work. A program of one warp has nobody to wait for: faster forward, by
+# 18% of a gated MLP, and slower backward, by 10% and more, where its tile must be narrow and so writes twice the
+# addends of du. Fewer registers, or a tile's columns computed in two halves with fewer of them, make the backward pass
+# slower by 5% and more.
 FORWARD_TILES: dict[int, tuple[Tile, Tile]] = {
     2: (Tile(32, 128, 128, 4, 1), Tile(32, 128, 512, 4)),
     4: (Tile(32, 128, 128, 4), Tile(32, 64, 128, 4)),
@@ -91,9 +91,10 @@ def tile_of(itemsize: int, ranks: Sequence[int], tiles: Mapping[int, tuple[Tile,
 def backward_tile_of(itemsize: int, ranks: Sequence[int], tokens: int, columns: int, *, gated: bool) -> Tile | None:
     """Of BACKWARD_TILES likewise, for so many tokens and columns of y."""
     tile = tile_of(itemsize, ranks, BACKWARD_TILES, gated=gated)
-    if tile is None or gated or math.ceil(columns / tile.columns) * math.ceil(tokens / LONG_SPAN) < FEWEST_PROGRAMS:
+    if tile is None or gated or tokens % LONG_SPAN:  # a span is walked to its end, whether there are tokens or not
         return tile
-    return tile._replace(span=max(tile.span, LONG_SPAN))
+    programs = math.ceil(columns / tile.columns) * (tokens // LONG_SPAN)
+    return tile if programs < FEWEST_PROGRAMS else tile._replace(span=max(tile.span, LONG_SPAN))
 
 
 def addend_bytes(ranks: Sequence[int], fc2_rank: int, tokens: int, columns: int, *, gated: bool, itemsize: int) -> int:

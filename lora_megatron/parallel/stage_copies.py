@@ -23,8 +23,9 @@ A step that ends in an exception leaves streams waiting on this rank, and on its
 All of these numbers are in the waiting rank's own box, so each rank can end its own, and does once its own step has
 failed (`run_out`). A rank whose step has not failed is ended as after any other that is lost: by its launcher or
 watchdog, which wait for no stream. Until then it should not take what such streams still bring for messages: messages
-that are not there yet become NaN first. One that is made after that may still come in an older one's place, but nobody
-takes an optimizer's step, which ends in collectives of all stages, without the rank that failed.
+that are not there yet become NaN first. A message that the main stream computes later may still arrive in an older
+one's place, but nobody takes an optimizer's step, which ends in collectives of all stages, without the rank that has
+failed.
 """
 
 from __future__ import annotations

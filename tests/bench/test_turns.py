@@ -13,6 +13,7 @@ from launch import adapter_tax
 from launch.adapter_tax_cases import Pair, config_of, shape_of
 from lora_megatron.bench import measurement
 from lora_megatron.bench.measurement import Case, Effort, Measured, OutOfMemory
+from lora_megatron.errors import ConfigError, OutOfMemoryAlone
 from lora_megatron.measure.memory import MemoryByKind
 from lora_megatron.model.checks import layout_of
 from lora_megatron.parallel import groups
@@ -82,6 +83,25 @@ def out_of_memory() -> str:
 
 def test_what_does_not_fit_says_what_was_planned(pool: Pool) -> None:
     assert pool.run(1, out_of_memory) == ["out of memory; plan: 1.00 GiB"]
+
+
+def told_of_both(*, world: int) -> str:
+    options = adapter_tax.parse(SMALL)
+    groups.build_mesh(layout_of(config_of(Pair("bf16", 1).cases[0], options)), seed=1)
+    found: Any = OutOfMemory(WHOLE, "out of memory")
+    with patch.object(measurement, "visit_in_turns", side_effect=OutOfMemoryAlone if world > 1 else [found]):
+        try:
+            adapter_tax.visit(Pair("bf16", 1), options)
+        except (ConfigError, OutOfMemoryAlone) as error:
+            return f"{type(error).__name__} {error}"
+    return "nothing"
+
+
+@pytest.mark.parametrize(("world", "kind"), [(1, "ConfigError"), (2, "OutOfMemoryAlone")])
+def test_a_user_is_told_that_there_were_two(pool: Pool, world: int, kind: str) -> None:
+    (said,) = pool.run(1, told_of_both, world=world)
+    assert said.startswith(f"{kind} bf16, 1 layer, with adapters and without beside each other: out of memory; planned ")
+    assert said.endswith("lower --layers or --batch, or raise --tensor")
 
 
 @pytest.mark.parametrize(("beside", "activations"), [(0, 30), (20, 10), (40, 0)])

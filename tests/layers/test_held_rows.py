@@ -25,8 +25,8 @@ from lora_megatron.layers.storage.kernels import quantise_rows
 from tests.layers.test_low_rank_input_kernels import DEVICE, HAS_GPU, by_kernel, interpreted, large
 from tests.layers.test_norm_codes import rounded_to_fp8
 
-WIDTHS = [8, 300, 4096, 20000]
-LARGE = [pytest.param(width, marks=large) for width in (12288, 36864, 49152, WIDEST)]
+WIDTHS = [8, 300, 4096, 5000, 20000]
+LARGE = [pytest.param(width, marks=large) for width in (12288, 36864, 49152, 50000, WIDEST)]
 pytestmark = by_kernel
 
 

@@ -172,6 +172,7 @@ def test_spans_are_long_where_programs_are_many() -> None:
         return tile.span
 
     assert (span(2048, 49152), span(2048, 24576), span(4096, 24576)) == (1024, 512, 1024)
+    assert span(1280, 98304) == 512, "half a long span would be walked in vain"
     assert span(8192, 28672, gated=True) == 1024
     assert tiles.backward_tile_of(2, [17], 2048, 49152, gated=False) is None
 

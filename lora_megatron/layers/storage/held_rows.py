@@ -3,7 +3,7 @@
 
 The other way is to read a row twice and to compute it twice: the second reading comes from the cache, but so do the
 factors of its columns, twice as many bytes as the row, and an activation takes more instructions than its bytes take
-time. 1,024 threads hold rows of up to 65,536 numbers, two in a register.
+time. 512 threads or 1,024 hold rows of up to 65,536 numbers, two in a register.
 """
 
 from __future__ import annotations

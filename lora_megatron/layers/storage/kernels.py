@@ -34,9 +34,10 @@ from lora_megatron.layers.storage.held_rows import (
 _PIECE = 4096
 """Columns at a time of a program that reads a row twice."""
 _NARROW, _WIDE = 16384, 40960
-"""Columns of rows. Between products on an H200, rows of GPT-3 175B that are multiplied by a factor take, held and read
-twice (by 16 warps, by 32), us: 12,288 columns 23, 33, 31; 36,864 columns 95, 102, 80; 49,152 columns 115, 131, 160.
-What two programs of 32 warps read, their rows and the factor, fills a processor's cache at 32,768 columns."""
+"""Rows of more columns than the first and at most the second are read twice, narrower and wider ones held. Between
+products on an H200, rows of GPT-3 175B that are multiplied by a factor take, held and read twice (by 16 warps, by 32),
+us: 12,288 columns 23, 33, 31; 36,864 columns 95, 102, 80; 49,152 columns 115, 131, 160. The limits between these are
+chosen."""
 
 
 @triton.jit
