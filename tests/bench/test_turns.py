@@ -100,7 +100,7 @@ def told_of_both(*, world: int) -> str:
 @pytest.mark.parametrize(("world", "kind"), [(1, "ConfigError"), (2, "OutOfMemoryAlone")])
 def test_a_user_is_told_that_there_were_two(pool: Pool, world: int, kind: str) -> None:
     (said,) = pool.run(1, told_of_both, world=world)
-    assert said.startswith(f"{kind} bf16, 1 layer, with adapters and without beside each other: out of memory; planned ")
+    assert said.startswith(f"{kind} bf16, 1 layer, with adapters and without beside each other: out of memory; ")
     assert said.endswith("lower --layers or --batch, or raise --tensor")
 
 
