@@ -53,13 +53,7 @@ def config_of(case: Case, options: argparse.Namespace) -> Config:
     method = {"targets": dict.fromkeys(targets, options.rank)} if case.adapted else {"layers": REFERENCE_LAYERS}
     return parse_config(
         {
-            "model": {
-                "num_layers": case.layers,
-                "hidden_size": options.hidden,
-                "num_attention_heads": options.heads,
-                "max_position_embeddings": options.sequence,
-                "vocab_size": options.vocabulary,
-            },
+            "model": side.model_section(options, layers=case.layers),
             "base": STORAGES[case.storage],
             "method": {"targets": {}, **method},
             "parallel": {

@@ -95,13 +95,7 @@ class Visits:
 def config_of(case: Case, options: argparse.Namespace) -> Config:
     """Our configuration of a case, through the same door as a user's file; raises ConfigError."""
     tree = {
-        "model": {
-            "num_layers": case.layers,
-            "hidden_size": options.hidden,
-            "num_attention_heads": options.heads,
-            "max_position_embeddings": options.sequence,
-            "vocab_size": options.vocabulary,
-        },
+        "model": side.model_section(options, layers=case.layers),
         "base": OURS.get(case.name, {}),
         "method": {"targets": {"q": options.rank, "v": options.rank}, "alpha": ALPHA},
         "optimizer": {"lr": LR, "clip_grad": CLIP},

@@ -106,6 +106,17 @@ def pooled(visits: Sequence[Sequence[float]]) -> dict[str, Any]:
     }
 
 
+def model_section(options: Any, *, layers: int) -> dict[str, int]:
+    """Of a configuration: a GPT of so many layers and of the sizes that the scripts' options give."""
+    return {
+        "num_layers": layers,
+        "hidden_size": options.hidden,
+        "num_attention_heads": options.heads,
+        "max_position_embeddings": options.sequence,
+        "vocab_size": options.vocabulary,
+    }
+
+
 def layers_text(layers: int) -> str:
     """`1 layer`, `4 layers`."""
     return f"{layers} layer{'s' if layers > 1 else ''}"
