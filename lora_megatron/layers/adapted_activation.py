@@ -61,6 +61,7 @@ class AdaptedActivation:
         bias: fc1's.
         update: fc1's adapters, with u of all tokens; None without any.
         a: A of fc2's adapter [r, f/t], if there is one, and its dropout.
+        aside: whoever reads u2 and du waits for what is done aside (`layers.aside`).
     """
 
     activation: Activation
@@ -70,6 +71,7 @@ class AdaptedActivation:
     update: Update | None
     a: Tensor | None
     dropout: Dropout | None
+    aside: bool = False
 
     def kept(self, z: Tensor) -> Tensor:
         """What the other methods take for z, from the product, which it may be written over."""
@@ -135,7 +137,8 @@ class AdaptedActivation:
         if z.shape[0] < FEWEST_TOKENS:
             return self._value(z), None
         act = self.activation
-        return kernels.activate_and_project(z, self.bias, self.update, self.a, act.name, gated=act.gated)
+        problem = (z, self.bias, self.update, self.a, act.name)
+        return kernels.activate_and_project(*problem, gated=act.gated, aside=self.aside)
 
     def _value(self, z: Tensor) -> Tensor:
         if self.update is None or not self._in_one_pass(z):
@@ -162,9 +165,8 @@ class AdaptedActivation:
         bs = () if self.update is None else self.update.bs
         factors = (*bs, *(() if a is None else (a,)))
         mains = main_grads_of(factors)
-        dz, du, found = kernels.gradients(
-            z, self.bias, self.update, a, back, dy, self.activation.name, gated=self.activation.gated, mains=mains
-        )
+        problem = (z, self.bias, self.update, a, back, dy, self.activation.name)
+        dz, du, found = kernels.gradients(*problem, gated=self.activation.gated, mains=mains, aside=self.aside)
         handed = found if mains is None else already_added(factors)
         rows: Rows = (dz,)
         if fp8 is not None:

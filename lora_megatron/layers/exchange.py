@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lora_megatron.layers.aside import join_aside, start_aside
 from lora_megatron.layers.low_rank_input import add_input_gradient
 from lora_megatron.layers.storage.product import Product
 from lora_megatron.parallel.shared_box import ALIGNMENT, Box, aligned, all_made, made_over
@@ -93,6 +94,7 @@ class Exchange:
             box.at(self.rank, part, place).copy_(part)
         if beside is not None:
             box.at(self.rank, beside, total).copy_(beside)
+        start_aside()
         box.barrier()
         out = torch.empty(self.size * rows, product.columns, dtype=product.dtype, device=parts[0].device)
         received = [[torch.empty_like(part) for part in parts] for _ in range(self.size - 1)]
@@ -100,19 +102,24 @@ class Exchange:
         self.copies.wait_stream(main)  # behind these: torch's deterministic mode fills new memory, on this stream
         arrivals = []
         with torch.cuda.stream(self.copies):
-            if whole is not None and beside is not None:  # first: who waits for rows has waited for it
-                for owner in (*self._others(), self.rank):
-                    source = beside if owner == self.rank else box.at(owner, beside, total)
-                    whole[owner].copy_(source, non_blocking=True)
+            if whole is not None and beside is not None:
+                for owner in self._others():
+                    whole[owner].copy_(box.at(owner, beside, total), non_blocking=True)
             for owner, copies in zip(self._others(), received, strict=True):
                 for copy, place in zip(copies, places, strict=True):
                     copy.copy_(box.at(owner, copy, place), non_blocking=True)
                 arrivals.append(self.copies.record_event())
+            if whole is not None and beside is not None:
+                # Behind the rows: no copy engine does it, and a processor is free when the product comes to its end.
+                whole[self.rank].copy_(beside, non_blocking=True)
         product.into(out[self.rank * rows :][:rows], *parts)
         for owner, copies, arrival in zip(self._others(), received, arrivals, strict=True):
             main.wait_event(arrival)
             product.into(out[owner * rows :][:rows], *copies)
-        return out, None if whole is None else whole.flatten(0, 1)
+        if whole is None:
+            return out, None
+        main.wait_stream(self.copies)
+        return out, whole.flatten(0, 1)
 
     def sum_of_products(
         self,
@@ -132,6 +139,7 @@ class Exchange:
         if beside is not None:  # there before the products are
             beside = beside.unflatten(0, (self.size, -1))
             addends.append(box.at(self.rank, beside, place))
+            join_aside(self.copies)  # for `beside`, where that is made aside
             with torch.cuda.stream(self.copies):
                 for owner in (*self._others(), self.rank):
                     box.at(owner, beside, place)[self.rank].copy_(beside[owner], non_blocking=True)

@@ -15,11 +15,13 @@ lies, instead of to a tensor as large as x that autograd then sums with it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lora_megatron.layers.aside import do_aside
 from lora_megatron.layers.dropout import Dropout
 from lora_megatron.layers.main_grad import already_added, gradients_of_rows, main_grads_of
 from lora_megatron.layers.norm import NormedRows, normed_rows, without_codes
@@ -74,8 +76,10 @@ def _gradients_through_norm(factors: Sequence[Tensor], du: Tensor, rows: NormedR
     """As `factor_gradients`, where x is the norm of these rows."""
     mains = main_grads_of(factors)
     flat = du.reshape(-1, du.shape[-1]).contiguous()
-    found = kernels.factor_gradients_of_normed(rows, flat, factors, mains)
-    return found if mains is None else already_added(factors)
+    if mains is None:
+        return kernels.factor_gradients_of_normed(rows, flat, factors, None)
+    do_aside(partial(kernels.factor_gradients_of_normed, rows, flat, factors, mains))
+    return already_added(factors)
 
 
 def add_input_gradient(grad_x: Tensor | None, du: Tensor, factors: Sequence[Tensor], dropout: Dropout | None) -> Tensor:

@@ -17,10 +17,13 @@ hand it. Both are matters of the host, so a CUDA graph repeats the additions and
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.torch_version import TorchVersion
+
+from lora_megatron.layers.aside import do_aside
 
 try:
     from lora_megatron.layers import main_grad_kernels as kernels
@@ -72,16 +75,21 @@ def gradients_of_rows(factors: Sequence[Tensor], left: Tensor, right: Tensor) ->
     mains = main_grads_of(factors)
     if mains is None:
         return tuple((left @ right).split(rows))
+    do_aside(partial(_add_product, mains, left, right))
+    return already_added(factors)
+
+
+def _add_product(mains: Sequence[Tensor], left: Tensor, right: Tensor) -> None:
+    """left @ right, of which each of `mains` has some rows, is added to them."""
     if len(mains) == 1 and _FP32_SUMS and _is_narrow(left) and left.is_cuda:
         torch.addmm(mains[0], left, right, out_dtype=torch.float32, out=mains[0])
-        return already_added(factors)
+        return
     product = _fp32_product(left, right)
     if kernels is not None and product.is_cuda and product.dtype == torch.float32 and 1 < len(mains) <= kernels.MOST:
         kernels.add_rows(mains, product)
     else:
-        for main, own in zip(mains, product.split(rows), strict=True):
+        for main, own in zip(mains, product.split([main.shape[0] for main in mains]), strict=True):
             main.add_(own)
-    return already_added(factors)
 
 
 def _fp32_product(left: Tensor, right: Tensor) -> Tensor:

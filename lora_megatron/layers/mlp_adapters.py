@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from lora_megatron.layers import mlp_adapter_kernels as kernels
 from lora_megatron.layers import mlp_adapter_tiles as tiles
 from lora_megatron.layers.addend_kernels import sum_addends, sum_into
+from lora_megatron.layers.aside import do_aside
 from lora_megatron.layers.low_rank import Update
 from lora_megatron.layers.low_rank_tiles import padded
 
@@ -82,8 +84,12 @@ def activate_and_project(
     name: str,
     *,
     gated: bool,
+    aside: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """y as of `activate`, and u2 = y A^T [m, r2] in its type, from a [r2, f]; of y as it is rounded, summed in fp32."""
+    """y as of `activate`, and u2 = y A^T [m, r2] in its type, from a [r2, f]; of y as it is rounded, summed in fp32.
+
+    aside: whoever reads u2 waits for what is done aside.
+    """
     tokens, (rank, columns) = z.shape[0], a.shape
     tile = tiles.tile_of(z.element_size(), _factors(update, a)[1], tiles.PROJECTION_TILES, gated=gated)
     assert tile is not None
@@ -97,7 +103,11 @@ def activate_and_project(
         *halves.firsts, tile.span, padded(halves.ranks), padded([rank]), tile.tokens, tile.columns, name, gated,
         bias is not None, *halves.there, **tile.options,
     )  # fmt: skip
-    sum_into(u2, addends, cut.table, cut.longest, cut=tiles.SUM)
+    summing = partial(sum_into, u2, addends, cut.table, cut.longest, cut=tiles.SUM)
+    if aside:
+        do_aside(summing)
+    else:
+        summing()
     return y, u2
 
 
@@ -121,11 +131,13 @@ def gradients(
     *,
     gated: bool,
     mains: Sequence[Tensor] | None = None,
+    aside: bool = False,
 ) -> BackwardPass:
     """From dy = dL/dy [m, f] without what comes of fc2's adapter, a [r2, f], du2 [m, r2]; z and update as in
     `activate`. Of an MLP that is not gated dz is written over dy. All contiguous.
 
     mains: fp32, as large as each B and A: each gradient is added to its own and none is returned.
+    aside: whoever reads du waits for what is done aside, where there are `mains`.
     """
     tokens, columns = dy.shape
     factors, ranks = _factors(update, a)
@@ -145,5 +157,9 @@ def gradients(
         *halves.there, a is not None, **tile.options,
     )  # fmt: skip
     du = None if halves.u is None else torch.empty_like(halves.u)
-    found = sum_addends(addends, cut.table, cut.longest, du, factors, mains, cut=tiles.SUM, factor_cut=tiles.FACTOR_SUM)
-    return BackwardPass(dz, du, found)
+    cuts = {"cut": tiles.SUM, "factor_cut": tiles.FACTOR_SUM}
+    summing = partial(sum_addends, addends, cut.table, cut.longest, du, factors, mains, **cuts)
+    if aside and mains is not None:
+        do_aside(summing)
+        return BackwardPass(dz, du, ())
+    return BackwardPass(dz, du, summing())

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +24,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor, nn
 
+from lora_megatron.layers.aside import wait_for_aside
 from lora_megatron.layers.dropout import set_first_sample
 from lora_megatron.parallel.agree import gather_text
 from lora_megatron.parallel.heartbeat import making_data
@@ -68,13 +70,8 @@ def _loss(mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def forward_step(sent: SentOutputs, batches: Iterator[Batch], model: nn.Module) -> tuple[Tensor, Any]:
     """megatron-core's forward_step_func: run one microbatch through this stage's chunk."""
     batch = next(batches)
-    device = torch.cuda.current_device()
-    tokens, labels, positions, mask = (
-        batch[key].to(device, non_blocking=True) for key in ("tokens", "labels", "position_ids", "loss_mask")
-    )
+    tokens, labels, positions, mask = (batch[key] for key in ("tokens", "labels", "position_ids", "loss_mask"))
     attention_mask = batch["attention_mask"]
-    if attention_mask is not None:
-        attention_mask = attention_mask.to(device, non_blocking=True)
     if batch["first_sample"] is not None:  # a captured step draws no masks, and may not touch the generators
         set_first_sample(batch["first_sample"])
     output = model(tokens, positions, attention_mask, labels=labels)
@@ -94,7 +91,7 @@ def run_microbatches(
     Afterwards the gradient buffers hold the gradient of this global batch, reduced and divided; nothing older.
 
     `microbatches` are this data-parallel rank's share of the global batch, the same on every pipeline stage. They are
-    taken one at a time, by each chunk of a stage for itself.
+    taken one at a time.
     """
     return reduce_reports(run_passes(ddp_chunks, microbatches, forward_only=forward_only))
 
@@ -113,7 +110,7 @@ def run_passes(
     config.finalize_model_grads_func = None if forward_only else _finalize
     first = make(microbatches, 0)
     batch_size, sequence_length = first["tokens"].shape
-    iterators = [_one_by_one(first, microbatches) for _ in ddp_chunks]
+    iterators = _shared(_one_by_one(first, microbatches), readers=len(ddp_chunks))
     with _messages(ddp_chunks[0], batch_size * sequence_length) as messages:
         reports: list[Tensor] = get_forward_backward_func()(
             forward_step_func=partial(forward_step, SentOutputs()),
@@ -142,6 +139,7 @@ def _messages(chunk: DistributedDataParallel, tokens: int) -> contextlib.Abstrac
 def _finalize(chunks: Sequence[DistributedDataParallel], tokens: Tensor, **megatron: Any) -> None:
     """megatron-core's reductions of gradients, and its division by the tokens of the global batch (a number on the
     last stage's device), at which 0.16 looks from the host."""
+    wait_for_aside()
     finalize_model_grads(list(chunks), None, **megatron)
     sum_over_sequence_shards(chunks)
     last = mpu.get_pipeline_model_parallel_last_rank()
@@ -153,10 +151,35 @@ def _finalize(chunks: Sequence[DistributedDataParallel], tokens: Tensor, **megat
 
 
 def _one_by_one(first: Batch, microbatches: Sequence[Batch]) -> Iterator[Batch]:
-    """All of `microbatches`, the first of which is made already."""
-    yield first
+    """All of `microbatches`, the first of which is made already, on this rank's device: once for all chunks of a stage,
+    each of which would wait for copies of its own."""
+    yield _on_device(first)
     for index in range(1, len(microbatches)):
-        yield make(microbatches, index)
+        yield _on_device(make(microbatches, index))
+
+
+def _shared(batches: Iterator[Batch], *, readers: int) -> list[Iterator[Batch]]:
+    """All of them for each reader, made when the first asks and let go of when the last has. (itertools.tee would go on
+    holding some dozens.)"""
+    ahead = [deque[Batch]() for _ in range(readers)]
+
+    def read(own: deque[Batch]) -> Iterator[Batch]:
+        while True:
+            if not own:
+                batch = next(batches, None)
+                if batch is None:
+                    return
+                for each in ahead:
+                    each.append(batch)
+                del batch  # whoever runs it holds it, and nobody after that
+            yield own.popleft()
+
+    return [read(own) for own in ahead]
+
+
+def _on_device(batch: Batch) -> Batch:
+    device = torch.cuda.current_device()
+    return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
 def make(microbatches: Sequence[Batch], index: int) -> Batch:

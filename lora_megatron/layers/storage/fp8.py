@@ -27,6 +27,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lora_megatron.layers.aside import start_aside
+
 try:
     from lora_megatron.layers.storage import kernels
 except ImportError:  # no Triton: the same numbers, from more and slower passes
@@ -77,6 +79,7 @@ def agree_over(group: dist.ProcessGroup | None) -> Callable[[Tensor], None] | No
         return None
 
     def agree(largest: Tensor) -> None:
+        start_aside()
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
 
     return agree
