@@ -61,7 +61,7 @@ class AdaptedActivation:
         bias: fc1's.
         update: fc1's adapters, with u of all tokens; None without any.
         a: A of fc2's adapter [r, f/t], if there is one, and its dropout.
-        aside: whoever reads u2 and du waits for what is done aside (`layers.aside`).
+        aside: u2 and du are for an exchange's copies (`layers.aside`).
     """
 
     activation: Activation

@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small work of a captured step beside its products, where nothing in the next of them waits for it.
+"""Small work of a captured step beside its products, where the next of them does not wait for it.
 
-Gradients of factors are read when the pass is over, a gradient du by copies behind a product. On the main stream each
-would hold up the product after it for as long as it takes and two launches more. On a stream of its own, of lower
-priority (`training.cuda_graph`), it is done while the main stream leaves processors idle: it begins where that stream
-is about to wait for other ranks (`start_aside`), as beside other small kernels it would only take from them.
+Gradients of factors are read when the pass is over (`FOR_THE_END`), what goes beside tokens by copies of an exchange
+(`FOR_COPIES`). On the main stream each would hold up the product after it for as long as it takes and two launches
+more. On a stream aside, of lower priority (`training.cuda_graph`), it is done while the main stream leaves processors
+idle: it begins where that stream is about to wait for other ranks (`start_all`), as beside other small kernels it would
+only take from them.
 
 Only while a CUDA graph is captured. There a fork costs no time of the host, and the graph says what depends on what;
 eager steps do the same at once, and their results are the same to the bit.
 
-One piece of work is under way at a time. It is held, and what it reads with it, until the next begins or the main
-stream waits for it, so that no memory of it is given away before.
+On each stream one piece of work is under way at a time. It is held, and what it reads with it, until the next begins or
+the main stream waits for it, so that no memory of it is given away before.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ Work = Callable[[], object]
 """It holds the tensors that it reads and writes (a `functools.partial` does)."""
 
 
-class _Aside:
-    """The stream, what is to begin on it and what is under way."""
+class Aside:
+    """A stream beside the main one, what is to begin on it and what is under way. Called from the main stream."""
 
     def __init__(self) -> None:
         self._stream: torch.cuda.Stream | None = None
@@ -33,14 +34,20 @@ class _Aside:
         self._done: torch.cuda.Event | None = None
 
     def do(self, work: Work) -> None:
-        self.start()
-        self._next = work
+        """Do it aside while a CUDA graph is captured, else at once. It begins when it is told to, when there is more to
+        do or when somebody waits for it."""
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            self.start()
+            self._next = work
+        else:
+            work()
 
     def start(self) -> None:
+        """Let begin what has not, beside whatever the main stream is given after this."""
         if self._next is None:
             return
         work = self._next
-        self.wait()
+        self._leave_last()
         if self._stream is None:
             self._stream = torch.cuda.Stream()
         self._stream.wait_stream(torch.cuda.current_stream())
@@ -50,49 +57,45 @@ class _Aside:
         self._held = work
 
     def wait(self) -> None:
-        """Until what is under way is done; then let go of it."""
-        if self._done is not None:
-            torch.cuda.current_stream().wait_event(self._done)
-        self.forget()
+        """Nothing that the main stream is given after this begins before all is done."""
+        self.start()
+        self._leave_last()
 
     def join(self, stream: torch.cuda.Stream) -> None:
-        """`stream` waits for all that is under way; that is held on, as the main stream does not."""
+        """The same of another stream."""
         self.start()
         if self._done is not None:
             stream.wait_event(self._done)
 
     def forget(self) -> None:
+        """To be called after a capture, whatever became of it: what it recorded means nothing outside."""
         self._next = self._held = self._done = None
 
-
-_ASIDE = _Aside()
-
-
-def do_aside(work: Work) -> None:
-    """Do the work aside while a CUDA graph is captured, else at once."""
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        _ASIDE.do(work)
-    else:
-        work()
+    def _leave_last(self) -> None:
+        if self._done is not None:
+            torch.cuda.current_stream().wait_event(self._done)
+        self.forget()
 
 
-def start_aside() -> None:
-    """Let begin what has not, beside whatever the current stream is given after this. Without this it begins when
-    there is more to do aside, or somebody waits for it."""
-    _ASIDE.start()
+FOR_THE_END = Aside()
+"""For what is read when the pass is over."""
+FOR_COPIES = Aside()
+"""For what an exchange's copies read: whoever hands it to one has made sure that it is an exchange."""
 
 
-def wait_for_aside() -> None:
-    """Nothing that the current stream, the main one, is given after this begins before all work aside is done."""
-    _ASIDE.start()
-    _ASIDE.wait()
+def start_all() -> None:
+    """Let begin all that has not."""
+    FOR_COPIES.start()
+    FOR_THE_END.start()
 
 
-def join_aside(stream: torch.cuda.Stream) -> None:
-    """From the main stream: the same of another one."""
-    _ASIDE.join(stream)
+def wait_for_all() -> None:
+    """Nothing that the main stream is given after this begins before all is done."""
+    FOR_COPIES.wait()
+    FOR_THE_END.wait()
 
 
-def forget_aside() -> None:
-    """To be called after a capture, whatever became of it: what it recorded means nothing outside."""
-    _ASIDE.forget()
+def forget_all() -> None:
+    """To be called after a capture."""
+    FOR_COPIES.forget()
+    FOR_THE_END.forget()

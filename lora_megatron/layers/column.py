@@ -189,7 +189,8 @@ class LoraColumnParallelLinear(ColumnParallelLinear):
         """What the adapters add to the output, from u [s, b, sum of r]."""
         pairs = [cast(LoraFactors, pair) for pair in self.adapters.values()]
         parts = tuple(self.parts[target] for target in self.adapters)
-        return Update(parts, tuple(pair.scale for pair in pairs), u, tuple(pair.lora_B for pair in pairs))
+        aside = self._u_goes_with_tokens and self.shards.exchange is not None
+        return Update(parts, tuple(pair.scale for pair in pairs), u, tuple(pair.lora_B for pair in pairs), aside)
 
 
 def _frozen_or_trained(bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

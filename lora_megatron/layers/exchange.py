@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lora_megatron.layers.aside import join_aside, start_aside
+from lora_megatron.layers.aside import FOR_COPIES, FOR_THE_END
 from lora_megatron.layers.low_rank_input import add_input_gradient
 from lora_megatron.layers.storage.product import Product
 from lora_megatron.parallel.shared_box import ALIGNMENT, Box, aligned, all_made, made_over
@@ -90,11 +90,13 @@ class Exchange:
         main, rows = torch.cuda.current_stream(), parts[0].shape[0]
         places, total = _places(parts)
         box = self._box("gather", total + self._room(product, rows, beside))
+        FOR_COPIES.start()
         for part, place in zip(parts, places, strict=True):
             box.at(self.rank, part, place).copy_(part)
         if beside is not None:
+            FOR_COPIES.wait()
             box.at(self.rank, beside, total).copy_(beside)
-        start_aside()
+        FOR_THE_END.start()
         box.barrier()
         out = torch.empty(self.size * rows, product.columns, dtype=product.dtype, device=parts[0].device)
         received = [[torch.empty_like(part) for part in parts] for _ in range(self.size - 1)]
@@ -139,7 +141,7 @@ class Exchange:
         if beside is not None:  # there before the products are
             beside = beside.unflatten(0, (self.size, -1))
             addends.append(box.at(self.rank, beside, place))
-            join_aside(self.copies)  # for `beside`, where that is made aside
+            FOR_COPIES.join(self.copies)  # who may be making `beside`
             with torch.cuda.stream(self.copies):
                 for owner in (*self._others(), self.rank):
                     box.at(owner, beside, place)[self.rank].copy_(beside[owner], non_blocking=True)

@@ -24,7 +24,6 @@ from torch import Tensor
 
 from lora_megatron.layers.activation import Activation
 from lora_megatron.layers.adapted_activation import AdaptedActivation, Rows
-from lora_megatron.layers.aside import wait_for_aside
 from lora_megatron.layers.column import LoraColumnParallelLinear
 from lora_megatron.layers.dropout import Dropout
 from lora_megatron.layers.frozen import backward_product, forward_product
@@ -60,7 +59,7 @@ class _Plan:
     ) -> AdaptedActivation:
         """What stands between the products; u of all tokens."""
         update = None if u is None else Update(self.parts, self.scales, u, bs)
-        aside = self.shards is not None and self.shards.exchange is not None  # its copies wait, which nothing waits for
+        aside = self.shards is not None and self.shards.exchange is not None
         return AdaptedActivation(self.activation, self.fc1, self.fc2, bias, update, a, self.dropout, aside)
 
     def of_all(self, product: Product, x: Tensor, beside: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
@@ -137,7 +136,6 @@ class _FrozenMlp(torch.autograd.Function):
         """dL/dx, and du of this rank's tokens."""
         plan = ctx.plan
         if not ctx.needs_input_grad[2]:
-            wait_for_aside()
             return None, du if du is None or plan.shards is None else plan.shards.sum_of(du)
         grad_x, du = plan.summed(backward_product(plan.fc1, dtype), rows, du, plan.factors)
         if plan.sum_input_gradient_over is not None:

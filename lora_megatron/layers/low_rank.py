@@ -37,6 +37,8 @@ class Update:
     scales: tuple[float, ...]
     u: Tensor
     bs: tuple[Tensor, ...]
+    aside: bool = False
+    """Whether du is for an exchange's copies (`layers.aside`)."""
 
     def add_to(self, flat: Tensor) -> None:
         """Write flat [m, groups * stride] over with itself and the update; no gradient."""
@@ -65,7 +67,7 @@ class Update:
         mains = main_grads_of(self.bs)
         if self.by_kernel(flat):
             problem = (flat.contiguous(), self._flat_u(), self.bs, self.parts, self.scales)
-            du, found = kernels.product_gradients(*problem, mains)
+            du, found = kernels.product_gradients(*problem, mains, aside=self.aside)
             return du.view(self.u.shape), found if mains is None else already_added(self.bs)
         dus, dbs = list[Tensor](), list[Tensor]()
         for part, scale, piece, b in self._each():
@@ -91,7 +93,7 @@ class Update:
 
         flat, du, found = kernels.split_gradients(
             [_aligned(grad.contiguous()) for grad in grads], self._flat_u(), each(self.bs, None), all_parts,
-            each(self.scales, 1.0), None if mains is None else each(mains, None),
+            each(self.scales, 1.0), None if mains is None else each(mains, None), aside=self.aside,
         )  # fmt: skip
         return flat, du.view(self.u.shape), found if mains is None else already_added(self.bs)
 
@@ -124,10 +126,12 @@ class _AddLowRank(torch.autograd.Function):
         bias: Tensor | None,
         parts: tuple[Part, ...],
         scales: tuple[float, ...],
+        aside: bool,
         u: Tensor,
         *bs: Tensor,
     ) -> Tensor:
-        ctx.parts, ctx.scales, ctx.bs = parts, scales, bs  # the parameters themselves, for their `main_grad`
+        ctx.parts, ctx.scales, ctx.aside = parts, scales, aside
+        ctx.bs = bs  # the parameters themselves, for their `main_grad`
         ctx.save_for_backward(u, *bs)  # b for autograd to notice if it changes before the backward pass
         ctx.mark_dirty(fused)
         update, flat = Update(parts, scales, u, bs), fused.view(-1, fused.shape[-1])
@@ -145,8 +149,8 @@ class _AddLowRank(torch.autograd.Function):
         of_residual, of_bias = (grad if ctx.needs_input_grad[1] else None), None
         if ctx.needs_input_grad[2]:
             of_bias = flat.sum(0)
-        du, dbs = Update(ctx.parts, ctx.scales, u, ctx.bs).gradients(flat)
-        return grad, of_residual, of_bias, None, None, du, *dbs
+        du, dbs = Update(ctx.parts, ctx.scales, u, ctx.bs, ctx.aside).gradients(flat)
+        return grad, of_residual, of_bias, None, None, None, du, *dbs
 
 
 def add_low_rank(
@@ -162,5 +166,6 @@ def add_low_rank(
     # Autograd forbids in-place changes of what a function, such as a sum over ranks, hands on as it is: that is a view,
     # and others may hold what it is a view of. Nobody does here, which this says, as torch's own matmul does.
     alone = torch.ops.aten._unsafe_view(fused, fused.shape)
-    result: Tensor = _AddLowRank.apply(alone, residual, bias, update.parts, update.scales, update.u, *update.bs)
+    how = update.parts, update.scales, update.aside
+    result: Tensor = _AddLowRank.apply(alone, residual, bias, *how, update.u, *update.bs)
     return result

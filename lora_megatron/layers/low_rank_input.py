@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_megatron.layers.aside import do_aside
+from lora_megatron.layers.aside import FOR_THE_END
 from lora_megatron.layers.dropout import Dropout
 from lora_megatron.layers.main_grad import already_added, gradients_of_rows, main_grads_of
 from lora_megatron.layers.norm import NormedRows, normed_rows, without_codes
@@ -78,7 +78,7 @@ def _gradients_through_norm(factors: Sequence[Tensor], du: Tensor, rows: NormedR
     flat = du.reshape(-1, du.shape[-1]).contiguous()
     if mains is None:
         return kernels.factor_gradients_of_normed(rows, flat, factors, None)
-    do_aside(partial(kernels.factor_gradients_of_normed, rows, flat, factors, mains))
+    FOR_THE_END.do(partial(kernels.factor_gradients_of_normed, rows, flat, factors, mains))
     return already_added(factors)
 
 

@@ -13,6 +13,7 @@ the projection of its tile of columns in a small table that lies on the GPU, one
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import triton
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from lora_megatron.layers import low_rank_tiles as tiles
 from lora_megatron.layers.addend_kernels import chosen, sum_addends, three
+from lora_megatron.layers.aside import FOR_COPIES
 from lora_megatron.layers.qkv import Part
 
 _FIELDS, _SUM_FIELDS = tl.constexpr(tiles.FIELDS), tl.constexpr(tiles.SUM_FIELDS)
@@ -138,14 +140,17 @@ def product_gradients(
     parts: tuple[Part, ...],
     scales: Sequence[float],
     mains: Sequence[Tensor] | None = None,
+    *,
+    aside: bool = False,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """(du [m, sum of r], db [part.rows, r] of each) of `add_products`, from its output's gradient; summed in fp32 in a
     fixed order. All contiguous.
 
-    With `mains`, fp32 and as large as each b, each db is added to its own and none is returned.
+    With `mains`, fp32 and as large as each b, each db is added to its own and none is returned; then, with `aside`, du
+    is for an exchange's copies (`layers.aside`).
     """
     assert all(t.is_contiguous() for t in (grad, u, *bs, *(mains or ())))
-    return _gradients_of(grad, None, u, bs, tuple(b.shape[1] for b in bs), parts, scales, mains)
+    return _gradients_of(grad, None, u, bs, tuple(b.shape[1] for b in bs), parts, scales, mains, aside=aside)
 
 
 def split_gradients(
@@ -155,12 +160,15 @@ def split_gradients(
     parts: tuple[Part, ...],
     scales: Sequence[float],
     mains: Sequence[Tensor | None] | None = None,
+    *,
+    aside: bool = False,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """(the fused output's gradient [m, groups * stride], du, db of each b), where each part has a gradient [m,
     part.rows] of its own: put together in the pass that reads them.
 
     grads: each beginning at a multiple of 16 bytes.
     bs, scales, mains: as of `product_gradients`, one for each part; a part without an adapter has None, and any scale.
+    aside: as there.
     """
     known = [b for b in bs if b is not None]
     assert all(t.is_contiguous() for t in (*grads, u, *known))
@@ -171,7 +179,7 @@ def split_gradients(
     if mains is not None:
         there = next(main for main in mains if main is not None)
         sums = [there if main is None else main for main in mains]
-    return fused, *_gradients_of(fused, grads, u, filled, ranks, parts, scales, sums)
+    return fused, *_gradients_of(fused, grads, u, filled, ranks, parts, scales, sums, aside=aside)
 
 
 def _gradients_of(
@@ -183,6 +191,8 @@ def _gradients_of(
     parts: tuple[Part, ...],
     scales: Sequence[float],
     mains: Sequence[Tensor] | None,
+    *,
+    aside: bool,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Of a fused gradient that is there, or of the parts' `own` ones; what has rank 0 is not looked at."""
     adapted = [b for b, rank in zip(bs, ranks, strict=True) if rank]
@@ -198,4 +208,8 @@ def _gradients_of(
     )  # fmt: skip
     du = torch.empty_like(u)
     cuts = {"cut": tiles.DU_SUM, "factor_cut": tiles.FACTOR_SUM}
-    return du, sum_addends(addends, sums.table, sums.longest, du, adapted, mains, **cuts)
+    summing = partial(sum_addends, addends, sums.table, sums.longest, du, adapted, mains, **cuts)
+    if aside and mains is not None:
+        FOR_COPIES.do(summing)
+        return du, ()
+    return du, summing()

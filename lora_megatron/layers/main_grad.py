@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
-from lora_megatron.layers.aside import do_aside
+from lora_megatron.layers.aside import FOR_THE_END
 
 try:
     from lora_megatron.layers import main_grad_kernels as kernels
@@ -75,7 +75,7 @@ def gradients_of_rows(factors: Sequence[Tensor], left: Tensor, right: Tensor) ->
     mains = main_grads_of(factors)
     if mains is None:
         return tuple((left @ right).split(rows))
-    do_aside(partial(_add_product, mains, left, right))
+    FOR_THE_END.do(partial(_add_product, mains, left, right))
     return already_added(factors)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from lora_megatron.layers import mlp_adapter_kernels as kernels
 from lora_megatron.layers import mlp_adapter_tiles as tiles
 from lora_megatron.layers.addend_kernels import sum_addends, sum_into
-from lora_megatron.layers.aside import do_aside
+from lora_megatron.layers.aside import FOR_COPIES
 from lora_megatron.layers.low_rank import Update
 from lora_megatron.layers.low_rank_tiles import padded
 
@@ -88,7 +88,7 @@ def activate_and_project(
 ) -> tuple[Tensor, Tensor]:
     """y as of `activate`, and u2 = y A^T [m, r2] in its type, from a [r2, f]; of y as it is rounded, summed in fp32.
 
-    aside: whoever reads u2 waits for what is done aside.
+    aside: u2 is for an exchange's copies (`layers.aside`).
     """
     tokens, (rank, columns) = z.shape[0], a.shape
     tile = tiles.tile_of(z.element_size(), _factors(update, a)[1], tiles.PROJECTION_TILES, gated=gated)
@@ -105,7 +105,7 @@ def activate_and_project(
     )  # fmt: skip
     summing = partial(sum_into, u2, addends, cut.table, cut.longest, cut=tiles.SUM)
     if aside:
-        do_aside(summing)
+        FOR_COPIES.do(summing)
     else:
         summing()
     return y, u2
@@ -137,7 +137,7 @@ def gradients(
     `activate`. Of an MLP that is not gated dz is written over dy. All contiguous.
 
     mains: fp32, as large as each B and A: each gradient is added to its own and none is returned.
-    aside: whoever reads du waits for what is done aside, where there are `mains`.
+    aside: du is for an exchange's copies (`layers.aside`); heeded where there are `mains`.
     """
     tokens, columns = dy.shape
     factors, ranks = _factors(update, a)
@@ -160,6 +160,6 @@ def gradients(
     cuts = {"cut": tiles.SUM, "factor_cut": tiles.FACTOR_SUM}
     summing = partial(sum_addends, addends, cut.table, cut.longest, du, factors, mains, **cuts)
     if aside and mains is not None:
-        do_aside(summing)
+        FOR_COPIES.do(summing)
         return BackwardPass(dz, du, ())
     return BackwardPass(dz, du, summing())

@@ -122,11 +122,16 @@ class LoraRowParallelLinear(RowParallelLinear):
 
     def _without_update(self, x: Tensor, u: Tensor | None = None) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The output, the bias where it is left to the caller, and u summed over ranks if it went with the output."""
-        if self.sequence_parallel and self.skip_bias_add and not self.weight.requires_grad:
+        if self._u_goes_with_output:
             output, u = scattered_linear(x, self.weight, self.shards, u)
             return output, self.bias, u
         output, bias = super().forward(x)
         return output, bias, None
+
+    @property
+    def _u_goes_with_output(self) -> bool:
+        """To be summed over ranks as it is; a trained weight has megatron-core sum its output."""
+        return self.sequence_parallel and self.skip_bias_add and not self.weight.requires_grad
 
     @property
     def pair(self) -> LoraFactors:
@@ -159,4 +164,5 @@ class LoraRowParallelLinear(RowParallelLinear):
 
     def low_rank_update(self, u: Tensor) -> Update:
         """What the adapter adds to the output, from u [s or s/t, b, r], both summed over ranks."""
-        return Update(whole("", self.output_size), (self.pair.scale,), u, (self.pair.lora_B,))
+        aside = self._u_goes_with_output and self.shards.exchange is not None
+        return Update(whole("", self.output_size), (self.pair.scale,), u, (self.pair.lora_B,), aside)

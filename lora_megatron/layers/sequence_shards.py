@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lora_megatron.layers.aside import FOR_COPIES
 from lora_megatron.layers.exchange import Exchange, exchange_over
 from lora_megatron.layers.low_rank_input import add_input_gradient
 from lora_megatron.layers.storage.product import Product
@@ -75,11 +76,13 @@ class SequenceShards:
 
     def of_all(self, own: Tensor) -> Tensor:
         """What goes beside tokens, where they stay: [s/t, b, k] -> [s, b, k]."""
+        FOR_COPIES.wait()  # here they are rows, not beside them
         rows = own.flatten(0, -2).contiguous()
         return self.product_of_all(_as_they_are(rows), rows)[0].view(-1, *own.shape[1:])
 
     def sum_of(self, partial: Tensor) -> Tensor:
         """Likewise [s, b, k] -> [s/t, b, k]."""
+        FOR_COPIES.wait()
         rows = partial.flatten(0, -2).contiguous()
         return self.sum_of_products(_as_they_are(rows), rows)[0].view(-1, *partial.shape[1:])
 

@@ -38,7 +38,7 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from megatron.core.tensor_parallel import random as megatron_random
 from torch import Tensor
 
-from lora_megatron.layers.aside import forget_aside
+from lora_megatron.layers.aside import forget_all
 from lora_megatron.layers.exchange import forget_turns
 from lora_megatron.training.step import Batch, StepLoss, make, reduce_reports, run_passes
 
@@ -208,7 +208,7 @@ def record(work: Callable[[], Result]) -> tuple[torch.cuda.CUDAGraph, Result]:
     except RuntimeError as error:
         raise reason_of(error) from error
     finally:
-        forget_aside()
+        forget_all()
     return graph, result
 
 

@@ -24,7 +24,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor, nn
 
-from lora_megatron.layers.aside import wait_for_aside
+from lora_megatron.layers.aside import wait_for_all
 from lora_megatron.layers.dropout import set_first_sample
 from lora_megatron.parallel.agree import gather_text
 from lora_megatron.parallel.heartbeat import making_data
@@ -139,7 +139,7 @@ def _messages(chunk: DistributedDataParallel, tokens: int) -> contextlib.Abstrac
 def _finalize(chunks: Sequence[DistributedDataParallel], tokens: Tensor, **megatron: Any) -> None:
     """megatron-core's reductions of gradients, and its division by the tokens of the global batch (a number on the
     last stage's device), at which 0.16 looks from the host."""
-    wait_for_aside()
+    wait_for_all()
     finalize_model_grads(list(chunks), None, **megatron)
     sum_over_sequence_shards(chunks)
     last = mpu.get_pipeline_model_parallel_last_rank()

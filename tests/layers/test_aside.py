@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from lora_megatron.layers import aside
-from lora_megatron.layers.aside import do_aside, forget_aside, join_aside, start_aside, wait_for_aside
+from lora_megatron.layers.aside import FOR_COPIES, FOR_THE_END, Aside, forget_all, start_all, wait_for_all
 from tests.gpus import one_gpu
 
 
@@ -73,80 +73,86 @@ WAITS = "main waits for aside's mark"
 @pytest.fixture
 def streams() -> Iterator[Streams]:
     found = Streams()
-    with (
-        mock.patch.object(aside, "torch", SimpleNamespace(cuda=found)),
-        mock.patch.object(aside, "_ASIDE", aside._Aside()),
-    ):
+    with mock.patch.object(aside, "torch", SimpleNamespace(cuda=found)):
         yield found
 
 
 def test_without_a_capture_work_is_done_at_once() -> None:
     done = list[str]()
-    do_aside(lambda: done.append("one"))
+    Aside().do(lambda: done.append("one"))
     assert done == ["one"]
 
 
-def test_work_begins_when_the_main_stream_is_about_to_wait(streams: Streams) -> None:
-    do_aside(streams.work("one"))
+def test_work_begins_when_it_is_told_to(streams: Streams) -> None:
+    one = Aside()
+    one.do(streams.work("one"))
     assert streams.given == []
-    start_aside()
-    start_aside()
+    one.start()
+    one.start()
     assert streams.given == BEGINS
 
 
 def test_more_work_lets_the_last_begin_and_the_main_stream_waits_for_it_before_the_next(streams: Streams) -> None:
-    do_aside(streams.work("one"))
-    do_aside(streams.work("two"))
+    one = Aside()
+    one.do(streams.work("one"))
+    one.do(streams.work("two"))
     assert streams.given == BEGINS
-    start_aside()
+    one.start()
     assert streams.given == [*BEGINS, WAITS, "aside waits for main", "aside does two", "aside marks"]
 
 
 def test_whoever_waits_has_it_begin(streams: Streams) -> None:
-    do_aside(streams.work("one"))
-    wait_for_aside()
-    wait_for_aside()
+    one = Aside()
+    one.do(streams.work("one"))
+    one.wait()
+    one.wait()
     assert streams.given == [*BEGINS, WAITS]
 
 
 def test_another_stream_can_wait_and_the_main_one_goes_on(streams: Streams) -> None:
-    do_aside(streams.work("one"))
-    join_aside(streams.stream_named("copies"))  # type: ignore[arg-type]
+    one = Aside()
+    one.do(streams.work("one"))
+    one.join(streams.stream_named("copies"))  # type: ignore[arg-type]
     assert streams.given == [*BEGINS, "copies waits for aside's mark"]
 
 
 def test_what_is_read_is_held_until_the_main_stream_has_waited(streams: Streams) -> None:
-    read = Read()
+    one, read = Aside(), Read()
     there = weakref.ref(read)
-    do_aside(streams.work("one", read))
+    one.do(streams.work("one", read))
     del read
-    join_aside(streams.stream_named("copies"))  # type: ignore[arg-type]
+    one.join(streams.stream_named("copies"))  # type: ignore[arg-type]
     assert there() is not None
-    wait_for_aside()
+    one.wait()
     assert there() is None
 
 
-def test_nothing_is_left_after_a_capture(streams: Streams) -> None:
-    do_aside(streams.work("one"))
-    start_aside()
-    do_aside(streams.work("two"))
-    forget_aside()
-    wait_for_aside()
-    assert streams.given == BEGINS
+def test_all_begin_and_all_are_waited_for_and_nothing_is_left_after_a_capture(streams: Streams) -> None:
+    try:
+        FOR_THE_END.do(streams.work("one"))
+        FOR_COPIES.do(streams.work("two"))
+        start_all()
+        assert [given for given in streams.given if "does" in given] == ["aside does two", "aside does one"]
+        wait_for_all()
+        assert streams.given[-2:] == [WAITS, WAITS]
+        FOR_THE_END.do(streams.work("three"))
+    finally:
+        forget_all()
+    before = list(streams.given)
+    wait_for_all()
+    assert streams.given == before
 
 
 @pytest.mark.parametrize("_", [pytest.param(0, marks=one_gpu, id="gpu")])
 def test_a_graph_does_it_anew_in_each_launch(_: int) -> None:
     x, total = torch.ones(1 << 20, device="cuda"), torch.zeros(1 << 20, device="cuda")
-    graph = torch.cuda.CUDAGraph()
-    main = torch.cuda.Stream(priority=-1)
-    with torch.cuda.graph(graph, stream=main):
+    graph, one = torch.cuda.CUDAGraph(), Aside()
+    with torch.cuda.graph(graph, stream=torch.cuda.Stream(priority=-1)):
         for _ in range(3):
-            do_aside(functools.partial(total.add_, x * 2))
-            start_aside()
-        wait_for_aside()
+            one.do(functools.partial(total.add_, x * 2))
+            one.start()
+        one.wait()
         out = total * 1
-        forget_aside()
     for launches in (1, 2):
         graph.replay()
         assert out.eq(6 * launches).all()

@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lora_megatron.layers.aside import start_aside
+from lora_megatron.layers.aside import start_all
 
 try:
     from lora_megatron.layers.storage import kernels
@@ -79,7 +79,7 @@ def agree_over(group: dist.ProcessGroup | None) -> Callable[[Tensor], None] | No
         return None
 
     def agree(largest: Tensor) -> None:
-        start_aside()
+        start_all()
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
 
     return agree
