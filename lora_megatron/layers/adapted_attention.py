@@ -31,13 +31,14 @@ class _UpdateAndSplit(torch.autograd.Function):
         parts: tuple[Part, ...],
         scales: tuple[float, ...],
         aside: bool,
+        added: slice | None,
         u: Tensor,
         *bs: Tensor,
     ) -> tuple[Tensor, ...]:
         ctx.all_parts, ctx.parts, ctx.scales, ctx.aside = all_parts, parts, scales, aside
         ctx.bs = bs  # the parameters themselves, for their `main_grad`
         ctx.save_for_backward(u, *bs)  # b for autograd to notice if it changes before the backward pass
-        Update(parts, scales, u, bs).add_to(fused.view(-1, fused.shape[-1]))
+        Update(parts, scales, u, bs, added=added).add_to(fused.view(-1, fused.shape[-1]))
         return tuple(part.of(fused) for part in all_parts)
 
     @staticmethod
@@ -45,7 +46,7 @@ class _UpdateAndSplit(torch.autograd.Function):
         update = Update(ctx.parts, ctx.scales, ctx.saved_tensors[0], ctx.bs, ctx.aside)
         flat = [grad.reshape(-1, part.rows) for grad, part in zip(grads, ctx.all_parts, strict=True)]
         grad, du, dbs = update.gradients_of_parts(flat, ctx.all_parts)
-        return grad.view(*grads[0].shape[:-2], -1), None, None, None, None, du, *dbs
+        return grad.view(*grads[0].shape[:-2], -1), None, None, None, None, None, du, *dbs
 
 
 def update_and_split(fused: Tensor, update: Update, parts: tuple[Part, ...]) -> tuple[Tensor, ...]:
@@ -60,7 +61,7 @@ def update_and_split(fused: Tensor, update: Update, parts: tuple[Part, ...]) -> 
     )
     # A view that nobody else holds, as in `low_rank.add_low_rank`.
     alone = torch.ops.aten._unsafe_view(fused, fused.shape)
-    how = parts, update.parts, update.scales, update.aside
+    how = parts, update.parts, update.scales, update.aside, update.added
     result: tuple[Tensor, ...] = _UpdateAndSplit.apply(alone, *how, update.u, *update.bs)
     return result
 

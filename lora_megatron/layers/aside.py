@@ -2,10 +2,10 @@
 """Small work of a captured step beside its products, where the next of them does not wait for it.
 
 Gradients of factors are read when the pass is over (`FOR_THE_END`), what goes beside tokens by copies of an exchange
-(`FOR_COPIES`). On the main stream each would hold up the product after it for as long as it takes and two launches
-more. On a stream aside, of lower priority (`training.cuda_graph`), it is done while the main stream leaves processors
-idle: it begins where that stream is about to wait for other ranks (`start_all`), as beside other small kernels it would
-only take from them.
+(`FOR_COPIES`), an update of one rank's tokens after the product of the others' (`BESIDE_PRODUCT`). On the main stream
+each would hold up the product after it for as long as it takes and two launches more. On a stream aside, of lower
+priority (`training.cuda_graph`), it is done while the main stream leaves processors idle: most of it begins where that
+stream is about to wait for other ranks (`start_all`), as beside other small kernels it would only take from them.
 
 Only while a CUDA graph is captured. There a fork costs no time of the host, and the graph says what depends on what;
 eager steps do the same at once, and their results are the same to the bit.
@@ -81,6 +81,8 @@ FOR_THE_END = Aside()
 """For what is read when the pass is over."""
 FOR_COPIES = Aside()
 """For what an exchange's copies read: whoever hands it to one has made sure that it is an exchange."""
+BESIDE_PRODUCT = Aside()
+"""For what an exchange begins after a product and waits for after the next."""
 
 
 def start_all() -> None:
@@ -97,5 +99,5 @@ def wait_for_all() -> None:
 
 def forget_all() -> None:
     """To be called after a capture."""
-    FOR_COPIES.forget()
-    FOR_THE_END.forget()
+    for each in (FOR_THE_END, FOR_COPIES, BESIDE_PRODUCT):
+        each.forget()

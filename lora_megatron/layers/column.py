@@ -12,6 +12,7 @@ second each rank sees its tokens only, so dA must be summed over the tensor-para
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, cast
 
 from megatron.core.tensor_parallel import (
@@ -123,36 +124,43 @@ class LoraColumnParallelLinear(ColumnParallelLinear):
         bias: Tensor | None,
         u: Tensor | None = None,
         factors: tuple[Tensor, ...] = (),
+        on_own: Callable[[Tensor], object] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """The output and u of all ranks' tokens, from x and u of this rank's; `factors` as of `low_rank_input`."""
         frozen, trained = _frozen_or_trained(bias)
-        output, u = gathered_linear(x, weight, frozen, self.shards, u, factors)
+        output, u = gathered_linear(x, weight, frozen, self.shards, u, factors, on_own)
         return output if trained is None else output + trained, u
 
     def forward(
         self, input_: Tensor, *args: Any, leave_update: bool = False, **kwargs: Any
     ) -> tuple[Tensor, Tensor | Update | None]:
         """[s or s/t, b, in] -> [s, b, out / t], and the bias where it is left to the caller; with `leave_update` the
-        output without the adapters' update, and in the bias's place the update, for a caller who adds it: so attention
-        asks while gradients are recorded, and what a hook on the layer sees of the output is written over then."""
+        output without the adapters' update, or with it in some rows, and in the bias's place the update, for a caller
+        who adds it: so attention asks while gradients are recorded, and what a hook on the layer sees of the output is
+        written over then."""
         if not self.adapters:
             plain: tuple[Tensor, Tensor | None] = super().forward(input_, *args, **kwargs)
             return plain
-        output, u, left = self._without_update(input_, *args, **kwargs)
+        adds_own = leave_update and self._goes_through_exchange
+        output, u, left = self._without_update(input_, *args, adds_own=adds_own, **kwargs)
         update = self.low_rank_update(u)
         if leave_update:
             assert left is None, "a bias and an update left: one of them would be lost"
-            return output, update
+            return output, replace(update, added=self.shards.own_of(update.rows)) if adds_own else update
         return add_low_rank(output, update), left
 
-    def _without_update(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The output without it, u of the output's tokens, and the bias that is left."""
+    def _without_update(
+        self, input_: Tensor, *args: Any, adds_own: bool, **kwargs: Any
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The output without it, or with that of this rank's tokens; u of the output's tokens, and the bias that is
+        left."""
         u, x, factors = self.low_rank_input(input_)
         if self._u_goes_with_tokens:
             assert not self.gather_output, "sequence parallelism gathers tokens, not outputs"
             assert (args, kwargs) == ((), {}), "another weight, or an output to gather"
             added, left = (None, self.bias) if self.skip_bias_add else (self.bias, None)
-            output, whole = self._gathered(x, self.weight, added, u, factors)
+            on_own = self.low_rank_update(u.detach()).add_to if adds_own else None
+            output, whole = self._gathered(x, self.weight, added, u, factors, on_own)
             assert whole is not None
             return output, whole, left
         output, left = super().forward(x, *args, **kwargs)
@@ -162,6 +170,10 @@ class LoraColumnParallelLinear(ColumnParallelLinear):
     def _u_goes_with_tokens(self) -> bool:
         """A trained weight has megatron-core gather its tokens."""
         return self.sequence_parallel and not self.weight.requires_grad
+
+    @property
+    def _goes_through_exchange(self) -> bool:
+        return self._u_goes_with_tokens and self.shards.exchange is not None
 
     def low_rank_input(self, x: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """u = x A^T of all adapters, from x [s or s/t, b, in]; x for the large product; and A's. With sequence shards
@@ -189,8 +201,8 @@ class LoraColumnParallelLinear(ColumnParallelLinear):
         """What the adapters add to the output, from u [s, b, sum of r]."""
         pairs = [cast(LoraFactors, pair) for pair in self.adapters.values()]
         parts = tuple(self.parts[target] for target in self.adapters)
-        aside = self._u_goes_with_tokens and self.shards.exchange is not None
-        return Update(parts, tuple(pair.scale for pair in pairs), u, tuple(pair.lora_B for pair in pairs), aside)
+        bs = tuple(pair.lora_B for pair in pairs)
+        return Update(parts, tuple(pair.scale for pair in pairs), u, bs, aside=self._goes_through_exchange)
 
 
 def _frozen_or_trained(bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

@@ -22,13 +22,14 @@ The boxes (`parallel.shared_box`) lie outside the caching allocator; `bytes_of` 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lora_megatron.layers.aside import FOR_COPIES, FOR_THE_END
+from lora_megatron.layers.aside import BESIDE_PRODUCT, FOR_COPIES, FOR_THE_END
 from lora_megatron.layers.low_rank_input import add_input_gradient
 from lora_megatron.layers.storage.product import Product
 from lora_megatron.parallel.shared_box import ALIGNMENT, Box, aligned, all_made, made_over
@@ -83,10 +84,15 @@ class Exchange:
             box.holding(ALIGNMENT)
 
     def product_of_all(
-        self, product: Product, parts: Sequence[Tensor], beside: Tensor | None = None
+        self,
+        product: Product,
+        parts: Sequence[Tensor],
+        beside: Tensor | None = None,
+        on_own: Callable[[Tensor], object] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """`parts` of this rank's m rows, of every rank -> [t m, n], all ranks' rows in their order; and theirs of
-        `beside` [m / b, b, k], as they are."""
+        `beside` [m / b, b, k], as they are. `on_own` is done aside (`layers.aside`) with this rank's rows of the
+        result, while those of the others are multiplied."""
         main, rows = torch.cuda.current_stream(), parts[0].shape[0]
         places, total = _places(parts)
         box = self._box("gather", total + self._room(product, rows, beside))
@@ -114,10 +120,15 @@ class Exchange:
             if whole is not None and beside is not None:
                 # Behind the rows: no copy engine does it, and a processor is free when the product comes to its end.
                 whole[self.rank].copy_(beside, non_blocking=True)
-        product.into(out[self.rank * rows :][:rows], *parts)
+        own = out[self.rank * rows :][:rows]
+        product.into(own, *parts)
+        if on_own is not None:
+            BESIDE_PRODUCT.do(partial(on_own, own))
+            BESIDE_PRODUCT.start()
         for owner, copies, arrival in zip(self._others(), received, arrivals, strict=True):
             main.wait_event(arrival)
             product.into(out[owner * rows :][:rows], *copies)
+        BESIDE_PRODUCT.wait()
         if whole is None:
             return out, None
         main.wait_stream(self.copies)

@@ -11,7 +11,7 @@ another format (`layers.storage`) is unpacked, or multiplied as it is, in each o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -69,21 +69,23 @@ class _GatheredLinear(torch.autograd.Function):
         shards: SequenceShards,
         u: Tensor | None,
         factors: Sequence[Tensor],
+        on_own: Callable[[Tensor], object] | None,
     ) -> tuple[Tensor, Tensor | None]:
         ctx.weight, ctx.shards, ctx.factors = weight, shards, factors
         product = forward_product(weight, x.dtype, bias)
-        output, u = shards.product_of_all(product, *product.parts(x.reshape(-1, x.shape[-1])), beside=u)
+        rows = product.parts(x.reshape(-1, x.shape[-1]))
+        output, u = shards.product_of_all(product, *rows, beside=u, on_own=on_own)
         return _in_sequence(output, x), u
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None, Tensor | None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None, Tensor | None, None, None]:
         grad, du = grads
         if not ctx.needs_input_grad[0]:
-            return None, None, None, None, ctx.shards.sum_of(du), None
+            return None, None, None, None, ctx.shards.sum_of(du), None, None
         product = backward_product(ctx.weight, grad.dtype)
         rows = product.parts(grad.reshape(-1, grad.shape[-1]))
         grad_x, du = ctx.shards.sum_of_products(product, *rows, beside=du, factors=ctx.factors)
-        return grad_x.view(-1, *grad.shape[1:-1], grad_x.shape[-1]), None, None, None, du, None
+        return grad_x.view(-1, *grad.shape[1:-1], grad_x.shape[-1]), None, None, None, du, None, None
 
 
 class _ScatteredLinear(torch.autograd.Function):
@@ -180,15 +182,18 @@ def gathered_linear(
     shards: SequenceShards,
     u: Tensor | None = None,
     factors: Sequence[Tensor] = (),
+    on_own: Callable[[Tensor], object] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """y = x W^T + bias of a column layer under sequence parallelism: x [s/t, b, in], this rank's tokens -> [s, b, out];
     and u [s/t, b, r], which goes beside x -> [s, b, r].
 
     weight, bias: this rank's rows, frozen. Gradients are summed over the ranks, each of which keeps its tokens.
     factors: A's by which u = x A^T was made, if the gradient of x through u is to be part of x's here.
+    on_own: what is done in place with the output of this rank's tokens [s/t b, out] while others' are multiplied, where
+        there is an exchange; for autograd it is as if it had not been.
     """
     assert not weight.requires_grad
-    result: tuple[Tensor, Tensor | None] = _GatheredLinear.apply(x, weight, bias, shards, u, factors)
+    result: tuple[Tensor, Tensor | None] = _GatheredLinear.apply(x, weight, bias, shards, u, factors, on_own)
     return result
 
 

@@ -13,7 +13,7 @@ Under DDP, dB is added to the factor's fp32 sum here and now (`main_grad`).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -39,14 +39,25 @@ class Update:
     bs: tuple[Tensor, ...]
     aside: bool = False
     """Whether du is for an exchange's copies (`layers.aside`)."""
+    added: slice | None = None
+    """Rows of the output that have their update already."""
+
+    @property
+    def rows(self) -> int:
+        """m."""
+        return self.u.numel() // self.u.shape[-1]
 
     def add_to(self, flat: Tensor) -> None:
-        """Write flat [m, groups * stride] over with itself and the update; no gradient."""
-        if self.by_kernel(flat):
+        """Write flat [m, groups * stride] over with itself and the update, in what has not got it; no gradient."""
+        if self.added is not None:
+            for rows in (slice(0, self.added.start), slice(self.added.stop, self.rows)):
+                if rows.start < rows.stop:
+                    replace(self, u=self._flat_u()[rows], added=None).add_to(flat[rows])
+        elif self.by_kernel(flat):
             kernels.add_products(flat, self._flat_u(), self.bs, self.parts, self.scales)
-            return
-        for part, scale, piece, b in self._each():
-            part.of(flat).add_(((piece * scale) @ b.t()).unflatten(-1, (part.groups, -1)))
+        else:
+            for part, scale, piece, b in self._each():
+                part.of(flat).add_(((piece * scale) @ b.t()).unflatten(-1, (part.groups, -1)))
 
     def add_to_residual(self, flat: Tensor, residual: Tensor, bias: Tensor | None) -> None:
         """Likewise with residual [m, n] and bias [n] besides, where the update is of all of flat [m, n]."""

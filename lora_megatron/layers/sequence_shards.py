@@ -14,7 +14,7 @@ an exchange's box, behind its one barrier; without an exchange by a collective o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,12 +47,17 @@ class SequenceShards:
         return cls(group, exchange)
 
     def product_of_all(
-        self, product: Product, *parts: Tensor, beside: Tensor | None = None
+        self,
+        product: Product,
+        *parts: Tensor,
+        beside: Tensor | None = None,
+        on_own: Callable[[Tensor], object] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """The product of all ranks' tokens, in their order: `parts` of this rank's m rows -> [t m, n]; and `beside`
-        [s/t, b, k] of all of them -> [s, b, k]."""
+        [s/t, b, k] of all of them -> [s, b, k]. on_own: as of an exchange, and for one alone."""
         if self.exchange is not None:
-            return self.exchange.product_of_all(product, parts, beside)
+            return self.exchange.product_of_all(product, parts, beside, on_own)
+        assert on_own is None, "without an exchange there is nothing beside which to do it"
         output = product.of(*(_gathered(part, self.group) for part in parts))
         return output, None if beside is None else _gathered(beside.contiguous(), self.group)
 
@@ -73,6 +78,11 @@ class SequenceShards:
             return output, None
         own = _scattered(beside.contiguous(), self.group)
         return (add_input_gradient(output, own, factors, None) if factors else output), own
+
+    def own_of(self, tokens: int) -> slice:
+        """Of all ranks' tokens, this rank's."""
+        share = tokens // self.group.size()
+        return slice(self.group.rank() * share, (self.group.rank() + 1) * share)
 
     def of_all(self, own: Tensor) -> Tensor:
         """What goes beside tokens, where they stay: [s/t, b, k] -> [s, b, k]."""

@@ -143,10 +143,19 @@ def own_part_alone(
     return output, extra if beside is None else beside.unflatten(0, (self.size, -1))[self.rank]
 
 
-def own_rows_alone(self: exchange.Exchange, product: Product, parts: Any, beside: Tensor | None = None) -> Any:
+def own_rows_alone(
+    self: exchange.Exchange, product: Product, parts: Any, beside: Tensor | None = None, on_own: Any = None
+) -> Any:
     """A gather whose rows beside are this rank's over and over."""
-    output, extra = SOUND["product_of_all"](self, product, parts, beside)
+    output, extra = SOUND["product_of_all"](self, product, parts, beside, on_own)
     return output, extra if beside is None else torch.cat([beside] * self.size)
+
+
+def nothing_on_own_rows(
+    self: exchange.Exchange, product: Product, parts: Any, beside: Tensor | None = None, on_own: Any = None
+) -> Any:
+    """A gather that leaves out what is to be done with this rank's rows meanwhile: their update."""
+    return SOUND["product_of_all"](self, product, parts, beside)
 
 
 def without_the_adapters_part(
@@ -213,3 +222,14 @@ def test_training_notices_a_gradient_without_what_goes_through_an_adapter(pool: 
         assert compare(good, twin) > 0
         with pytest.raises(Mismatch, match=r"^norm of step 0"):
             compare(record, twin)
+
+
+def test_training_notices_own_rows_without_their_update(pool: Pool, twins: list[Record]) -> None:
+    """Which q, k and v get while other ranks' rows are multiplied."""
+    fault: dict[str, Any] = {"fault": "product_of_all", "how": nothing_on_own_rows}
+    experiments = dict(zip(("q", "o", "fc1", "fc2"), zip(ONE_EACH, twins, strict=True), strict=True))
+    of_q, of_fc1 = experiments["q"], experiments["fc1"]
+    broken, other = pool.run(2, train_broken, **fault, experiments=[of_q[0], of_fc1[0]])[0]
+    with pytest.raises(Mismatch, match=r"^norm of step 0"):
+        compare(broken, of_q[1])
+    assert compare(other, of_fc1[1]) > 0  # its update is the activation's to add
