@@ -21,6 +21,7 @@ KINDS: tuple[tuple[str, str], ...] = (
     ("FP8 casts and transposes", r"^_quantise_rows$|^_quantise_held$|^_transpose$|^_forward$|^_backward$|^_unpack$"),
     ("norms and activations", r"^_norm$|^_norm_gradient$|layer_norm|gelu|silu"),
     ("dropout", r"^_drop$"),
+    ("loss", r"^_loss_statistics$|^_loss_gradient$"),
     ("optimizer", r"multi_tensor|foreach|adam"),
     ("products", r"gemm|nvjet|cutlass|xmma|splitk|gemv|aten::(mm|addmm|bmm|_scaled_mm)\b"),
     ("copies and fills", r"memcpy|memset|copy|fill"),

@@ -6,17 +6,18 @@
     dloss/dz = p - 1[v = label],  p_v = exp(z_v - m) / sum
     dloss/dx = dloss/dz W                         summed over ranks, each of which has its columns only
 
-Both products of a frozen W, in training precision or in FP8, are those of `layers.output_products`.
+Both products of a frozen W, in training precision or in FP8, are those of `layers.output_products`. With label
+smoothing the target is no longer one label: see `layers.smoothing`.
 
 Tokens are independent, so nothing as large as [tokens, V/t] is needed in fp32. Where W is frozen no logits are kept
 either: dloss/dx of each token, for a loss of weight 1, is computed while its logits are there, and the backward pass
 multiplies it by the weight that the token turned out to have. Where W trains, dW needs dloss/dz of all tokens at once:
 the logits are kept in their own precision and overwritten by it, again a chunk at a time.
 
-With label smoothing the target is no longer one label: see `layers.smoothing`.
-
 Logits are rounded to the precision of W, what follows is in fp32, and dloss/dz is rounded once, as in megatron-core.
 Ranks exchange three numbers a token (own maximum, own sum, own part of the target's logit) in one collective.
+Without smoothing, on a GPU with Triton, kernels read logits once for these numbers and once for the gradient, and none
+are in fp32 (`vocabulary_loss_kernels`). What is done here without them is what they are held to.
 """
 
 from __future__ import annotations
@@ -33,6 +34,11 @@ from lora_megatron.layers.output_products import OutputProducts
 from lora_megatron.layers.smoothing import NO_SMOOTHING, Labels, Smoothing
 from lora_megatron.layers.vocabulary_shard import VocabularyShard
 
+try:
+    from lora_megatron.layers import vocabulary_loss_kernels as kernels
+except ImportError:  # no Triton: the same numbers, from more passes
+    kernels = None  # type: ignore[assignment]  # mypy takes the name for a module; None is what is asked for below
+
 CHUNK_BYTES = 256 * 2**20
 """Most bytes of a chunk's logits in fp32: small beside a model, and with GPT-3's 50,304 columns still 1,334 tokens,
 enough rows for a product at full speed."""
@@ -44,6 +50,10 @@ def tokens_per_chunk(tokens: int, columns: int) -> int:
     """The size of the equal chunks (the last may be smaller) that `tokens` rows of `columns` logits are cut into."""
     most = max(CHUNK_BYTES // (4 * columns), FEWEST_TOKENS)
     return -(-tokens // -(-tokens // most))
+
+
+def _by_kernel(like: Tensor, smoothing: Smoothing) -> bool:
+    return kernels is not None and like.is_cuda and like.dtype != torch.float64 and not smoothing.share
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -88,6 +98,32 @@ class _Softmax:
         return self.total * (self.maximum - self.own_maximum).exp_()
 
 
+def _softmax_of(
+    logits: Tensor, labels: Labels, shard: VocabularyShard, smoothing: Smoothing, scratch: Tensor | None
+) -> tuple[_Softmax, Tensor | None]:
+    """Of logits [n, V/t]; and, unless a kernel is to compute them again, exp(z - own maximum) as `_exponentials`."""
+    if _by_kernel(logits, smoothing):
+        return _Softmax.of(*kernels.statistics(logits, labels, shard.real), shard), None
+    own_maximum, chosen = logits.amax(1).to(labels.here.dtype), labels.logit(logits, shard.real, smoothing)
+    exps = _exponentials(logits, own_maximum, scratch)
+    return _Softmax.of(own_maximum, exps.sum(1), chosen, shard), exps
+
+
+def _write_gradient(
+    logits: Tensor, exps: Tensor | None, softmax: _Softmax, labels: Labels, real: int, smoothing: Smoothing
+) -> None:
+    """p - target over the logits, from what `_softmax_of` returned; `exps` may be the logits."""
+    divisor = softmax.divisor
+    if exps is None:
+        kernels.write_gradient(logits, softmax.own_maximum, divisor.reciprocal(), labels, labels.here, real)
+    elif smoothing.share:
+        logits.copy_(labels.subtract_smoothed(exps.div_(divisor.unsqueeze(1)), 1.0, real, smoothing))
+    else:
+        at_label = exps.gather(1, labels.column) / divisor.unsqueeze(1) - labels.here.unsqueeze(1)
+        torch.div(exps, divisor.unsqueeze(1), out=logits)
+        logits.scatter_(1, labels.column, at_label.to(logits.dtype))
+
+
 class _LossOfHidden(torch.autograd.Function):
     """Frozen weight: hidden [parts of] tokens x h, labels of all tokens -> losses of all tokens."""
 
@@ -102,7 +138,7 @@ class _LossOfHidden(torch.autograd.Function):
         needs_gradient: bool,
     ) -> Tensor:
         ctx.shard = shard
-        columns, wide = products.columns, _wide(hidden.dtype)
+        columns, wide, by_kernel = products.columns, _wide(hidden.dtype), _by_kernel(hidden, smoothing)
         labels = labels.view(shard.parts, -1)  # a sequence shard's tokens lie together
         losses = torch.empty(labels.shape, dtype=wide, device=labels.device)
         gradient = torch.empty_like(hidden) if needs_gradient else None
@@ -112,22 +148,15 @@ class _LossOfHidden(torch.autograd.Function):
             x = shard.gather_tokens(hidden[rows])
             if logits is None or len(logits) != len(x):
                 logits = x.new_empty(len(x), columns)
-                scratch = _scratch(len(x), logits)
+                scratch = None if by_kernel else _scratch(len(x), logits)
             products.logits(x, logits)
-            logits[:, shard.real :] = torch.finfo(logits.dtype).min
+            if not by_kernel:
+                logits[:, shard.real :] = torch.finfo(logits.dtype).min
             where = Labels.of(labels[:, rows].reshape(-1), shard.first, columns, wide)
-            own_maximum, chosen = logits.amax(1).to(wide), where.logit(logits, shard.real, smoothing)
-            exps = _exponentials(logits, own_maximum, scratch)
-            softmax = _Softmax.of(own_maximum, exps.sum(1), chosen, shard)
+            softmax, exps = _softmax_of(logits, where, shard, smoothing, scratch)
             losses[:, rows] = softmax.loss.view(shard.parts, -1)
-            if gradient is not None and smoothing.share:
-                exps.div_(softmax.divisor.unsqueeze(1))
-                logits.copy_(where.subtract_smoothed(exps, 1.0, shard.real, smoothing))
-                shard.sum_over_ranks(products.hidden_gradient(logits, where), gradient[rows])
-            elif gradient is not None:
-                at_label = exps.gather(1, where.column) / softmax.divisor.unsqueeze(1) - where.here.unsqueeze(1)
-                torch.div(exps, softmax.divisor.unsqueeze(1), out=logits)
-                logits.scatter_(1, where.column, at_label.to(logits.dtype))
+            if gradient is not None:
+                _write_gradient(logits, exps, softmax, where, shard.real, smoothing)
                 shard.sum_over_ranks(products.hidden_gradient(logits, where), gradient[rows])
         if gradient is not None:
             ctx.save_for_backward(gradient)
@@ -148,17 +177,13 @@ class _LossOfLogits(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, shard: VocabularyShard, smoothing: Smoothing) -> Tensor:
-        tokens, columns = logits.shape
-        wide = _wide(logits.dtype)
+        (tokens, columns), wide = logits.shape, _wide(logits.dtype)
         losses, maximum, total = (torch.empty(tokens, dtype=wide, device=logits.device) for _ in range(3))
         size = tokens_per_chunk(tokens, columns)
-        scratch = logits.new_empty(size, columns, dtype=wide)
+        scratch = logits.new_empty(0 if _by_kernel(logits, smoothing) else size, columns, dtype=wide)
         for rows in _slices(tokens, size):
-            z = logits[rows]
-            own_maximum, own = z.amax(1).to(wide), Labels.of(labels[rows], shard.first, columns, wide)
-            chosen = own.logit(z, shard.real, smoothing)
-            exps = _exponentials(z, own_maximum, scratch[: len(z)])
-            softmax = _Softmax.of(own_maximum, exps.sum(1), chosen, shard)
+            z, own = logits[rows], Labels.of(labels[rows], shard.first, columns, wide)
+            softmax, _ = _softmax_of(z, own, shard, smoothing, scratch[: len(z)])
             losses[rows], maximum[rows], total[rows] = softmax.loss, softmax.maximum, softmax.total
         ctx.shard, ctx.smoothing = shard, smoothing
         ctx.save_for_backward(logits, labels, maximum, total)
@@ -172,6 +197,11 @@ class _LossOfLogits(torch.autograd.Function):
         logits = logits.detach()
         tokens, columns = logits.shape
         weights = grads[0].to(total.dtype)  # of each token in the loss
+        if _by_kernel(logits, smoothing):  # in one piece: chunks are for what is in fp32
+            own = Labels.of(labels, shard.first, columns, total.dtype)
+            kernels.write_gradient(logits, maximum, weights / total, own, own.here * weights, shard.real)
+            torch.autograd.graph.increment_version(logits)  # a second backward pass is to be refused
+            return logits, None, None, None
         size = tokens_per_chunk(tokens, columns)
         scratch = _scratch(size, logits)
         for rows in _slices(tokens, size):
@@ -201,8 +231,7 @@ def loss_of_hidden(
     smoothing: Smoothing = NO_SMOOTHING,
 ) -> Tensor:
     """Loss of every token under a frozen output weight: hidden [s or s/t, b, h], products of W [V/t, h], labels [s, b]
-    -> [s, b] in fp32. Where a gradient is asked for, one [s or s/t, b, h] is kept for it.
-    """
+    -> [s, b] in fp32. Where a gradient is asked for, one [s or s/t, b, h] is kept for it."""
     needs_gradient = torch.is_grad_enabled() and hidden.requires_grad
     flat = hidden.reshape(-1, hidden.shape[-1])
     losses: Tensor = _LossOfHidden.apply(flat, products, labels.reshape(-1), shard, smoothing, needs_gradient)
@@ -214,8 +243,7 @@ def loss_of_logits(
 ) -> Tensor:
     """Loss of every token: logits [s, b, V/t] with padded columns at the minimum, labels [s, b] -> [s, b] in fp32.
 
-    The backward pass writes the gradient into `logits`, which nothing else may hold by then.
-    """
-    flat = logits.reshape(-1, logits.shape[-1])
+    The backward pass writes the gradient into `logits`, which nothing else may hold by then."""
+    flat = logits.reshape(-1, logits.shape[-1]).contiguous()
     losses: Tensor = _LossOfLogits.apply(flat, labels.reshape(-1), shard, smoothing)
     return losses.view(labels.shape)

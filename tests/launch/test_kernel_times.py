@@ -29,6 +29,9 @@ INSIDE_OTHERS = {
     "_b",
     "_fc1",
     "_total",
+    "_exp",
+    "_lanes",
+    "_with_piece",
 }
 GEMM = "nvjet_hsh_128x256_64x4_2x1_v_bz_coopB_TNT"
 
@@ -58,6 +61,8 @@ def kernel(name: str, start: int, stop: int) -> Kernel:
         ("_quantise_held", "FP8 casts and transposes"),
         ("_transpose", "FP8 casts and transposes"),
         ("_unpack", "FP8 casts and transposes"),
+        ("_loss_statistics", "loss"),
+        ("_loss_gradient", "loss"),
         ("_norm", "norms and activations"),
         ("_norm_gradient", "norms and activations"),
         ("void at::native::(anonymous namespace)::GeluCUDAKernelImpl", "norms and activations"),
