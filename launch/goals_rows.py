@@ -134,9 +134,9 @@ FAST = ("base.fast_accum=both", "base.head=fp8", "base.transposes_kept=2")
 """What changes roundings, and is off unless asked for; and what memory is left for."""
 GRAPH = "train.cuda_graph=true"
 TAX = ("launch/adapter_tax.py", "--cuda-graph", "--layers", "2,8")
-"""Two slices far apart: their difference is divided by six layers, and so is what each step varies by. A card that has
-just built a model is cool and fast: it steps some times before it is timed."""
+"""Two slices far apart: their difference is divided by six layers, and so is what each step varies by."""
 ONCE = ("--warm-up", "8", "--steps", "30", "--rounds", "5")
+"""A card that has just built a model is cool and fast: it steps some times before it is timed."""
 TAX_2 = ("--tensor", "2", "--sequence-parallel")
 FOUR = ("--microbatches", "4", "--warm-up", "4", "--steps", "10", "--rounds", "3")
 """They share one update of the adapters and one sum over tensor ranks, which weigh most in a whole step of one
