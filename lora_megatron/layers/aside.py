@@ -4,8 +4,9 @@
 Gradients of factors are read when the pass is over (`FOR_THE_END`), what goes beside tokens by copies of an exchange
 (`FOR_COPIES`), an update of one rank's tokens after the product of the others' (`BESIDE_PRODUCT`). On the main stream
 each would hold up the product after it for as long as it takes and two launches more. On a stream aside, of lower
-priority (`training.cuda_graph`), it is done while the main stream leaves processors idle: most of it begins where that
-stream is about to wait for other ranks (`start_all`), as beside other small kernels it would only take from them.
+priority (`training.cuda_graph`), it is done while the main stream leaves processors idle: an exchange, and ranks that
+agree on FP8 scales, let it begin where they are about to wait for each other, as beside other small kernels it would
+only take from them. Where nobody waits for other ranks it begins when the next comes.
 
 Only while a CUDA graph is captured. There a fork costs no time of the host, and the graph says what depends on what;
 eager steps do the same at once, and their results are the same to the bit.
@@ -86,13 +87,14 @@ BESIDE_PRODUCT = Aside()
 
 
 def start_all() -> None:
-    """Let begin all that has not."""
+    """Let begin all that has not; what goes beside a product has begun with it."""
     FOR_COPIES.start()
     FOR_THE_END.start()
 
 
 def wait_for_all() -> None:
-    """Nothing that the main stream is given after this begins before all is done."""
+    """Nothing that the main stream is given after this begins before all is done; what goes beside a product is done
+    with the next one."""
     FOR_COPIES.wait()
     FOR_THE_END.wait()
 

@@ -141,7 +141,9 @@ class LoraColumnParallelLinear(ColumnParallelLinear):
         if not self.adapters:
             plain: tuple[Tensor, Tensor | None] = super().forward(input_, *args, **kwargs)
             return plain
-        adds_own = leave_update and self._goes_through_exchange
+        # A bias that trains is added behind the product: own rows would get update and bias the other way round.
+        bias_is_part = self.bias is None or not self.bias.requires_grad
+        adds_own = leave_update and bias_is_part and self._goes_through_exchange
         output, u, left = self._without_update(input_, *args, adds_own=adds_own, **kwargs)
         update = self.low_rank_update(u)
         if leave_update:

@@ -61,6 +61,7 @@ class Update:
 
     def add_to_residual(self, flat: Tensor, residual: Tensor, bias: Tensor | None) -> None:
         """Likewise with residual [m, n] and bias [n] besides, where the update is of all of flat [m, n]."""
+        assert self.added is None, "the residual goes to all rows"
         if self.by_kernel(flat):
             (b,), (scale,) = self.bs, self.scales
             residual_kernels.add_product_and_residual(flat, residual.contiguous(), bias, self._flat_u(), b, scale)
@@ -174,6 +175,7 @@ def add_low_rank(
     """
     assert bias is None or residual is not None, "a bias by itself is the product's"
     assert residual is not fused, "it would be written over"
+    assert update.added is None, "some rows would get it twice"
     # Autograd forbids in-place changes of what a function, such as a sum over ranks, hands on as it is: that is a view,
     # and others may hold what it is a view of. Nobody does here, which this says, as torch's own matmul does.
     alone = torch.ops.aten._unsafe_view(fused, fused.shape)

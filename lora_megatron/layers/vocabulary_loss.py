@@ -12,7 +12,7 @@ smoothing the target is no longer one label: see `layers.smoothing`.
 Tokens are independent, so nothing as large as [tokens, V/t] is needed in fp32. Where W is frozen no logits are kept
 either: dloss/dx of each token, for a loss of weight 1, is computed while its logits are there, and the backward pass
 multiplies it by the weight that the token turned out to have. Where W trains, dW needs dloss/dz of all tokens at once:
-the logits are kept in their own precision and overwritten by it, again a chunk at a time.
+the logits are kept in their own precision and overwritten by it.
 
 Logits are rounded to the precision of W, what follows is in fp32, and dloss/dz is rounded once, as in megatron-core.
 Ranks exchange three numbers a token (own maximum, own sum, own part of the target's logit) in one collective.
@@ -40,8 +40,8 @@ except ImportError:  # no Triton: the same numbers, from more passes
     kernels = None  # type: ignore[assignment]  # mypy takes the name for a module; None is what is asked for below
 
 CHUNK_BYTES = 256 * 2**20
-"""Most bytes of a chunk's logits in fp32: small beside a model, and with GPT-3's 50,304 columns still 1,334 tokens,
-enough rows for a product at full speed."""
+"""Most bytes that a chunk's logits have, or would have, in fp32: small beside a model, and with GPT-3's 50,304 columns
+still 1,334 tokens, enough rows for a product at full speed."""
 FEWEST_TOKENS = 64
 """Of a chunk, however large the vocabulary: below, the product would read W for too few rows."""
 
@@ -53,7 +53,11 @@ def tokens_per_chunk(tokens: int, columns: int) -> int:
 
 
 def _by_kernel(like: Tensor, smoothing: Smoothing) -> bool:
-    return kernels is not None and like.is_cuda and like.dtype != torch.float64 and not smoothing.share
+    return kernels is not None and like.is_cuda and _kernels_are_for(like, smoothing)
+
+
+def _kernels_are_for(like: Tensor, smoothing: Smoothing) -> bool:
+    return like.dtype != torch.float64 and not smoothing.share
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -91,7 +91,7 @@ def _loss_gradient(
 
 def statistics(logits: Tensor, labels: Labels, real: int) -> tuple[Tensor, Tensor, Tensor]:
     """Of each row of logits [n, V/t], contiguous, whose columns from `real` are padding: own maximum, own sum, and the
-    logit at the label, 0 where that is another rank's; [n] each in fp32."""
+    logit at the label, which is a token, 0 where it is another rank's; [n] each in fp32."""
     assert logits.is_contiguous()
     rows, columns = logits.shape
     out = torch.empty(3, rows, dtype=torch.float32, device=logits.device)
@@ -102,7 +102,7 @@ def statistics(logits: Tensor, labels: Labels, real: int) -> tuple[Tensor, Tenso
 
 def write_gradient(logits: Tensor, maximum: Tensor, factor: Tensor, labels: Labels, weight: Tensor, real: int) -> None:
     """factor exp(z - maximum) over the logits z [n, V/t], contiguous; less `weight` at `labels.column`, so that it is 0
-    where the label is another rank's; 0 in padding. The others are [n] in fp32."""
+    where the label is another rank's; 0 in padding, where no label is. The others are [n] in fp32."""
     assert logits.is_contiguous()
     rows, columns = logits.shape
     (size, warps), lane = _GRADIENT, _WORD // logits.element_size()

@@ -144,8 +144,8 @@ def plan_rank(config: Config, shape: ModelShape, method: Method, weights: Sequen
     addends = _addends(method, batch, place)
     in_backward = _workspace(batch, chunks, weights, config.base, addends=addends, unpacked=unpacked)
     at_most = max(in_backward, stepping - worst.bytes)
-    if config.train.cuda_graph:  # what the passes had stays the graph's while the optimizer steps
-        at_most = in_backward + stepping + count * _inputs(config, batch)
+    if config.train.cuda_graph:  # what the passes had stays the graph's while the optimizer steps; one stream is aside
+        at_most = in_backward + stepping + count * _inputs(config, batch) + CUBLAS_WORKSPACE
     return MemoryPlan(
         frozen_weights=frozen_bytes(weights, config.base),
         trained_weights=trained.weights,
@@ -266,8 +266,8 @@ def _workspace(
 ) -> float:
     """Bytes on top of what is kept, at the worst moment of forward and backward.
 
-    Either at the loss: one chunk of logits in train.precision and in fp32, which its kernels alone do without, and its
-    part of the hidden states' gradient; with `base.head` fp8 the codes of its gradient, or the labels' rows in fp32.
+    Either at the loss: one chunk of logits in train.precision, and in fp32, as without the loss's kernels; its part of
+    the hidden states' gradient; with `base.head` fp8 the codes of its gradient, or the labels' rows in fp32.
     Or in a layer's MLP, by when the loss is gone: the gradients of fc1's output and of fc2's input, and a hidden
     state; `addends` of its factors' gradients; and fc1's output itself, where it is made again and nothing has gone
     yet that made room for it.

@@ -38,7 +38,7 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from megatron.core.tensor_parallel import random as megatron_random
 from torch import Tensor
 
-from lora_megatron.layers.aside import forget_all
+from lora_megatron.layers.aside import forget_all, wait_for_all
 from lora_megatron.layers.exchange import forget_turns
 from lora_megatron.training.step import Batch, StepLoss, make, reduce_reports, run_passes
 
@@ -115,7 +115,7 @@ class _Captured:
 @functools.cache
 def _stream() -> torch.cuda.Stream:
     """Of all graphs of this process, one after the other: cuBLAS keeps a workspace for every stream it has seen. Its
-    kernels go before those of `layers.aside`, where both want a processor."""
+    kernels go before those of `layers.aside` where both want a processor, and before those of NCCL's streams."""
     return torch.cuda.Stream(priority=-1)
 
 
@@ -205,6 +205,7 @@ def record(work: Callable[[], Result]) -> tuple[torch.cuda.CUDAGraph, Result]:
     try:
         with capture:
             result = work()
+            wait_for_all()
     except RuntimeError as error:
         raise reason_of(error) from error
     finally:

@@ -69,6 +69,7 @@ def _loss(mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def forward_step(sent: SentOutputs, batches: Iterator[Batch], model: nn.Module) -> tuple[Tensor, Any]:
     """megatron-core's forward_step_func: run one microbatch through this stage's chunk."""
+    wait_for_all()  # the last microbatch's, or what it reads would be held through this one's
     batch = next(batches)
     tokens, labels, positions, mask = (batch[key] for key in ("tokens", "labels", "position_ids", "loss_mask"))
     attention_mask = batch["attention_mask"]

@@ -184,7 +184,8 @@ def test_a_graph_keeps_what_the_optimizer_could_have_used(capsys: pytest.Capture
     )
     stepping = eager["optimizer"] // 12 * 4  # one temporary of fp32 beside masters and moments
     inputs = 8 * 128 * 2048 * (3 * 8 + 4)  # of the whole batch on each of 8 ranks
-    assert graph["workspace"] - eager["workspace"] == stepping + inputs
+    aside = 8 * 32 * 2**20  # cuBLAS's workspace for one stream more
+    assert graph["workspace"] - eager["workspace"] == stepping + inputs + aside
     assert {kind for kind in graph if graph[kind] != eager[kind]} == {"workspace", "allocated", "total"} & set(graph)
 
 

@@ -202,12 +202,18 @@ CASES: dict[str, Tree] = {
     "nf4-in-fp8": {"base": {"storage": "nf4", "gemm": "fp8"}},
 }
 TP2: Tree = {"parallel": {"tensor": 2, "sequence": True}}
-OVERLAP: Tree = {"parallel": {"tensor": 2, "sequence": True, "tp_comm_overlap": True}}
+OVERLAP: Tree = {
+    "parallel": {"tensor": 2, "sequence": True, "tp_comm_overlap": True},
+    "data": {"micro_batch_size": 4, "global_batch_size": 8},  # so many tokens that u2 is made in the activation's pass
+}
 TWO_GPUS: dict[str, Tree] = {
     "tp2-sp-bf16": TP2,
     "tp2-sp-fp8-recomputed": {**TP2, **FP8, **RECOMPUTED},
     "tp2-sp-overlap": OVERLAP,
     "tp2-sp-fp8-overlap": {**OVERLAP, **FP8},
+    "tp2-sp-fp8-overlap-mlp-recomputed": {**OVERLAP, **FP8, **MLP_RECOMPUTED},
+    "tp2-sp-overlap-q": {**OVERLAP, "method": {"targets": {"q": 4}}},
+    "tp2-sp-overlap-fc2": {**OVERLAP, "method": {"targets": {"fc2": 4}}},
     "tp2-sp-fp8-mlp-recomputed": {**TP2, **FP8, **MLP_RECOMPUTED},
     "tp2-fp8": {"parallel": {"tensor": 2}, **FP8},
     "dp2-sharded": {"optimizer": {"sharding": "megatron"}, "data": {"global_batch_size": 8}},
