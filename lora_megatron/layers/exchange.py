@@ -105,27 +105,13 @@ class Exchange:
         FOR_THE_END.start()
         box.barrier()
         out = torch.empty(self.size * rows, product.columns, dtype=product.dtype, device=parts[0].device)
-        received = [[torch.empty_like(part) for part in parts] for _ in range(self.size - 1)]
-        whole = None if beside is None else beside.new_empty(self.size, *beside.shape)
-        self.copies.wait_stream(main)  # behind these: torch's deterministic mode fills new memory, on this stream
-        arrivals = []
-        with torch.cuda.stream(self.copies):
-            if whole is not None and beside is not None:
-                for owner in self._others():
-                    whole[owner].copy_(box.at(owner, beside, total), non_blocking=True)
-            for owner, copies in zip(self._others(), received, strict=True):
-                for copy, place in zip(copies, places, strict=True):
-                    copy.copy_(box.at(owner, copy, place), non_blocking=True)
-                arrivals.append(self.copies.record_event())
-            if whole is not None and beside is not None:
-                # Behind the rows: no copy engine does it, and a processor is free when the product comes to its end.
-                whole[self.rank].copy_(beside, non_blocking=True)
+        received, whole = self._bring(box, parts, places, beside, total)
         own = out[self.rank * rows :][:rows]
         product.into(own, *parts)
         if on_own is not None:
             BESIDE_PRODUCT.do(partial(on_own, own))
             BESIDE_PRODUCT.start()
-        for owner, copies, arrival in zip(self._others(), received, arrivals, strict=True):
+        for owner, (copies, arrival) in zip(self._others(), received, strict=True):
             main.wait_event(arrival)
             product.into(out[owner * rows :][:rows], *copies)
         BESIDE_PRODUCT.wait()
@@ -133,6 +119,29 @@ class Exchange:
             return out, None
         main.wait_stream(self.copies)
         return out, whole.flatten(0, 1)
+
+    def _bring(
+        self, box: Box, parts: Sequence[Tensor], places: Sequence[int], beside: Tensor | None, beside_place: int
+    ) -> tuple[list[tuple[list[Tensor], torch.cuda.Event]], Tensor | None]:
+        """On their way: each other rank's parts, with the event of their arrival; and what all ranks have beside them,
+        there when the copies' stream is done."""
+        received = [[torch.empty_like(part) for part in parts] for _ in range(self.size - 1)]
+        whole = None if beside is None else beside.new_empty(self.size, *beside.shape)
+        # Behind these: torch's deterministic mode fills new memory, on the main stream.
+        self.copies.wait_stream(torch.cuda.current_stream())
+        arrivals = []
+        with torch.cuda.stream(self.copies):
+            if whole is not None and beside is not None:
+                for owner in self._others():
+                    whole[owner].copy_(box.at(owner, beside, beside_place), non_blocking=True)
+            for owner, copies in zip(self._others(), received, strict=True):
+                for copy, place in zip(copies, places, strict=True):
+                    copy.copy_(box.at(owner, copy, place), non_blocking=True)
+                arrivals.append(self.copies.record_event())
+            if whole is not None and beside is not None:
+                # Behind the rows: no copy engine does it, and a processor is free when the product comes to its end.
+                whole[self.rank].copy_(beside, non_blocking=True)
+        return list(zip(received, arrivals, strict=True)), whole
 
     def sum_of_products(
         self,
