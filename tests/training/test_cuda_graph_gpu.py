@@ -92,7 +92,8 @@ def run(config: Config, *, stale: int = 0) -> tuple[list[StepRecord], float]:
     trainer = build_trainer(config, shape, load=None)
     randomise_b(trainer)
     ranks = torch.distributed.get_world_size() // config.parallel.tensor
-    data = config.data.model_copy(update={"sequence_length": LENGTH // 2, "global_batch_size": 2 * ranks})
+    count = config.data.micro_batch_size * ranks
+    data = config.data.model_copy(update={"sequence_length": LENGTH // 2, "global_batch_size": count})
     other = config.model_copy(update={"data": data})
     usual = trainer.config, trainer.data
     records, held_out = [], 0.0
