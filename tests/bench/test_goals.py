@@ -13,7 +13,7 @@ from unittest.mock import patch
 
 import pytest
 
-from launch import goals
+from launch import adapter_tax, goals
 from launch.goals_rows import GIB, ROWS, Report
 
 LORA = {
@@ -77,8 +77,12 @@ def test_numbers_beside_their_goals(measured: Any) -> None:
     peft = met(measured("peft", PEFT)["peft"])
     assert list(peft.values()) == [True, True, False, False]
     assert met(measured("tax", TAX)["tax"]) == {"bf16, whole, a layer": True}
-    for row in ("tax-four", "tax-2gpu-four"):
-        assert {"--cuda-graph", "--microbatches"} < set(ROWS[row].command)
+    for row in ("tax", "tax-2gpu"):
+        once, four = (
+            vars(adapter_tax.parse([*ROWS[name].command[1:], "--out", "runs"])) for name in (row, f"{row}-four")
+        )
+        assert {name for name in once if once[name] != four[name]} == {"microbatches", "warm_up", "steps", "rounds"}
+        assert (once["microbatches"], four["microbatches"]) == (1, 4)
 
 
 @pytest.mark.parametrize(

@@ -27,12 +27,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lora_megatron.layers.aside import start_all
-
 try:
     from lora_megatron.layers.storage import kernels
 except ImportError:  # no Triton: the same numbers, from more and slower passes
     kernels = None  # type: ignore[assignment]
+from lora_megatron.layers.aside import start_all
 from lora_megatron.layers.storage.left_codes import Quantised, take
 from lora_megatron.layers.storage.product import Product
 from lora_megatron.layers.storage.stored import Stored
