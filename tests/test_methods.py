@@ -119,8 +119,8 @@ def frozen_after_a_step(experiment: Experiment) -> list[str]:
     run = Run(experiment)
     frozen = {n.name: n.parameter for n in named_parameters(run.chunks) if not n.parameter.requires_grad}
     before = {name: parameter.clone() for name, parameter in frozen.items()}
-    run_microbatches(run.ddp, own_batches(experiment, 0))
-    assert run.optimizer.step() > 0
+    loss = run_microbatches(run.ddp, own_batches(experiment, 0))
+    assert run.optimizer.step(loss.tokens) > 0
     stepped = {id(p) for group in run.optimizer.inner.param_groups for p in group["params"]}
     buffered = sum(b.grad_data.numel() for ddp in run.ddp for b in ddp.buffers)
     trained = sum(p.numel() for p in run.names)

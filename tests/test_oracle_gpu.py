@@ -194,8 +194,9 @@ def train_slice(size: Slice, layout: Layout, precision: str) -> dict[str, Any]:
             torch.cuda.synchronize()
         start = time.perf_counter()
         optimizer.zero_grad()
-        report["losses"].append(run_microbatches(ddp, [batch] * size.micro_batches).mean)
-        norm = optimizer.step()
+        loss = run_microbatches(ddp, [batch] * size.micro_batches)
+        report["losses"].append(loss.mean)
+        norm = optimizer.step(loss.tokens)
         if cuda:
             torch.cuda.synchronize()
         seconds += time.perf_counter() - start if step >= size.warm_up else 0.0

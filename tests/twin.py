@@ -135,12 +135,15 @@ def build_chunks(experiment: Experiment) -> tuple[list[Any], Record | None]:
     return chunks, born
 
 
-def gather(chunks: list[Any], what: str) -> tuple[Record | None, list[str]]:
-    """Whole trained tensors (`value` or `grad`) under global names and which replicas disagree; both on rank 0."""
+def gather(chunks: list[Any], what: str, tokens: int = 1) -> tuple[Record | None, list[str]]:
+    """Whole trained tensors (`value` or `grad`) under global names and which replicas disagree; both on rank 0.
+
+    tokens: of a loss of whose sum the gradients are, to have those of its mean.
+    """
     mine = {}
     for named in named_parameters(chunks):
         if named.parameter.requires_grad:
-            value = named.parameter.detach() if what == "value" else named.parameter.main_grad
+            value = named.parameter.detach() if what == "value" else named.parameter.main_grad / tokens
             name = f"{named.name} (copy)" if named.is_copy else named.name
             mine[name] = (shard_of(named.parameter), value.float().cpu().numpy())  # tensors are slow to pickle
     everyone: list[Any] | None = None if dist.get_rank() else [None] * dist.get_world_size()
@@ -235,11 +238,12 @@ def train_twin(experiment: Experiment) -> Record | None:
         if step and step == experiment.resume_at:
             run = run.resumed(step)
         run.optimizer.zero_grad()
-        record["loss"].append(run_microbatches(run.ddp, own_batches(experiment, step)).mean)
+        loss = run_microbatches(run.ddp, own_batches(experiment, step))
+        record["loss"].append(loss.mean)
         if run.section.sharding != "megatron":  # reduce-scattered gradients are whole on no rank
-            _note(record, "grads", gather(run.chunks, "grad"))
+            _note(record, "grads", gather(run.chunks, "grad", loss.tokens))
         run.optimizer.set_lr(run.section.lr)
-        record["norm"].append(run.optimizer.step())
+        record["norm"].append(run.optimizer.step(loss.tokens))
         _note(record, "values", gather(run.chunks, "value"))
     check_frozen_costs_nothing(run)
     state_bytes: list[Any] = [None] * dist.get_world_size()

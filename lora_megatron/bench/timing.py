@@ -49,9 +49,9 @@ class TimedOptimizer:
         self.seconds = 0.0
         """Of the last `step`."""
 
-    def step(self) -> float:
+    def step(self, tokens: int) -> float:
         started = now()
-        norm = self._inner.step()
+        norm = self._inner.step(tokens)
         self.seconds = now() - started
         return norm
 

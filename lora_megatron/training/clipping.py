@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The global norm of gradients, and their scaling by it: factor = min(1, most / (norm + 1e-6)), as megatron-core does.
 
-The norm is made on the device, for an eager step and for one in a CUDA graph by the same operations, so it is the same
-to the bit. The eager step then knows the number and makes the factor in double on the host, the graph with the same
-operations in double on the device; both round it once, to the gradients' float32.
+What the passes leave are sums over all tokens that count. Their division by how many there are (`share`, the inverse)
+is part of the factor: one pass over the gradients less. The norm is made on the device; a step whose host knows it
+makes the factor in double there, one that is decided on the device with the same operations in double; both round it
+once, to the gradients' float32.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ def chained(inner: Any) -> list[Any]:
 
 
 def global_norm(optimizers: Sequence[Any]) -> Tensor:
-    """Of all gradients of megatron-core's optimizers, fp64 [], on the device, for which nothing waits; collective.
+    """Of all gradients of megatron-core's optimizers, as they are, fp64 [], on the device, for which nothing waits;
+    collective.
 
     As megatron-core's own: replicas count once, and what ranks add up are squares in float32. Norms of all tensors are
     taken by one launch; without apex megatron-core takes them one by one and waits for each.
@@ -47,16 +49,14 @@ def global_norm(optimizers: Sequence[Any]) -> Tensor:
     return torch.stack(squares).double().sum().sqrt()
 
 
-def clip(gradients: list[Tensor], *, most: float, norm: float) -> None:
-    """Scale the gradients in place so that a global norm above `most` becomes it."""
-    factor = most / (norm + _EPSILON)
-    if factor < 1 and gradients:
-        torch._foreach_mul_(gradients, factor)
+def factor(norm: float, share: float, *, most: float) -> float:
+    """By which sums are multiplied so that gradients, whose global norm is `norm`, have at most `most`; 0: any."""
+    return share * min(1.0, most / (norm + _EPSILON)) if most > 0 else share
 
 
-def clip_on_device(gradients: list[Tensor], *, most: float, norm: Tensor, is_finite: Tensor) -> None:
-    """As `clip`, by a norm fp64 [] that the host does not know; by 1 where it is not finite (`is_finite`: bool [])."""
+def factor_on_device(norm: Tensor, share: Tensor, *, most: float) -> Tensor:
+    """As `factor`, by fp64 [] that the host does not know."""
+    if most <= 0:
+        return share
     # Tensor over tensor: a number over a tensor would be the number times a reciprocal, which rounds twice.
-    factor = torch.full_like(norm, most) / (norm + _EPSILON)
-    one = torch.ones_like(norm)
-    torch._foreach_mul_(gradients, torch.where(is_finite, torch.minimum(factor, one), one).float())
+    return share * (torch.full_like(norm, most) / (norm + _EPSILON)).clamp(max=1.0)

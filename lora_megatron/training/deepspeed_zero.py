@@ -7,8 +7,8 @@ moments, updates that part, and all-gathers the result. Per trainable parameter 
 Who does what in a step:
 
     megatron-core DDP        sums the micro-batches' gradients into `param.main_grad` (fp32), unless a layer has done it
-    finalize_model_grads     reduces main_grad over all ranks and scales it: it is final, and equal on the DP ranks
-    this file                norm of main_grad; hands DeepSpeed the slice of main_grad that this rank updates
+    finalize_model_grads     reduces main_grad over all ranks: a sum over the batch's tokens, equal on the DP ranks
+    this file                norm of main_grad; hands DeepSpeed the slice of main_grad, divided, that this rank updates
     DeepSpeed                clips, steps AdamW on the slice, casts, all-gathers the parameters
 
 DeepSpeed normally reduces gradients in hooks of its own; here they are never registered, so nothing is reduced twice.
@@ -111,9 +111,11 @@ class DeepSpeedZero:
                 group["lr"] = lr
 
     @torch.no_grad()
-    def step(self) -> float:
-        """Update from `main_grad`, unless the norm is not finite (on all ranks alike); return it before clipping."""
-        norm = self._grad_norm()
+    def step(self, tokens: int) -> float:
+        """Update from `main_grad` over `tokens`, unless the norm of that is not finite (on all ranks alike); return it
+        before clipping."""
+        share = 1 / max(tokens, 1)
+        norm = self._grad_norm() * share
         if not math.isfinite(norm_value := norm.item()):
             return norm_value
         if self._zero is not None:
@@ -122,7 +124,7 @@ class DeepSpeedZero:
                 gradient = torch.zeros_like(partition)
                 for fragment in self._fragments[index]:
                     whole = fragment.param.main_grad.view(-1)
-                    gradient[fragment.in_partition] = whole[fragment.in_param]
+                    gradient[fragment.in_partition] = whole[fragment.in_param] * share
                 self._zero.averaged_gradients[index] = [gradient]
             self._zero.step()
         self.step_count += 1

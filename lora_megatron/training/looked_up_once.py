@@ -7,7 +7,8 @@ has nothing else to do (`launch/results/2026-11-goals.md` has what that cost on 
 
 - AdamW is torch's fused one: one launch for some hundred factors, step counts on the device;
 - of bf16 parameters with fp32 masters, the lists of gradients, masters and parameters are made in the first step. A
-  master's gradient is DDP's own fp32 sum, which lies where it lies for as long as DDP does, so it is set once.
+  master's gradient is DDP's own fp32 sum, which lies where it lies for as long as DDP does, so it is set once. Their
+  step is `training.adamw_pass`.
 
 megatron-core's distributed optimizer, which has shards of its own, has the fused AdamW and keeps its own lists. So does
 one that steps fp32 parameters beside those of bf16.
@@ -62,8 +63,9 @@ class Lists:
         self._prepare, self._zero = optimizer._copy_model_grads_to_main_grads, optimizer.zero_grad
         self._count = _counting(optimizer)
         self._counted: list[Tensor] | None = None
-        self._parameters = [p for group in optimizer.float16_groups for p in group]
-        self._masters = [p for group in optimizer.fp32_from_float16_groups for p in group]
+        self.parameters = [p for group in optimizer.float16_groups for p in group]
+        self.masters = [p for group in optimizer.fp32_from_float16_groups for p in group]
+        """fp32, in the order of `parameters`."""
         optimizer._copy_model_grads_to_main_grads = self.prepare
         optimizer.zero_grad = self.zero_grad
         optimizer._copy_main_params_to_model_params = self.copy
@@ -79,13 +81,13 @@ class Lists:
     @property
     def gradients(self) -> list[Tensor]:
         """Of the masters that have one."""
-        return [master.grad for master in self._masters if master.grad is not None]
+        return [master.grad for master in self.masters if master.grad is not None]
 
     def prepare(self) -> None:
         if self.is_steady:
             return
         self._prepare()
-        own = [*zip(self._parameters, self._masters, strict=True)]
+        own = [*zip(self.parameters, self.masters, strict=True)]
         if all(m.grad is not None and m.grad is getattr(p, "main_grad", None) for p, m in own):
             self._counted = self._count()
 
@@ -98,5 +100,5 @@ class Lists:
 
     def copy(self) -> None:
         """From masters to parameters; megatron-core without apex takes two launches for each of them."""
-        if self._masters:
-            torch._foreach_copy_(self._parameters, self._masters)
+        if self.masters:
+            torch._foreach_copy_(self.parameters, self.masters)

@@ -202,7 +202,7 @@ def train_step(trainer: Trainer) -> tuple[StepReport, Verdict]:
         loss = run(trainer.chunks, batches)
         verdict = judge(loss, trainer.chunks, trainer.guard)
         beat("optimizer")
-        norm = math.nan if verdict.problem else optimizer.step()
+        norm = math.nan if verdict.problem else optimizer.step(loss.tokens)
     if not verdict.problem and not math.isfinite(norm):  # finite gradients, whose squares sum up to infinity
         verdict = replace(verdict, problem=f"gradient norm is {norm}", where=where_not_finite(()))
     trainer.consumed_samples += config.data.global_batch_size

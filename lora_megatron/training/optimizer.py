@@ -28,7 +28,8 @@ from torch import Tensor, nn
 
 from lora_megatron.config import OptimizerSection
 from lora_megatron.model.names import Named
-from lora_megatron.training.clipping import chained, clip, global_norm
+from lora_megatron.training.adamw_pass import AdamWPass
+from lora_megatron.training.clipping import chained, factor, global_norm
 from lora_megatron.training.cuda_graph import StepGraph
 from lora_megatron.training.looked_up_once import is_fused_adamw, look_up_once, use_fused_adamw
 from lora_megatron.training.optimizer_graph import OptimizerGraph
@@ -47,8 +48,11 @@ class Optimizer(Protocol):
         """Learning rate of the next step."""
         ...
 
-    def step(self) -> float:
-        """Global gradient norm before clipping; clip and update, unless the norm is not finite (then do nothing)."""
+    def step(self, tokens: int) -> float:
+        """Divide the gradients, which the passes leave as sums over the global batch's counted tokens, by `tokens`, how
+        many those are; clip and update, unless the norm is not finite (then do nothing). The global norm before
+        clipping. What the gradient buffers hold afterwards is not said.
+        """
         ...
 
     def named_state(self, names: dict[nn.Parameter, str]) -> Iterator[tuple[str, Tensor]]:
@@ -138,7 +142,8 @@ class MegatronAdamW:
         for optimizer in self._optimizers():
             use_fused_adamw(optimizer)
         kept = [look_up_once(optimizer) for optimizer in self._optimizers()]
-        self._graph = None if graph is None else OptimizerGraph.of(self.inner, kept, clip_grad=self.clip_grad)
+        self._pass = AdamWPass.of(self.inner, kept, clip_grad=self.clip_grad)
+        self._graph = None if graph is None or self._pass is None else OptimizerGraph(self._pass)
         if graph is not None and self._graph is not None:
             graph.release_too(self._graph.release)
         self._state_bytes = 0
@@ -153,17 +158,20 @@ class MegatronAdamW:
             group["lr"] = self._lr
 
     @torch.no_grad()
-    def step(self) -> float:
-        if self._graph is not None and self._graph.is_due():
-            return self._graph.step(self._lr)
+    def step(self, tokens: int) -> float:
         self.inner.prepare_grads()
-        norm = float(global_norm(chained(self.inner)))
+        if self._pass is not None and self._pass.is_ready():
+            self._pass.fill(self._lr, tokens)
+            return float((self._graph or self._pass).run())
+        share = 1 / max(tokens, 1)
+        norm = float(global_norm(chained(self.inner))) * share
         # megatron-core as a library applies NaN gradients and reports success, so the check is here.
         if not math.isfinite(norm):
             return norm
-        if self.clip_grad > 0:
-            for optimizer in self._optimizers():
-                clip([p.grad for p in optimizer.get_parameters() if p.grad is not None], most=self.clip_grad, norm=norm)
+        for optimizer in self._optimizers():
+            gradients = [p.grad for p in optimizer.get_parameters() if p.grad is not None]
+            if gradients:
+                torch._foreach_mul_(gradients, factor(norm, share, most=self.clip_grad))
         self.inner.step_with_ready_grads()
         return norm
 

@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Gradients of replicated parameters that under sequence parallelism each tensor rank has of its own tokens only.
 
-Summed over the tensor-parallel group as megatron-core does it, in one all-reduce of all of them; but put back in a
-few launches. megatron-core takes one for each parameter: with adapters on all linear layers six in every layer.
+Summed over the tensor-parallel group where they lie, in one collective of all of them. megatron-core puts them
+together, and back by one launch for each parameter: with adapters on all linear layers six in every layer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from megatron.core.distributed import DistributedDataParallel
@@ -26,10 +25,10 @@ def sum_over_sequence_shards(chunks: Sequence[DistributedDataParallel]) -> None:
     gradients = [gradient for chunk in chunks for gradient in _partial(chunk)]
     if not gradients:
         return
-    together = torch.cat([gradient.view(-1) for gradient in gradients])
-    dist.all_reduce(together, group=mpu.get_tensor_model_parallel_group())
-    parts = together.split([gradient.numel() for gradient in gradients])
-    torch._foreach_copy_(gradients, [part.view_as(own) for part, own in zip(parts, gradients, strict=True)])
+    group = mpu.get_tensor_model_parallel_group()
+    with dist._coalescing_manager(group):  # as megatron-core's DDP reduces its buckets
+        for gradient in gradients:
+            dist.all_reduce(gradient, group=group)
 
 
 def _partial(chunk: DistributedDataParallel) -> Iterator[Tensor]:

@@ -2,8 +2,8 @@
 """One training or evaluation step through megatron-core's pipeline schedules.
 
 The objective is the paper's (equation 2): the sum of -log p over the counted tokens, divided by how many there are in
-the whole global batch. Gradients are summed over microbatches and data-parallel ranks and divided once, so a result
-does not depend on how the global batch is cut.
+the whole global batch. Gradients are summed over microbatches and data-parallel ranks and divided once, by the
+optimizer, so a result does not depend on how the global batch is cut.
 """
 
 from __future__ import annotations
@@ -89,7 +89,8 @@ def run_microbatches(
 ) -> StepLoss:
     """Forward, and backward unless `forward_only`, over this rank's microbatches.
 
-    Afterwards the gradient buffers hold the gradient of this global batch, reduced and divided; nothing older.
+    Afterwards the gradient buffers hold the gradient of the loss's sum over this global batch, reduced over ranks;
+    nothing older. An optimizer divides it by the loss's tokens (`Optimizer.step`).
 
     `microbatches` are this data-parallel rank's share of the global batch, the same on every pipeline stage. They are
     taken one at a time.
@@ -138,17 +139,11 @@ def _messages(chunk: DistributedDataParallel, tokens: int) -> contextlib.Abstrac
 
 
 def _finalize(chunks: Sequence[DistributedDataParallel], tokens: Tensor, **megatron: Any) -> None:
-    """megatron-core's reductions of gradients, and its division by the tokens of the global batch (a number on the
-    last stage's device), at which 0.16 looks from the host."""
+    """megatron-core's reductions of gradients, but not its division by `tokens`: that would be a pass over all of them,
+    and the optimizer makes one anyway."""
     wait_for_all()
     finalize_model_grads(list(chunks), None, **megatron)
     sum_over_sequence_shards(chunks)
-    last = mpu.get_pipeline_model_parallel_last_rank()
-    dist.broadcast(tokens, src=last, group=mpu.get_pipeline_model_parallel_group())
-    dist.all_reduce(tokens, group=mpu.get_data_parallel_group(with_context_parallel=True))
-    scale = 1.0 / tokens.clamp(min=1)
-    for chunk in chunks:
-        chunk.scale_gradients(scale)
 
 
 def _one_by_one(first: Batch, microbatches: Sequence[Batch]) -> Iterator[Batch]:

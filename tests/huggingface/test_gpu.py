@@ -114,8 +114,9 @@ def train_from(folder: Path, adapter: Path, length: int) -> dict[str, Any]:
     for _ in range(WARM_UP + TIMED):
         started = time.perf_counter()
         optimizer.zero_grad()
-        losses.append(run_microbatches(ddp, [batch]).mean)
-        optimizer.step()
+        loss = run_microbatches(ddp, [batch])
+        losses.append(loss.mean)
+        optimizer.step(loss.tokens)
         if cuda:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)

@@ -54,8 +54,9 @@ def train_ours(base: Path, adapter: Path, out: Path, layout: Layout) -> list[flo
     for step in range(STEPS):
         optimizer.zero_grad()
         rows = [batch_of(step)[i : i + 2] for i in range(0, BATCH, 2)]
-        losses.append(run_microbatches(ddp, [microbatch(ids) for ids in rows]).mean)
-        optimizer.step()
+        loss = run_microbatches(ddp, [microbatch(ids) for ids in rows])
+        losses.append(loss.mean)
+        optimizer.step(loss.tokens)
     facts = {"base": str(base), "base_fingerprint": described.fingerprint, "seed": 0}
     save_adapter(out, chunks, method, described.shape, {**facts, **describe_method(method, described.shape)})
     return losses

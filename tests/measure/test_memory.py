@@ -157,9 +157,10 @@ def measure(case: Case, *, metered: bool) -> dict[str, Any]:
         batches = [batch(step * case.microbatches + m, case.sequence_length) for m in range(case.microbatches)]
         optimizer.zero_grad()
         with meter if metered else contextlib.nullcontext():
-            losses.append(run_microbatches(ddp, batches).total)
+            loss = run_microbatches(ddp, batches)
+        losses.append(loss.total)
         gradients += [buffer.grad_data.clone() for chunk in ddp for buffer in chunk.buffers]
-        optimizer.step()
+        optimizer.step(loss.tokens)
     mine = meter.memory(gradients=gradient_bytes(ddp), optimizer=optimizer.state_bytes())
     return {
         "losses": losses,

@@ -99,8 +99,8 @@ def _one(case: Case) -> tuple[Tree, Tree]:
     batches = [microbatch(data.micro_batch_size, packing=data.packing) for _ in range(count)]
     optimizer.zero_grad()
     with copying(), meter:
-        run_microbatches(ddp, batches)
-    optimizer.step()
+        loss = run_microbatches(ddp, batches)
+    optimizer.step(loss.tokens)
     measured = {
         "weights": weight_bytes(chunks),
         "gradients": gradient_bytes(ddp),

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Steps of an optimizer on gradients that are drawn: norms that are not finite, a state that is loaded, a graph that is
-released; once eagerly, and once as `train.cuda_graph` has them."""
+released; once eagerly, and once as `train.cuda_graph` has them.
+
+On a CPU, where nothing is captured, what is decided on the device is run again for each launch, and compared with steps
+that the host decides."""
 
 from __future__ import annotations
 
@@ -19,6 +22,7 @@ from lora_megatron.config import OptimizerSection
 from lora_megatron.model.names import named_parameters
 from lora_megatron.parallel.groups import Layout, build_mesh
 from lora_megatron.training import optimizer_graph
+from lora_megatron.training.adamw_pass import AdamWPass
 from lora_megatron.training.choose_optimizer import choose_optimizer
 from lora_megatron.training.cuda_graph import WARM_UP_STEPS, StepGraph
 from lora_megatron.training.optimizer import MegatronAdamW, trained, wrap_ddp
@@ -38,7 +42,7 @@ class Course:
 
     norms: list[float] = field(default_factory=list)
     states: list[Values] = field(default_factory=list)
-    """Gradients, parameters, masters, moments, step counts and learning rates, by name, on the CPU."""
+    """Parameters, masters, moments, step counts and learning rates, by name, on the CPU."""
     captured: list[bool] = field(default_factory=list)
     """Whether the step was one of the graph's."""
 
@@ -62,7 +66,6 @@ def record_by_name(work: Callable[[], Tensor]) -> tuple[_RunAgain, Tensor]:
 def contents(optimizer: MegatronAdamW, names: dict[nn.Parameter, str]) -> Values:
     found: Values = dict(optimizer.named_state(names))
     for parameter, name in names.items():
-        found[f"{name}.gradient"] = parameter.main_grad  # type: ignore[attr-defined]
         found[f"{name}.parameter"] = parameter.detach()
     for place, each in enumerate(optimizer._optimizers()):
         adamw = each.optimizer
@@ -92,11 +95,15 @@ def make(
     return optimizer, trained([*named_parameters(chunks)])
 
 
+def tokens_of(step: int) -> int:
+    return 3 + step
+
+
 def draw(names: dict[nn.Parameter, str], step: int) -> None:
-    """Gradients where the passes leave them; a standard deviation of its own for each step."""
+    """Gradients where the passes leave them, sums over `tokens_of(step)`; a standard deviation of its own for each."""
     generator = torch.Generator().manual_seed(100 * step + torch.distributed.get_rank())
     for parameter in names:
-        gradient = torch.randn(parameter.shape, generator=generator) * 0.3 * (1 + step)
+        gradient = torch.randn(parameter.shape, generator=generator) * 0.3 * (1 + step) * tokens_of(step)
         parameter.main_grad.copy_(gradient)  # type: ignore[attr-defined]
     if step in BAD:
         next(iter(names)).main_grad.fill_(BAD[step])  # type: ignore[attr-defined]
@@ -113,7 +120,7 @@ def course(layout: Layout, *, clip: float, graph: bool, load: Any = MegatronAdam
         optimizer.set_lr(1e-2 / (step + 1))
         optimizer.zero_grad()
         draw(names, step)
-        taken.norms.append(optimizer.step())
+        taken.norms.append(optimizer.step(tokens_of(step)))
         taken.captured.append(optimizer._graph is not None and optimizer._graph._captured is not None)
         taken.states.append(contents(optimizer, names))
         if step == LOADED:
@@ -137,17 +144,19 @@ def complaints(got: Course, want: Course) -> list[str]:
 
 
 def changes(taken: Course) -> list[bool]:
-    """Whether each step from the second on changed anything but gradients and learning rates."""
-    kept = [{k: v for k, v in state.items() if not k.endswith((".gradient", ".lr"))} for state in taken.states]
+    """Whether each step from the second on changed anything but learning rates."""
+    kept = [{k: v for k, v in state.items() if not k.endswith(".lr")} for state in taken.states]
     return [any(not torch.equal(v, old[k]) for k, v in new.items()) for old, new in itertools.pairwise(kept)]
 
 
-def compare(layout: Layout, *, clip: float = CLIP, by_name: bool = False, **how: Any) -> list[str]:
-    """What is wrong with the graph's course on this rank; `by_name`: with its work run again, and no graph."""
+def compare(layout: Layout, *, clip: float = CLIP, by_name: bool = False, broken: Any = None, **how: Any) -> list[str]:
+    """What is wrong with the graph's course on this rank; `by_name`: with its work run again, and no graph, against
+    steps that the host decides. broken: a context for the graph's course."""
     build_mesh(layout, seed=1, timeout_minutes=2)
+    with mock.patch.object(AdamWPass, "of", return_value=None) if by_name else contextlib.nullcontext():
+        want = course(layout, clip=clip, graph=False)
     patched = mock.patch.object(optimizer_graph, "record", record_by_name) if by_name else contextlib.nullcontext()
-    want = course(layout, clip=clip, graph=False)
-    with patched:
+    with patched, broken or contextlib.nullcontext():
         got = course(layout, clip=clip, graph=True, **how)
     assert (want.captured, got.captured) == ([False] * STEPS, CAPTURED)
     assert [math.isfinite(norm) for norm in want.norms] == [step not in BAD for step in range(STEPS)]

@@ -180,25 +180,27 @@ def test_the_gpus_generator_is_left_alone(pool: Pool) -> None:
     pool.run(1, generators)
 
 
-def gradients_by(finalize: Any, experiment: Experiment) -> list[torch.Tensor]:
+def gradients_by(finalize: Any, experiment: Experiment) -> tuple[list[torch.Tensor], int]:
+    """All gradients, and the tokens of the loss."""
     run, ours = Run(experiment), step._finalize
     if finalize is finalize_model_grads:  # which of them it has to sum is kept from it
         for parameter in (p for chunk in run.chunks for p in chunk.parameters()):
             parameter.sequence_parallel = is_summed_over_sequence_shards(parameter)
     step._finalize = finalize
     try:
-        step.run_microbatches(run.ddp, own_batches(experiment, 0))
+        loss = step.run_microbatches(run.ddp, own_batches(experiment, 0))
     finally:
         step._finalize = ours
-    return [buffer.grad_data.clone() for chunk in run.ddp for buffer in chunk.buffers]
+    return [buffer.grad_data.clone() for chunk in run.ddp for buffer in chunk.buffers], loss.tokens
 
 
 def both_reductions(experiment: Experiment) -> None:
     build_mesh(experiment.layout, seed=1, timeout_minutes=2)
-    theirs = gradients_by(finalize_model_grads, experiment)
-    mine = gradients_by(step._finalize, experiment)
+    theirs, _ = gradients_by(finalize_model_grads, experiment)
+    mine, tokens = gradients_by(step._finalize, experiment)
     assert any(gradient.any() for gradient in mine)
-    assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+    share = 1.0 / torch.tensor(tokens)  # by which megatron-core multiplies as well
+    assert all(torch.equal(a * share, b) for a, b in zip(mine, theirs, strict=True))
 
 
 @pytest.mark.parametrize("layout", [{}, {"tensor": 2, "sequence": True}, {"pipeline": 2}])

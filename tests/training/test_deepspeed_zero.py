@@ -22,6 +22,7 @@ needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is No
 
 WORLD = 2
 LR, BETAS, EPS, CLIP = 3e-2, (0.9, 0.95), 1e-8, 1.0
+TOKENS = 7
 # a, b, c: 34 elements, padded to 36, so the cut at 18 falls inside b; scale: one element, so rank 1 has only padding.
 SHAPES = {"a": (3, 5), "b": (7,), "c": (4, 3), "scale": (1,)}
 DECAYS = (0.1, 0.0)
@@ -58,14 +59,15 @@ def make_zero(parameters: dict[str, Parameter], precision: str, stage: int, data
 
 
 def backward_and_reduce(parameters: dict[str, Parameter], step: int) -> None:
-    """What megatron does before a step: a real backward with different data per rank, then the mean in main_grad."""
+    """What the passes do before a step: a real backward with different data per rank, then TOKENS times the mean over
+    ranks in main_grad."""
     generator = torch.Generator().manual_seed(100 * step + dist.get_rank())
     weights = [torch.randn(p.shape, generator=generator) * GRADIENT_SCALES[step - 1] for p in parameters.values()]
     sum((p.float() * w).sum() for p, w in zip(parameters.values(), weights, strict=True)).backward()
     for parameter in parameters.values():
         parameter.main_grad.copy_(parameter.grad)
         dist.all_reduce(parameter.main_grad)
-        parameter.main_grad.div_(dist.get_world_size())
+        parameter.main_grad.mul_(TOKENS / dist.get_world_size())
 
 
 def train(zero: DeepSpeedZero, parameters: dict[str, Parameter], steps: range) -> list[float]:
@@ -74,7 +76,7 @@ def train(zero: DeepSpeedZero, parameters: dict[str, Parameter], steps: range) -
         zero.set_lr(LR / step)
         zero.zero_grad()
         backward_and_reduce(parameters, step)
-        norms.append(zero.step())
+        norms.append(zero.step(TOKENS))
     return norms
 
 
@@ -90,7 +92,7 @@ def train_reference(precision: str, steps: range) -> tuple[dict[str, Parameter],
             parameter.grad = None
         backward_and_reduce(parameters, step)
         for name, master in masters.items():
-            master.grad = parameters[name].main_grad.clone()
+            master.grad = parameters[name].main_grad / TOKENS
         for group in adamw.param_groups:
             group["lr"] = LR / step
         norms.append(torch.nn.utils.clip_grad_norm_(list(masters.values()), CLIP).item())
@@ -191,12 +193,12 @@ def check_model_parallel(rank: int) -> None:
     sharded, replicated = Parameter(torch.ones(4)), Parameter(torch.ones(9))
     sharded.main_grad, replicated.main_grad = torch.full((4,), float(rank + 1)), torch.ones(9)
     zero = make([sharded, replicated], {replicated} if rank == 1 else set())
-    assert zero.step() == pytest.approx(math.sqrt(4 * 1 + 4 * 4 + 9))
+    assert zero.step(2) == pytest.approx(math.sqrt(4 * 1 + 4 * 4 + 9) / 2)
 
     before = sharded.detach().clone()
     zero = make([sharded] if rank == 0 else [], set())
     sharded.main_grad.fill_(1.0)
-    assert zero.step() == pytest.approx(2.0)
+    assert zero.step(1) == pytest.approx(2.0)
     assert torch.equal(sharded, before) == (rank == 1), "a stage that trains nothing changes nothing"
     zero.zero_grad()
     zero.set_lr(0.1)
@@ -208,7 +210,7 @@ def check_model_parallel(rank: int) -> None:
     before = sharded.detach().clone()
     if rank == 0:
         sharded.main_grad[2] = float("nan")
-    assert math.isnan(zero.step())
+    assert math.isnan(zero.step(1))
     assert torch.equal(sharded, before)
     assert zero.step_count == 5
 

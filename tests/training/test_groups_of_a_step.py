@@ -48,9 +48,9 @@ def groups_used_and_known(experiment: Experiment) -> list[tuple[set[str], set[st
             if hasattr(dist, name):
                 stack.enter_context(mock.patch.object(torch.distributed, name, watched(getattr(dist, name))))
         run.optimizer.zero_grad()
-        run_microbatches(run.ddp, own_batches(experiment, 0))
+        loss = run_microbatches(run.ddp, own_batches(experiment, 0))
         run.optimizer.set_lr(run.section.lr)
-        run.optimizer.step()
+        run.optimizer.step(loss.tokens)
     known = {group.group_name for _, group in groups.groups_of_a_step()}
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, (used, known))

@@ -46,10 +46,10 @@ def steps(*, keep: bool, reload: bool = False) -> Steps:
         assert isinstance(optimizer, MegatronAdamW)
         for step in range(STEPS):
             optimizer.zero_grad()
-            run_microbatches(ddp, [microbatch(experiment, step)])
+            loss = run_microbatches(ddp, [microbatch(experiment, step)])
             if step == BAD:
                 next(iter(names)).main_grad.fill_(math.inf)
-            norms.append(optimizer.step())
+            norms.append(optimizer.step(loss.tokens))
             sizes.append(optimizer.state_bytes())
             if reload and step == 1:
                 copy = {name: value.clone() for name, value in optimizer.named_state(names)}

@@ -28,10 +28,10 @@ def step_once() -> tuple[int, list[str], float]:
     assert isinstance(optimizer, MegatronAdamW)
     names = trained(named_parameters(chunks))
     before = {parameter: parameter.detach().clone() for parameter in names}
-    run_microbatches(ddp, [microbatch(experiment, 0)])
+    loss = run_microbatches(ddp, [microbatch(experiment, 0)])
     calls = mock.Mock(side_effect=torch._foreach_copy_)
     with mock.patch.object(torch, "_foreach_copy_", calls):
-        optimizer.step()
+        optimizer.step(loss.tokens)
     masters: dict[str, Any] = dict(optimizer.named_state(names))
     off = [name for p, name in names.items() if not torch.equal(p, masters[f"{name}.master"].bfloat16())]
     return calls.call_count, off, max(float((p - old).abs().max()) for p, old in before.items())

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `train.cuda_graph` captures of the optimizer's step is the eager step to the bit: here run without a capture.
+"""A step of the optimizer that is decided on the device is one that the host decides, to the bit; as `train.cuda_graph`
+captures it, but run without a capture.
 
 The graph's work is a plain function, which takes its decisions on the device that the CPU is here. What only a capture
-can get wrong is tested where there is a GPU: `test_optimizer_graph_gpu`.
+can get wrong is tested where there is a GPU: `test_optimizer_graph_gpu`; its kernel in `test_adamw_kernels`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from lora_megatron.parallel.groups import Layout, build_mesh
-from lora_megatron.training import optimizer_graph
+from lora_megatron.training import adamw_pass
 from lora_megatron.training.clipping import chained, global_norm
 from lora_megatron.training.cuda_graph import StepGraph
 from tests.pool import Pool
@@ -34,13 +35,12 @@ def test_ranks_and_chunks_have_one_norm(pool: Pool, layout: Layout) -> None:
 
 
 def compare_without(decision: str) -> list[str]:
-    decide = optimizer_graph._decided_on_device
+    decide = adamw_pass._decided_on_device
 
     def undecided(adamws: Any, **values: torch.Tensor) -> Any:
         return decide(adamws, **{**values, decision: torch.zeros_like(values[decision])})
 
-    with mock.patch.object(optimizer_graph, "_decided_on_device", undecided):
-        return compare(Layout(), by_name=True)
+    return compare(Layout(), by_name=True, broken=mock.patch.object(adamw_pass, "_decided_on_device", undecided))
 
 
 def test_a_decision_that_is_left_out_would_be_noticed(pool: Pool) -> None:
@@ -68,7 +68,7 @@ def places() -> tuple[list[int], list[int]]:
     build_mesh(Layout(), seed=1, timeout_minutes=2)
     optimizer, names = make(Layout())
     draw(names, 0)
-    optimizer.step()
+    optimizer.step(1)
 
     def addresses() -> list[int]:
         states = [each.optimizer.state for each in optimizer._optimizers()]
