@@ -25,7 +25,7 @@ from lora_megatron.layers.sharding import REPLICATED, Shard
 from lora_megatron.layers.vocabulary_shard import VocabularyShard
 from lora_megatron.model import build, gpt, spec
 from lora_megatron.parallel.groups import Layout
-from lora_megatron.training import step
+from lora_megatron.training.optimizer import MegatronAdamW
 from tests.comparison import Mismatch, compare
 from tests.pool import Pool
 from tests.twin import Experiment, Record, train_twin, train_twins
@@ -128,10 +128,8 @@ def hidden_gradient_of_own_columns() -> Any:
 
 
 def gradient_not_divided_by_tokens() -> Any:
-    def finalize(chunks: Any, tokens: Tensor, **megatron: Any) -> None:
-        step.finalize_model_grads(list(chunks), None, **megatron)
-
-    return mock.patch.object(step, "_finalize", finalize)
+    original = MegatronAdamW.step
+    return mock.patch.object(MegatronAdamW, "step", lambda optimizer, tokens: original(optimizer, 1))
 
 
 @dataclass(frozen=True)

@@ -158,5 +158,6 @@ def test_whole_steps_are_those_without_the_kernel(sizes: Sequence[int], kernels:
     assert norms[:2] + norms[3:] == its_norms[:2] + its_norms[3:]
     for kind in ("masters", "firsts", "seconds"):
         for mine, other in zip(getattr(own, kind), getattr(its, kind), strict=True):
-            assert off(mine, other.double(), least=LR if kind == "masters" else 0.0) < 2e-6, kind
+            # torch's kernel takes 1 - beta from a beta in float32: 1.3e-5 of it off.
+            assert off(mine, other.double(), least=LR if kind == "masters" else 0.0) < 2e-5, kind
     assert all(torch.equal(p, m.bfloat16()) for p, m in zip(own.parameters, own.masters, strict=True))
