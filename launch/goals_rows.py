@@ -109,11 +109,14 @@ def rivals(report: Report) -> list[Value]:
 
 
 def tax(report: Report) -> list[Value]:
-    goals = {"bf16": 0.03, "fp8": 0.05}
-    return [
-        (f"{row['storage']}, {row['part']}, a layer", row["layer"]["median"], "<=", goals[row["storage"]])
-        for row in report["taxes"]
-    ]
+    """Of one more layer, and of the largest slice, head and embedding included: the one is a difference of two slices,
+    and is off by what both are off."""
+    goals, found = {"bf16": 0.03, "fp8": 0.05}, list[Value]()
+    for row in report["taxes"]:
+        most = max(row["slices"], key=int)
+        for what, value in (("a layer", row["layer"]), (f"{most} layers", row["slices"][most])):
+            found.append((f"{row['storage']}, {row['part']}, {what}", value["median"], "<=", goals[row["storage"]]))
+    return found
 
 
 ONE, TWO, LLAMA = "gpt3_175b_1gpu", "gpt3_175b_2gpu", "llama2_70b_1gpu"

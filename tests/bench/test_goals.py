@@ -34,7 +34,8 @@ def case(name: str, speed: float, held: int) -> Report:
 
 
 PEFT: Report = {"rows": [case("bf16", 130.0, 50), case("fp8", 170.0, 80), case("peft", 100.0, 100)]}
-TAX: Report = {"taxes": [{"storage": "bf16", "part": "whole", "layer": {"median": 0.02}}]}
+SLICES = {"4": {"median": 0.01}, "12": {"median": 0.04}}
+TAX: Report = {"taxes": [{"storage": "bf16", "part": "whole", "layer": {"median": 0.02}, "slices": SLICES}]}
 
 
 @pytest.fixture
@@ -76,7 +77,7 @@ def test_numbers_beside_their_goals(measured: Any) -> None:
     assert found["full-recomputed"]["values"][0]["value"] == pytest.approx(1100 / 500)
     peft = met(measured("peft", PEFT)["peft"])
     assert list(peft.values()) == [True, True, False, False]
-    assert met(measured("tax", TAX)["tax"]) == {"bf16, whole, a layer": True}
+    assert met(measured("tax", TAX)["tax"]) == {"bf16, whole, a layer": True, "bf16, whole, 12 layers": False}
     for row in ("tax", "tax-2gpu"):
         once, four = (
             vars(adapter_tax.parse([*ROWS[name].command[1:], "--out", "runs"])) for name in (row, f"{row}-four")
@@ -90,7 +91,7 @@ def test_numbers_beside_their_goals(measured: Any) -> None:
     [
         ("175b-nf4", {"rows": [{**LORA, "out_of_memory": "out of memory"}], "ratios": []}),
         ("full", {"rows": [LORA], "ratios": []}),
-        ("tax", {"taxes": [{"storage": "bf16", "part": "whole", "layer": None}]}),
+        ("tax", {"taxes": [{"storage": "bf16", "part": "whole", "layer": None, "slices": SLICES}]}),
         ("peft", {"rows": [{**case("peft", 1.0, 1), "out_of_memory": True}]}),
     ],
 )
