@@ -137,8 +137,8 @@ FAST = ("base.fast_accum=both", "base.head=fp8", "base.transposes_kept=2")
 """What changes roundings, and is off unless asked for; and what memory is left for."""
 GRAPH = "train.cuda_graph=true"
 TAX = ("launch/adapter_tax.py", "--cuda-graph", "--layers", "4,12")
-"""Two slices far apart: their difference is divided by eight layers, and so is what each step varies by. Not from two
-layers on: at TP=1 in bf16 slices of two took as long with adapters as without, which no others do."""
+"""Two slices far apart: their difference is divided by eight layers, and so is what each varies by. Not from two layers
+on: at TP=1 in bf16 such a slice took as long with adapters as without."""
 ONCE = ("--warm-up", "6", "--steps", "20", "--rounds", "5")
 """A card that has just built a model is cool and fast: it steps some times before it is timed."""
 TAX_2 = ("--tensor", "2", "--sequence-parallel")

@@ -46,7 +46,8 @@ COMMUNICATOR = 64 * MIB
 CUBLAS_WORKSPACE = 32 * MIB
 """What torch lends cuBLAS on Hopper, for each thread that multiplies: forward and autograd."""
 ADAMW_TEMPORARY = 4
-"""Bytes per element this rank steps: torch's AdamW takes one square root for all of them at once."""
+"""Bytes per element this rank steps, at most: DeepSpeed's step has a copy of its slice of the gradients; torch's fused
+AdamW and the kernel of `training.adamw_pass` take nothing."""
 
 
 @dataclass(frozen=True)

@@ -117,8 +117,9 @@ def _decided_on_device(adamws: Sequence[Any], *, lr: Tensor, found_inf: Tensor) 
     """Within, torch's AdamWs read `lr`, float32 [], and change nothing where `found_inf`, float32 [], is 1."""
     groups = [group for adamw in adamws for group in adamw.param_groups]
     before = [{key: group[key] for key in ("lr", "capturable")} for group in groups]
+    is_captured = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
     for group in groups:
-        group.update(lr=lr, capturable=True)  # the latter is what torch asks of whom a capture meets
+        group.update(lr=lr, capturable=is_captured)  # torch asks for the latter then, and warns of it otherwise
     for adamw in adamws:
         adamw.found_inf = found_inf
     try:

@@ -4,10 +4,10 @@
 For some hundred small factors the norm, clipping, AdamW and the copies into bf16 parameters are less work for a GPU
 than for its host, which walks over them. A graph of them is one launch, after which the host reads the norm.
 
-Captured is what is decided on the device (`training.adamw_pass`), and what an eager step of it does: results are the
-same to the bit. Everything of it lies in one place for the life of the optimizer: gradients in DDP's buffers, masters
-and parameters, and the moments, into which a loaded state is copied; the learning rate and the number of tokens are
-filled in before each launch. Other optimizers go on eagerly.
+The graph holds what an eager step of `training.adamw_pass` does, so results are the same to the bit. All that it reads
+and writes lies in one place for the life of the optimizer: gradients in DDP's buffers, masters and parameters, and the
+moments, into which a loaded state is copied; the learning rate and the number of tokens are filled in before each
+launch. Other optimizers go on eagerly.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class _Captured:
 
 
 class OptimizerGraph:
-    """The graph of an optimizer's step. It needs a CUDA device once a step of it is due."""
+    """The graph of an optimizer's step. It needs a CUDA device from the step on that it captures."""
 
     def __init__(self, work: AdamWPass) -> None:
         self._work = work

@@ -84,7 +84,7 @@ def make(
     clip: float = CLIP,
     graph: StepGraph | None = None,
     precision: str = "bf16",
-    sharding: Literal["none", "megatron"] = "none",
+    sharding: Literal["none", "megatron", "deepspeed"] = "none",
 ) -> tuple[Any, Any]:
     """(optimizer, names of what it trains)"""
     chunks, _ = build_chunks(Experiment(precision=precision, layout=layout))

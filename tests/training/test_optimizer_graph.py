@@ -8,6 +8,7 @@ can get wrong is tested where there is a GPU: `test_optimizer_graph_gpu`; its ke
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 from unittest import mock
 
@@ -18,12 +19,13 @@ from lora_megatron.parallel.groups import Layout, build_mesh
 from lora_megatron.training import adamw_pass
 from lora_megatron.training.clipping import chained, global_norm
 from lora_megatron.training.cuda_graph import StepGraph
+from tests.layers.test_low_rank_input_kernels import HAS_GPU, by_kernel, interpreted
 from tests.pool import Pool
-from tests.training.optimizer_course import BAD, CLIP, compare, draw, make
+from tests.training.optimizer_course import BAD, CLIP, compare, contents, course, draw, make, tokens_of
 
 
 @pytest.mark.parametrize("clip", [0.0, CLIP, 1e9])
-def test_what_is_captured_is_the_eager_step(pool: Pool, clip: float) -> None:
+def test_what_is_decided_on_the_device_is_what_the_host_decides(pool: Pool, clip: float) -> None:
     """Clipped never, in each step, and never though it is asked for."""
     assert pool.run(1, compare, layout=Layout(), clip=clip, by_name=True) == [[]]
 
@@ -61,6 +63,74 @@ def test_only_what_stays_in_its_place_is_captured(pool: Pool) -> None:
     assert pool.run(1, graphs) == [[True, False]]
     assert pool.run(1, graphs, precision="fp32") == [[False, False]]
     assert pool.run(1, graphs, sharding="megatron") == [[False, False]]
+
+
+def after_a_load() -> list[str]:
+    """What is different in the step after a load into an optimizer that has taken none."""
+    build_mesh(Layout(), seed=1, timeout_minutes=2)
+    (old, old_names), (new, new_names) = make(Layout()), make(Layout())
+    for step in range(3):
+        draw(old_names, step)
+        old.step(tokens_of(step))
+    copy = {name: value.clone() for name, value in old.named_state(old_names)}
+    new.load_named_state(new_names, copy.__getitem__, step=3)
+    for optimizer, names in ((old, old_names), (new, new_names)):
+        draw(names, 3)
+        optimizer.step(tokens_of(3))
+    wanted, found = contents(old, old_names), contents(new, new_names)
+    assert wanted.keys() == found.keys()
+    return [name for name, value in wanted.items() if not torch.equal(value, found[name])]
+
+
+def test_a_state_that_is_loaded_before_the_first_step_goes_on(pool: Pool) -> None:
+    assert pool.run(1, after_a_load) == [[]]
+
+
+def without_tokens(**how: Any) -> tuple[float, bool]:
+    """The norm of a step in which no token counts, and whether what it leaves is finite."""
+    build_mesh(Layout(), seed=1, timeout_minutes=2)
+    optimizer, names = make(Layout(), **how)
+    norm = optimizer.step(0)
+    return norm, all(bool(parameter.isfinite().all()) for parameter in names)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("sharding", ["none", "megatron", "deepspeed"])
+def test_no_counted_tokens_divide_by_one(pool: Pool, precision: str, sharding: str) -> None:
+    assert pool.run(1, without_tokens, precision=precision, sharding=sharding) == [(0.0, True)]
+
+
+def off_by_the_kernel(layout: Layout) -> list[str]:
+    """Numbers of a course by the kernel that are further from the host's than torch's AdamW is from a better one."""
+    build_mesh(layout, seed=1, timeout_minutes=2)
+    with mock.patch.object(adamw_pass.AdamWPass, "of", return_value=None):
+        want = course(layout, clip=CLIP, graph=False)
+    with contextlib.ExitStack() as patches:
+        for patch in () if HAS_GPU else interpreted():
+            patches.enter_context(patch)
+        patches.enter_context(mock.patch.object(adamw_pass, "_is_for_kernels", return_value=True))
+        step = patches.enter_context(mock.patch.object(adamw_pass.kernels, "step", wraps=adamw_pass.kernels.step))
+        got = course(layout, clip=CLIP, graph=False)
+    assert step.call_count == len(got.norms)
+    found = [f"norm {a}, not {b}" for a, b in zip(got.norms, want.norms, strict=True) if not same(a, b)]
+    for number, (mine, its) in enumerate(zip(got.states, want.states, strict=True)):
+        assert mine.keys() == its.keys()
+        bounds = {name: 2**-8 if name.endswith(".parameter") else 2e-5 for name in its}  # bf16 may fall the other way
+        off = {name: float((mine[name].double() - value.double()).abs().max()) for name, value in its.items()}
+        most = {name: bounds[name] * float(value.double().abs().max()) + 1e-12 for name, value in its.items()}
+        found += [f"step {number}: {name}" for name in its if not off[name] <= most[name]]
+    return found
+
+
+def same(one: float, other: float) -> bool:
+    return one == pytest.approx(other, rel=1e-9, nan_ok=True)
+
+
+@pytest.mark.parametrize(("layout", "ranks"), [pytest.param(Layout(), 1, marks=by_kernel)])
+def test_the_kernel_takes_the_hosts_steps(request: Any, layout: Layout, ranks: int) -> None:
+    """To what torch's AdamW is off by; through norms that are not finite and a load."""
+    pool = request.getfixturevalue("nccl" if HAS_GPU else "pool")
+    assert pool.run(ranks, off_by_the_kernel, layout=layout) == [[]] * ranks
 
 
 def places() -> tuple[list[int], list[int]]:

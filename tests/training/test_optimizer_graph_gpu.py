@@ -62,7 +62,7 @@ def test_a_state_that_lies_elsewhere_would_be_noticed(nccl: Pool, _: None) -> No
 
 
 def compare_with_one_rate() -> list[str]:
-    """The learning rate stays what the first launch had."""
+    """From the graph on the learning rate stays that of the first step."""
     fill, rates = AdamWPass.fill, list[float]()
 
     def fill_once(self: AdamWPass, lr: float, tokens: int) -> None:
