@@ -23,7 +23,8 @@ from lora_megatron.model.checks import layout_of
 from lora_megatron.model.presets import resolve_shape
 from lora_megatron.model.storage import storage_of
 from lora_megatron.parallel.groups import Layout
-from lora_megatron.planning.memory import build_rank, microbatch_of, names_read_backward, this_place
+from lora_megatron.planning.memory import build_rank, this_place
+from lora_megatron.planning.stages import microbatch_of, names_read_backward
 from lora_megatron.planning.weights import Weight, unpacked_bytes
 from tests.pool import Pool
 from tests.twin import VOCABULARY, Experiment, Record, train_twin

@@ -31,8 +31,9 @@ from lora_megatron.parallel.agree import device_for_collectives, gather_text, re
 from lora_megatron.parallel.free_memory import free_for_this_rank, free_memory
 from lora_megatron.parallel.groups import groups_of_a_step
 from lora_megatron.parallel.hang import show_ranks
-from lora_megatron.planning.memory import MemoryPlan, chunk_layers, plan_this_rank
+from lora_megatron.planning.memory import MemoryPlan, plan_this_rank
 from lora_megatron.planning.recompute import settle_here
+from lora_megatron.planning.stages import chunk_layers
 
 PLAN_TOLERANCE = 1.1
 """How far the plan's peak may be off: what exceeds the free memory by less is only warned of."""

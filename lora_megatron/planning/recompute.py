@@ -22,7 +22,8 @@ from lora_megatron.methods.method import Method
 from lora_megatron.model.recomputation import CORE_ATTENTION, MLP, has_frozen_mlp
 from lora_megatron.model.shape import ModelShape
 from lora_megatron.parallel.agree import device_for_collectives
-from lora_megatron.planning.memory import build_rank, chunk_layers, plan_rank, this_place
+from lora_megatron.planning.memory import build_rank, plan_rank, this_place
+from lora_megatron.planning.stages import chunk_layers
 
 SHARE = 0.97
 """Of the memory that `auto` fills: the rest is for what the plan misses and for the allocator's fragments. Of the 139

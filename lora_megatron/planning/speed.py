@@ -26,7 +26,8 @@ from lora_megatron.model.recomputation import rebuilt_layers, rebuilt_mlps
 from lora_megatron.model.shape import ModelShape
 from lora_megatron.planning.flops import head_flops, stage_flops
 from lora_megatron.planning.gpus import NODE, Gpu
-from lora_megatron.planning.memory import MemoryPlan, chunk_layers, microbatch_of
+from lora_megatron.planning.memory import MemoryPlan
+from lora_megatron.planning.stages import chunk_layers, microbatch_of
 
 EFFICIENCY = 0.5
 """Share of the dense peak that products reach. Checked against what was measured elsewhere: the LoRA paper's 43.1

@@ -20,10 +20,10 @@ from lora_megatron.model.presets import resolve_shape
 from lora_megatron.model.shape import ModelShape
 from lora_megatron.parallel import free_memory
 from lora_megatron.planning.gpus import find_gpu
-from lora_megatron.planning.memory import chunks_of, microbatch_of
 from lora_megatron.planning.plan import Plan, plan_training
 from lora_megatron.planning.recompute import SHARE, describe, settle
 from lora_megatron.planning.search import Problem, nearest_fit
+from lora_megatron.planning.stages import chunks_of, microbatch_of
 from tests.commands.runs import Outcome, attempt, losses_of, make_corpus, make_tree
 from tests.pool import Pool
 
