@@ -45,7 +45,7 @@ def show_tokens(tokens: Sequence[str], learned: Sequence[bool], *, width: int) -
             shown = SEPARATOR + shown
         if lines[-1] and lines[-1].cell_len + cell_len(shown) > width:
             lines.append(Text())
-        for number, part in enumerate(chop_cells(shown, width)):
+        for number, part in enumerate(chop_cells(shown, width) or [shown]):  # nothing is made of what has no width
             if number:
                 lines.append(Text())
             lines[-1].append(part, style=(LEARNED if counts else READ)[index % 2])

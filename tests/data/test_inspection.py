@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from data_prep.__main__ import main
@@ -81,6 +81,7 @@ def test_rows_are_those_of_training(prepared: Path, loss: str, sequence_length: 
 
 
 @given(st.lists(st.tuples(st.text(), st.booleans())), st.integers(8, 60))
+@example([("\U0001f3fb", False), ("\u0301", False), ("a", True)], 8)  # a tone of skin, an accent: without a width
 def test_nothing_that_is_shown_can_act(tokens: list[tuple[str, bool]], width: int) -> None:
     lines = show_tokens([text for text, _ in tokens], [counts for _, counts in tokens], width=width)
     assert all(line.plain.isprintable() for line in lines)
