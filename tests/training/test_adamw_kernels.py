@@ -129,8 +129,8 @@ class Inner:
 
     def __init__(self, own: Factors) -> None:
         self.adamw = torch.optim.AdamW(own.masters, lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY, fused=True)
-        self.own, self.is_steady = own, True
         self.masters, self.parameters, self.gradients = own.masters, own.parameters, own.gradients
+        self.is_steady = True
 
     def step_with_ready_grads(self) -> None:
         self.adamw.step()
