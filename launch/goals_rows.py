@@ -126,15 +126,14 @@ TENSOR = ("parallel.pipeline=1", "parallel.tensor=2", "parallel.sequence=true", 
 CHUNKS = (
     "parallel.virtual_pipeline=48",
     "parallel.pp_comm_copy=true",
-    "base.transposes=group",
     "data.global_batch_size=32",
     "train.recompute=none",
 )
 FEW_CHANNELS = (("NCCL_MAX_NCHANNELS", "8"), ("NCCL_MAX_P2P_NCHANNELS", "8"))
 """NCCL's communicators then take 1.07 GiB of an H200 at PP=2, instead of over 2.5 (by what recompute=auto found free).
 Where stages only pass hidden states on, 4 channels and 32 were equally fast."""
-FAST = ("base.fast_accum=both", "base.head=fp8", "base.transposes_kept=2")
-"""What changes roundings, and is off unless asked for; and what memory is left for."""
+FAST = ("base.fast_accum=both", "base.head=fp8")
+"""What changes roundings, and is off unless asked for."""
 GRAPH = "train.cuda_graph=true"
 TAX = ("launch/adapter_tax.py", "--cuda-graph", "--layers", "4,12")
 """Two slices far apart: their difference is divided by eight layers, and so is what each varies by. Not from two layers
@@ -167,10 +166,13 @@ ROWS = {
         bench(TWO, "data.global_batch_size=32", layers=96, steps=2, warm_up=1), speed(1500, SPARE_4_GIB), gpus=2
     ),
     "175b-2gpu-chunks": Row(
-        bench(TWO, *CHUNKS, layers=96, steps=2, warm_up=1), speed(1500, SPARE_4_GIB), gpus=2, variables=FEW_CHANNELS
+        bench(TWO, *CHUNKS, "base.transposes=group", layers=96, steps=2, warm_up=1),
+        speed(1500, SPARE_4_GIB),
+        gpus=2,
+        variables=FEW_CHANNELS,
     ),
     "175b-2gpu-chunks-fast": Row(
-        bench(TWO, *CHUNKS, *FAST, layers=96, steps=2, warm_up=1),
+        bench(TWO, *CHUNKS, *FAST, "base.transposes=host", layers=96, steps=3, warm_up=2),
         speed(1500, SPARE_4_GIB),
         gpus=2,
         variables=FEW_CHANNELS,

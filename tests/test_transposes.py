@@ -18,14 +18,15 @@ from lora_megatron.layers.storage.choose import StorageFormat
 from lora_megatron.layers.storage.fp8 import Fp8Products, StoredFp8
 from lora_megatron.layers.storage.nf4 import StoredNf4ForFp8
 from lora_megatron.methods.choose import choose_method
-from lora_megatron.model.build import _keep_transposes
 from lora_megatron.model.checks import layout_of
 from lora_megatron.model.presets import resolve_shape
 from lora_megatron.model.storage import storage_of
+from lora_megatron.model.transposes import keep_transposes
 from lora_megatron.parallel.groups import Layout
 from lora_megatron.planning.memory import build_rank, this_place
 from lora_megatron.planning.stages import microbatch_of, names_read_backward
-from lora_megatron.planning.weights import Weight, unpacked_bytes
+from lora_megatron.planning.transposes import unpacked_bytes
+from lora_megatron.planning.weights import Weight
 from tests.pool import Pool
 from tests.twin import VOCABULARY, Experiment, Record, train_twin
 
@@ -118,7 +119,7 @@ def test_layers_without_fp8_products_are_not_counted() -> None:
     layers = [stored(), torch.nn.Linear(4, 4), stored(), torch.nn.Linear(4, 4)]
     chunks = [SimpleNamespace(decoder=SimpleNamespace(layers=part)) for part in (layers[:3], layers[3:])]
     for count, expected in ((0, [1, 1]), (1, [1, 0]), (2, [0, 0])):
-        _keep_transposes(chunks, count)  # type: ignore[arg-type]  # it asks for layers alone
+        keep_transposes(chunks, last=count, in_host=False)  # type: ignore[arg-type]  # it asks for layers alone
         found = [{one.transposes for one in layer} for layer in (layers[0], layers[2])]  # type: ignore[union-attr]
         assert found == [{uses} for uses in expected]
 

@@ -58,6 +58,7 @@ class Experiment:
     tp_comm_overlap: bool = False
     pp_comm_copy: bool = False
     transposes_kept: int = 0
+    transposes_in_host: bool = False
     steps: int = 3
     sequence_length: int = 16
     micro_batch_size: int = 1
@@ -119,6 +120,7 @@ def build_chunks(experiment: Experiment) -> tuple[list[Any], Record | None]:
         tp_comm_overlap=experiment.tp_comm_overlap,
         pp_comm_copy=experiment.pp_comm_copy,
         transposes_kept=experiment.transposes_kept,
+        transposes_in_host=experiment.transposes_in_host,
     )
     chunks = build(shape, method, experiment.layout, options)
     initialise_base(chunks, seed=3, num_layers=shape.num_layers)

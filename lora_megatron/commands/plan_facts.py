@@ -67,6 +67,7 @@ def _method_facts(method: MethodPlan, speed: Speed, memory: float) -> Facts:
             "adapter_file_bytes": method.saved_file_bytes,
             "checkpoint_bytes": method.checkpoint_bytes,
             "memory": method.total_memory,
+            "host_bytes": method.host_bytes,
         },
         "ranks": [_rank_facts(rank) for rank in method.ranks],
         "flops": {
@@ -87,6 +88,7 @@ def _rank_facts(rank: RankPlan) -> Facts:
         "parameters": rank.parameters,
         "trainable_parameters": rank.trainable_parameters,
         "adapter_bytes": rank.saved_bytes,
+        "host_bytes": rank.host_bytes,
         "memory": {kind: getattr(rank.memory, kind) for kind in kinds},
     }
 

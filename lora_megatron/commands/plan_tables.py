@@ -118,6 +118,8 @@ def _comparison(plan: Plan, gpu: Gpu, memory: float) -> Iterator[tuple[str, ...]
     for (what, shown, value), (_, other, whole) in zip(*pairs, strict=True):
         row = (what, shown, other, show_ratio(value, whole))
         yield row[: len(_titles(plan))]
+    if plan.chosen.host_bytes:
+        yield ("locked in the hosts' memory", show_bytes(plan.chosen.host_bytes), "0", "")[: len(_titles(plan))]
     fits = ("fits", *("yes" if method.fits(memory) else "no" for method in (plan.chosen, plan.full)), "")
     yield fits[: len(_titles(plan))]
 

@@ -86,10 +86,11 @@ class BaseSection(Section):
     fast_accum: Literal["none", "forward", "both"] | None = None
     """Which FP8 products are added up in the tensor cores' own, shorter registers: those of the `forward` pass (not
     given: the same), gradients too (`both`), or `none`."""
-    transposes: Literal["anew", "group", "kept"] | None = None
+    transposes: Literal["anew", "group", "kept", "host"] | None = None
     """FP8 weights turned round, which backward products read: made anew for each microbatch (not given: the same), kept
     for the microbatches of a `group` of the interleaved pipeline schedule (of one in any other), or `kept` for good, a
-    second copy."""
+    second copy. `host` keeps those of MLPs in the host's memory, from where they are brought back while other products
+    run, and the others for a group."""
     transposes_kept: int | None = Field(None, ge=1, le=MOST_LAYERS)
     """Of so many layers of each pipeline stage, its last ones, they are kept for good whatever `transposes` says: for
     memory that is left."""

@@ -21,13 +21,13 @@ from lora_megatron.layers.rope import attention_factor, inverse_frequencies
 from lora_megatron.layers.sharding import REPLICATED, Shard, declare
 from lora_megatron.layers.smoothing import Smoothing
 from lora_megatron.layers.storage.choose import StorageFormat
-from lora_megatron.layers.storage.fp8 import Fp8Products
 from lora_megatron.methods.method import Method
 from lora_megatron.model.gpt import Gpt
 from lora_megatron.model.names import EMBEDDING, OUTPUT, POSITIONS, named_parameters
 from lora_megatron.model.recomputation import CORE_ATTENTION, first_of_units, rebuilds_attention, rebuilt_mlps
 from lora_megatron.model.shape import ModelShape
 from lora_megatron.model.spec import block_spec
+from lora_megatron.model.transposes import keep_transposes
 from lora_megatron.parallel.groups import Layout
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -46,6 +46,8 @@ class BuildOptions:
     """Format of the linear weights that are frozen; None keeps them in `precision`."""
     transposes_kept: int = 0
     """Of how many of this rank's layers, the last ones, FP8 weights turned round are kept for good."""
+    transposes_in_host: bool = False
+    """Keep those of the other layers' MLPs in the host's memory (`model.transposes`)."""
     head: StorageFormat | None = None
     """Format of the frozen output layer's weight, FP8; None multiplies with it as it is."""
     recompute_modules: tuple[str, ...] = CORE_ATTENTION
@@ -210,7 +212,7 @@ def build(shape: ModelShape, method: Method, layout: Layout, options: BuildOptio
         chunk.pp_comm_copy = options.pp_comm_copy
         chunk.smoothing = Smoothing(options.label_smoothing, shape.vocab_size)
     _freeze(chunks, method)
-    _keep_transposes(chunks, options.transposes_kept)
+    keep_transposes(chunks, last=options.transposes_kept, in_host=options.transposes_in_host)
     if options.recompute == "full":
         for chunk in chunks:
             _let_gradient_reach_input(chunk)
@@ -230,18 +232,6 @@ def _declare_embeddings(chunk: GPTModel, *, padding: int) -> None:
 def _freeze(chunks: list[GPTModel], method: Method) -> None:
     for named in named_parameters(chunks):
         named.parameter.requires_grad_(method.is_trainable(named.name))
-
-
-def _keep_transposes(chunks: list[GPTModel], layers: int) -> None:
-    """Of the last so many layers that have FP8 products."""
-    stored = [
-        [module for module in layer.modules() if isinstance(module, Fp8Products)]
-        for chunk in chunks
-        for layer in chunk.decoder.layers
-    ]
-    last = [products for products in stored if products][-layers:] if layers else []
-    for one in (one for products in last for one in products):
-        one.transposes = 0
 
 
 def _let_gradient_reach_input(chunk: GPTModel) -> None:

@@ -37,6 +37,7 @@ def options_of(config: Config, *, meta: bool = False) -> BuildOptions:
         attention=config.train.attention,
         storage=storage_of(config),
         transposes_kept=config.base.transposes_kept or 0,
+        transposes_in_host=config.base.transposes == "host",
         head=head_of(config),
         tp_comm_overlap=config.parallel.tp_comm_overlap,
         pp_comm_copy=config.parallel.pp_comm_copy,
@@ -148,6 +149,12 @@ def _check_graph(config: Config) -> None:
             "optimizer.sharding = deepspeed",
             "nobody has tried whether DeepSpeed leaves parameters where a graph reads them",
             "optimizer.sharding=megatron or none",
+        ),
+        (
+            config.base.transposes == "host",
+            "base.transposes = host",
+            "the first weights of a step are on their way from the host since the step before",
+            "base.transposes=anew or kept",
         ),
     ):
         if config.train.cuda_graph and is_asked:

@@ -44,7 +44,7 @@ def storage_of(config: Config) -> StorageFormat | None:
         )
     parallel = config.parallel
     group = parallel.pipeline if parallel.virtual_pipeline > 1 else 1
-    uses = {"kept": 0, "group": group}.get(config.base.transposes or "anew", 1)
+    uses = {"kept": 0, "group": group, "host": group}.get(config.base.transposes or "anew", 1)
     return StorageFormat(storage, "fp8" if gemm == "fp8" else "bf16", config.base.fast_accum or "forward", uses)
 
 

@@ -30,14 +30,8 @@ from lora_megatron.planning.activations import ChunkBytes, Microbatch
 from lora_megatron.planning.gradients import LayerFlow, layer_flow
 from lora_megatron.planning.schedule import peak
 from lora_megatron.planning.stages import chunks_of, microbatch_of, names_read_backward, stage_layers
-from lora_megatron.planning.weights import (
-    Weight,
-    frozen_bytes,
-    trained_bytes,
-    turned_head_bytes,
-    unpacked_bytes,
-    weights_of,
-)
+from lora_megatron.planning.transposes import unpacked_bytes
+from lora_megatron.planning.weights import Weight, frozen_bytes, trained_bytes, turned_head_bytes, weights_of
 
 MIB = 2**20
 CUDA_CONTEXT = 512 * MIB

@@ -26,6 +26,8 @@ from lora_megatron.planning.gpus import Gpu
 from lora_megatron.planning.memory import MemoryPlan, Place, build_rank, plan_rank
 from lora_megatron.planning.recompute import SHARE, settle
 from lora_megatron.planning.speed import Speed, estimate_speed
+from lora_megatron.planning.stages import microbatch_of, names_read_backward
+from lora_megatron.planning.transposes import host_bytes
 from lora_megatron.planning.weights import Weight, as_fully_trained
 from lora_megatron.strict_safetensors.header import make_header
 
@@ -49,6 +51,8 @@ class RankPlan:
     saved_bytes: int
     """What this rank holds of the tensors one has to keep."""
     memory: MemoryPlan
+    host_bytes: int
+    """Locked in the host's memory (`base.transposes` host)."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,11 @@ class MethodPlan:
         """Bytes over all ranks by kind, and `total`."""
         names = (*MEMORY_KINDS, "total")
         return {name: sum(rank.count * getattr(rank.memory, name) for rank in self.ranks) for name in names}
+
+    @property
+    def host_bytes(self) -> int:
+        """Locked in the memory of all hosts together."""
+        return sum(rank.count * rank.host_bytes for rank in self.ranks)
 
     def fits(self, memory: float) -> bool:
         """Whether every rank fits into a GPU of `memory` bytes."""
@@ -188,7 +197,7 @@ def plan_method(
     config: Config, shape: ModelShape, method: Method, stages: Sequence[Sequence[Weight]], *, data_size: int
 ) -> MethodPlan:
     """Plan a method whose ranks hold `stages`. Of data-parallel ranks that differ in padding the largest counts."""
-    layout = layout_of(config)
+    layout, batch = layout_of(config), microbatch_of(config, shape)
     data_ranks = range(data_size if config.optimizer.sharding == "megatron" else 1)
     chunk = shape.num_layers // (layout.pipeline * layout.virtual_pipeline)
     ranks = []
@@ -207,6 +216,7 @@ def plan_method(
                 trained,
                 sum(w.size * w.itemsize for w in held if w.trained or method.trains_base),
                 max(plans, key=lambda plan: plan.total),
+                host_bytes(weights, config.base, read_backward=names_read_backward(method, batch, stage)),
             )
         )
     true = [w for weights in stages for w in weights if w.full_shape is not None and not w.is_copy]

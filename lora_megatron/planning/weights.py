@@ -18,7 +18,7 @@ this rank keeps 1 / DP as master copy and moments, 12 each also in fp32.
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -140,44 +140,6 @@ def _stored_bytes(weight: Weight, storage: str) -> int:
     axis = int(weight.name.endswith(_ROW_PARALLEL))
     stored = StorageFormat(storage).make(rows, columns, device=torch.device("meta"), axis=axis, group=None)
     return sum(buffer.numel() * buffer.element_size() for buffer in stored.buffers())
-
-
-def unpacked_bytes(weights: Sequence[Weight], base: BaseSection, *, read_backward: Container[str]) -> int:
-    """The most that a stored weight's products read at once: the largest in the precision they are done in, FP8 turned
-    round or NF4 unpacked; or what is kept turned round, and NF4 unpacked beside it. Where all FP8 is kept turned round
-    none is read beside that. 0 where nothing is stored.
-
-    `read_backward`: names of the weights that have a backward product. Others are never turned round: those below what
-    trains (`gradients`).
-    """
-    frozen = [w for w in weights if base.storage in STORAGE and w.is_linear and not w.trained]
-    turned = [weight for weight in frozen if weight.name in read_backward]
-    in_fp8 = base.storage == "fp8" or base.gemm == "fp8"
-    read = turned if base.storage == "fp8" else frozen
-    largest = max((w.size * (1 if in_fp8 else w.itemsize) for w in read), default=0)
-    several = len({weight.chunk for weight in weights}) > 1
-    kept, others = transposed_bytes(turned, base.transposes, base.transposes_kept or 0, several=several)
-    if base.storage == "fp8" and kept == sum(weight.size for weight in turned):
-        return kept
-    return kept + max(largest, others + (largest if others and base.storage == "nf4" else 0))
-
-
-def transposed_bytes(turned: Sequence[Weight], transposes: str | None, kept: int, *, several: bool) -> tuple[int, int]:
-    """FP8 codes that are kept turned round: those of the last `kept` layers, and of the others, by `base.transposes`,
-    those of the largest of `several` model chunks, or all.
-
-    `turned`: those that have a backward product, the last of the stage's frozen ones: so the last layers of them are
-    the last that the model keeps them of (`model.build`).
-    """
-    layers: dict[tuple[int, str], int] = {}
-    for weight in turned:
-        layer = weight.chunk, weight.name.split(".mlp.")[0].split(".self_attention.")[0]
-        layers[layer] = layers.get(layer, 0) + weight.size
-    chunks: dict[int, int] = {}
-    for (chunk, _), size in [*layers.items()][: max(len(layers) - kept, 0)]:
-        chunks[chunk] = chunks.get(chunk, 0) + size
-    others = {"group": max(chunks.values(), default=0) if several else 0, "kept": sum(chunks.values())}
-    return sum([*layers.values()][max(len(layers) - kept, 0) :]), others.get(transposes or "anew", 0)
 
 
 def turned_head_bytes(weights: Sequence[Weight], base: BaseSection) -> int:

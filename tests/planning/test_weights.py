@@ -9,14 +9,8 @@ from typing import Any
 import pytest
 
 from lora_megatron.config import BaseSection
-from lora_megatron.planning.weights import (
-    Weight,
-    as_fully_trained,
-    frozen_bytes,
-    trained_bytes,
-    turned_head_bytes,
-    unpacked_bytes,
-)
+from lora_megatron.planning.transposes import unpacked_bytes
+from lora_megatron.planning.weights import Weight, as_fully_trained, frozen_bytes, trained_bytes, turned_head_bytes
 
 LINEAR = Weight("decoder.layers.0.mlp.linear_fc1.weight", (512, 128), 2, trained=False, full_shape=(1024, 128))
 EMBEDDING = Weight("embedding.word_embeddings.weight", (1000, 128), 2, trained=False, full_shape=(1000, 128))

@@ -32,6 +32,7 @@ try:
 except ImportError:  # no Triton: the same numbers, from more and slower passes
     kernels = None  # type: ignore[assignment]
 from lora_megatron.layers.aside import start_all
+from lora_megatron.layers.storage.host_transposes import HostTransposes
 from lora_megatron.layers.storage.left_codes import Quantised, take
 from lora_megatron.layers.storage.product import Product
 from lora_megatron.layers.storage.stored import Stored
@@ -149,6 +150,8 @@ class Fp8Products(Stored):
     """Which of both products adds up in shorter registers (`multiply`)."""
     transposes = 1
     """How many backward products in a row read what was transposed for the first of them; 0: all there ever are."""
+    host: HostTransposes | None = None
+    """Where what was transposed is kept instead."""
     _transposed: Tensor | None = None
     _uses = 0
 
@@ -163,9 +166,13 @@ class Fp8Products(Stored):
     def forget_transposed(self) -> None:
         """To be called when W changes."""
         self._transposed, self._uses = None, 0
+        if self.host is not None:
+            self.host.forget(self)
 
     def transposed_codes(self) -> Tensor:
         """[in, out], for one backward product; kept if others are to read it."""
+        if self.host is not None:
+            return self.host.codes_of(self, functools.partial(self.fp8_codes, transposed=True))
         codes = self.fp8_codes(transposed=True) if self._transposed is None else self._transposed
         self._uses += 1
         if self._uses == self.transposes:
