@@ -126,7 +126,6 @@ TENSOR = ("parallel.pipeline=1", "parallel.tensor=2", "parallel.sequence=true", 
 CHUNKS = (
     "parallel.virtual_pipeline=48",
     "parallel.pp_comm_copy=true",
-    "data.global_batch_size=32",
     "train.recompute=none",
 )
 FEW_CHANNELS = (("NCCL_MAX_NCHANNELS", "8"), ("NCCL_MAX_P2P_NCHANNELS", "8"))
@@ -166,13 +165,13 @@ ROWS = {
         bench(TWO, "data.global_batch_size=32", layers=96, steps=2, warm_up=1), speed(1500, SPARE_4_GIB), gpus=2
     ),
     "175b-2gpu-chunks": Row(
-        bench(TWO, *CHUNKS, "base.transposes=group", layers=96, steps=2, warm_up=1),
+        bench(TWO, *CHUNKS, "base.transposes=group", "data.global_batch_size=32", layers=96, steps=2, warm_up=1),
         speed(1500, SPARE_4_GIB),
         gpus=2,
         variables=FEW_CHANNELS,
     ),
     "175b-2gpu-chunks-fast": Row(
-        bench(TWO, *CHUNKS, *FAST, "base.transposes=host", layers=96, steps=3, warm_up=2),
+        bench(TWO, *CHUNKS, *FAST, "base.transposes=host", "data.global_batch_size=64", layers=96, steps=2, warm_up=1),
         speed(1500, SPARE_4_GIB),
         gpus=2,
         variables=FEW_CHANNELS,

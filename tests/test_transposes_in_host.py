@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`base.transposes=host` trains to the bit as `anew`, turning each MLP's weights round once; its bytes are planned.
+"""`base.transposes=host` trains to the bit as `anew`, turning fewer weights round; its bytes are planned.
 
 python -m pytest tests/test_transposes_in_host.py -m "multigpu or not multigpu"
 """
@@ -80,7 +80,10 @@ def check_training(pool: Pool, layout: Layout, model: dict[str, Any], **how: Any
     layers, microbatches = 4 // layout.pipeline, 8 // uses
     attention = microbatches * (2 * layers - 1)  # qkv of the first layer has no backward product
     assert anew.turned == microbatches * 2 * layers + attention
-    assert host.turned == 2 * layers + attention
+    if 2 * layers <= places(2):
+        assert host.turned == 2 * layers + attention
+    else:  # the first pass turns all of them, further ones every second (`tests.layers.test_host_transposes`)
+        assert 2 * layers + attention < host.turned <= (2 + microbatches - 1) * layers + attention
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

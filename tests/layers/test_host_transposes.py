@@ -6,6 +6,7 @@ python -m pytest tests/layers/test_host_transposes.py -m "gpu or not gpu"
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from unittest import mock
 
@@ -63,56 +64,67 @@ ORDERS = {
 }
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("order", ORDERS)
-def test_each_is_turned_round_once_and_read_as_it_is(order: str, device: str) -> None:
-    """The product of each is launched after it was asked for and before the next is, late on a GPU: so a copy into what
-    has not been read shows."""
-    count, reads = ORDERS[order]
-    weights = stored([48 + 16 * (n % 3) for n in range(count)], device, torch.Generator().manual_seed(3))
-    wanted = [transposed_fp8(one.codes).view(torch.uint8) for one in weights]
-    host, turned = HostTransposes(2), list[int]()
+def weights_of(count: int, device: str = "cpu") -> list[StoredFp8]:
+    return stored([48 + 16 * (n % 3) for n in range(count)], device, torch.Generator().manual_seed(3))
+
+
+def read_all(host: HostTransposes, weights: list[StoredFp8], order: Sequence[int], *, forward: int = 0) -> list[int]:
+    """Of each read, in turn: whether it was not what it should be (2), or was turned round for it (1).
+
+    The product of each is launched after it was asked for and before the next is, late on a GPU: so a copy into what
+    has not been read shows. forward: after so many reads a forward product comes; 0: none does.
+    """
+    read, found = list[torch.Tensor](), list[int]()
 
     def turn(n: int) -> torch.Tensor:
-        turned.append(n)
+        found[-1] = 1
         return transposed_fp8(weights[n].codes)
 
-    read = list(reads)
-    found = []
-    for n in read:
-        codes = host.codes_of(weights[n], lambda n=n: turn(n))  # type: ignore[misc]  # mypy has no type for the default
-        if device == "cuda":
+    for count, n in enumerate(order):
+        if forward and count % forward == 0:
+            host.forward_runs()
+        found.append(0)
+        codes = host.codes_of(weights[n], functools.partial(turn, n))
+        if codes.is_cuda:
             torch.cuda._sleep(1_000_000)
-        found.append(codes.view(torch.uint8).clone())
-    for n, codes in zip(read, found, strict=True):
-        assert torch.equal(codes, wanted[n])
-    assert sorted(turned) == sorted(set(read)), "each once"
+        read.append(codes.view(torch.uint8).clone())
+    wanted = [transposed_fp8(one.codes).view(torch.uint8) for one in weights]
+    return [how if codes.equal(wanted[n]) else 2 for how, codes, n in zip(found, read, order, strict=True)]
 
 
-def test_what_follows_is_on_its_way_before_it_is_asked_for() -> None:
-    """In the second pass and after it nobody waits, whatever the number of weights."""
-    for count, order in ((5, steady(5, 1)), (8, grouped(8, 1)), (6, grouped(6, 1, chunk=3))):
-        weights = stored([64] * count, "cpu", torch.Generator().manual_seed(3))
-        host, once = HostTransposes(3 if count == 6 else 2), list(order)
-        for passed in range(4):
-            for n in once:
-                there = [slot.place for slot in host._slots]
-                host.codes_of(weights[n], lambda: transposed_fp8(weights[n].codes))  # noqa: B023  # called at once
-                if passed > 1:
-                    assert n in there, (count, passed, n)
+@pytest.mark.parametrize("forward", [0, 2])
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("order", ORDERS)
+def test_each_is_read_as_it_is(order: str, device: str, forward: int) -> None:
+    count, reads = ORDERS[order]
+    assert max(read_all(HostTransposes(2), weights_of(count, device), reads, forward=forward)) == 1
+
+
+@pytest.mark.parametrize(("count", "chunk"), [(5, 2), (6, 3), (7, 2), (8, 2), (3, 2), (4, 2), (12, 4)])
+def test_from_the_second_pass_on_each_has_come_before_it_is_asked_for(count: int, chunk: int) -> None:
+    """Where forward passes come between; where none does, every second one."""
+    for microbatches in (1, 2):
+        once = [*grouped(count, 1, chunk, microbatches)]
+        host, weights = HostTransposes(chunk), weights_of(count)
+        passes = [read_all(host, weights, once, forward=chunk) for _ in range(5)]
+        assert sum(passes[0]) == count
+        # In the second pass the first weights are asked for before anybody knew that they come again.
+        assert sum(passes[1]) <= chunk, (count, microbatches)
+        assert passes[2:] == [[0] * len(once)] * 3, (count, microbatches)
+        for _ in range(3):
+            host.forward_runs()
+            turned = [n for n, how in zip(once, read_all(host, weights, once), strict=True) if how]
+        sent_for_by_the_first = range(chunk, 2 * chunk)
+        others = [n for n in range(count) if n % 2 and n not in sent_for_by_the_first]
+        assert turned == (others if count > places(chunk) else []), (count, microbatches)
 
 
 def test_a_copy_over_what_is_being_read_would_be_noticed() -> None:
     """The checks above can fail: where there is no room for what follows, it comes over what is read."""
-    weights = stored([64] * 5, "cpu", torch.Generator().manual_seed(3))
-    wanted = [transposed_fp8(one.codes).view(torch.uint8) for one in weights]
-    for rooms, expected in ((places(2), False), (1, True)):
-        host, wrong = HostTransposes(2), False
+    for rooms, worst in ((places(2), 1), (1, 2)):
+        host = HostTransposes(2)
         del host._slots[rooms:]
-        for n in steady(5, 3):
-            codes = host.codes_of(weights[n], lambda: transposed_fp8(weights[n].codes))  # noqa: B023  # called at once
-            wrong |= not torch.equal(codes.view(torch.uint8), wanted[n])
-        assert wrong == expected
+        assert max(read_all(host, weights_of(5), [*steady(5, 3)], forward=2)) == worst
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -142,7 +154,7 @@ def test_new_weights_are_turned_round_again(device: str) -> None:
 def test_a_host_without_memory_is_told_so() -> None:
     (one,) = stored([64], "cpu", torch.Generator())
     with (
-        mock.patch.object(host_transposes.torch, "empty", side_effect=RuntimeError("DefaultCPUAllocator")),
+        mock.patch.object(host_transposes.mmap, "mmap", side_effect=OSError("Cannot allocate memory")),
         pytest.raises(ConfigError, match=r"has no 0.00 GiB left for the next of them: set base.transposes=group"),
     ):
         HostTransposes(2).codes_of(one, lambda: one.codes)

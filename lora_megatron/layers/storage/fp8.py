@@ -200,6 +200,8 @@ class Fp8Products(Stored):
         return self.group if self.axis == 0 else None
 
     def forward_product(self, dtype: torch.dtype, bias: Tensor | None = None) -> Product:
+        if self.host is not None:
+            self.host.forward_runs()
         codes, scale = self.fp8_codes(transposed=False), self.column_scale()
         after, factor, group = scale if self.axis == 0 else None, self.forward_factor(), self.forward_group
         return self._product(codes, after, dtype, factor, group, bias, fast=self.fast_forward)
