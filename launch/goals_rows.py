@@ -140,8 +140,8 @@ TAX_1 = ("--layers", "4,12")
 varies by. Not from two layers on: at TP=1 in bf16 such a slice took as long with adapters as without."""
 TAX_2 = ("--tensor", "2", "--sequence-parallel", "--layers", "4,24")
 ONCE = ("--warm-up", "6", "--steps", "10", "--rounds", "4")
-"""A card that has just built a model is cool and fast: it steps some times before it is timed. Slices vary from round to
-round, not from step to step."""
+"""A card that has just built a model is cool and fast: it steps some times before it is timed. What slices vary by is
+from round to round, not from step to step."""
 FOUR = ("--microbatches", "4", "--warm-up", "4", "--steps", "10", "--rounds", "3")
 """They share one update of the adapters and one sum over tensor ranks, which weigh most in a whole step of one
 microbatch; so many steps take as long as those of one."""
