@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -28,10 +29,10 @@ from lora_megatron.measure.units import show_bytes, show_count
 from lora_megatron.methods.method import Method
 from lora_megatron.model.shape import ModelShape
 from lora_megatron.parallel.agree import device_for_collectives, gather_text, require_equal, together
-from lora_megatron.parallel.free_memory import free_for_this_rank, free_memory
+from lora_megatron.parallel.free_memory import available_host_memory, free_for_this_rank, free_memory
 from lora_megatron.parallel.groups import groups_of_a_step
 from lora_megatron.parallel.hang import show_ranks
-from lora_megatron.planning.memory import MemoryPlan, plan_this_rank
+from lora_megatron.planning.memory import MemoryPlan, locked_by_this_rank, plan_this_rank
 from lora_megatron.planning.recompute import settle_here
 from lora_megatron.planning.stages import chunk_layers
 
@@ -72,6 +73,9 @@ def preflight(
     memory = [Memory(**json.loads(text)) for text in gather_text(json.dumps(asdict(_own_memory(plan))))]
     devices = check_devices([rank.device for rank in memory])
     room = check_memory(memory, say)
+    if config.base.transposes == "host":
+        own = socket.gethostname(), locked_by_this_rank(config, shape, method), available_host_memory()
+        warn_of_locked_memory([Locked(*json.loads(text)) for text in gather_text(json.dumps(own))], say)
     return [devices, f"groups {', '.join(groups)} ok", room, check_data(tables)]
 
 
@@ -156,6 +160,27 @@ def check_memory(ranks: list[Memory], say: Callable[[str], None]) -> str:
         if planned / free >= tightest:
             shown, tightest = f"memory {show_bytes(planned)} planned of {show_bytes(free)} free", planned / free
     return shown
+
+
+class Locked(NamedTuple):
+    """What a rank will lock of its host's memory, and what of that new processes can have, in bytes."""
+
+    host: str
+    size: int
+    available: int | None
+
+
+def warn_of_locked_memory(ranks: list[Locked], say: Callable[[str], None]) -> None:
+    """Of each host that has not enough: a warning, as a virtual machine may grow with what is asked of it."""
+    for host in dict.fromkeys(rank.host for rank in ranks):
+        here = [rank for rank in ranks if rank.host == host]
+        size = sum(rank.size for rank in here)
+        available = min((rank.available for rank in here if rank.available is not None), default=size)
+        if size > available:
+            say(
+                f"warning: base.transposes = host locks {show_bytes(size)} of machine {host}'s memory, and "
+                f"{show_bytes(available)} are available: set base.transposes=group, or give the job more"
+            )
 
 
 def _places(ranks: list[Memory]) -> dict[str, list[int]]:

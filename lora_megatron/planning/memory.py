@@ -30,7 +30,7 @@ from lora_megatron.planning.activations import ChunkBytes, Microbatch
 from lora_megatron.planning.gradients import LayerFlow, layer_flow
 from lora_megatron.planning.schedule import peak
 from lora_megatron.planning.stages import chunks_of, microbatch_of, names_read_backward, stage_layers
-from lora_megatron.planning.transposes import unpacked_bytes
+from lora_megatron.planning.transposes import host_bytes, unpacked_bytes
 from lora_megatron.planning.weights import Weight, frozen_bytes, trained_bytes, turned_head_bytes, weights_of
 
 MIB = 2**20
@@ -104,6 +104,12 @@ def plan_this_rank(config: Config, shape: ModelShape, method: Method) -> MemoryP
     collective. `config` must have passed `model.checks`.
     """
     return plan_rank(config, shape, method, build_rank(config, shape, method), this_place())
+
+
+def locked_by_this_rank(config: Config, shape: ModelShape, method: Method) -> int:
+    """Bytes of the host's memory that this rank locks (`base.transposes` host); needs what `plan_this_rank` needs."""
+    names = names_read_backward(method, microbatch_of(config, shape), this_place().stage)
+    return host_bytes(build_rank(config, shape, method), config.base, read_backward=names)
 
 
 def this_place() -> Place:

@@ -154,6 +154,29 @@ def test_ranks_of_a_machine_without_gpus_share_its_memory() -> None:
     assert preflight.check_memory(ranks[1:], lambda text: None) == "memory 70.0 GiB planned of 100 GiB free"
 
 
+def test_a_host_that_cannot_lock_what_is_asked_of_it_is_warned_of() -> None:
+    said: list[str] = []
+    ranks = [preflight.Locked(host, 54 * GIB, free) for host, free in (("a", 99 * GIB), ("a", None), ("b", 60 * GIB))]
+    preflight.warn_of_locked_memory(ranks, said.append)
+    assert said == [
+        "warning: base.transposes = host locks 108 GiB of machine a's memory, and 99.0 GiB are available: set "
+        "base.transposes=group, or give the job more"
+    ]
+    preflight.warn_of_locked_memory([preflight.Locked("c", 54 * GIB, None)], said.append)
+    assert len(said) == 1
+
+
+def test_a_run_is_warned_of_what_it_locks(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preflight, "available_host_memory", lambda: 1000)
+    base = {"storage": "fp8", "transposes": "host"}
+    assert attempt(make_tree(corpus, tmp_path / "run", base=base, train={"steps": 1})) == Outcome()
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "base.transposes = host locks" in line]
+    assert len(warnings) == 1
+    assert "1000 B are available" in warnings[0]
+
+
 def test_the_disk_must_hold_one_checkpoint_more_than_are_kept(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
