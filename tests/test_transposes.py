@@ -181,6 +181,7 @@ def test_the_plan_counts_a_chunk_or_all() -> None:
     assert [planned(storage="nf4", gemm="fp8", **how) for how in ways] == [64 + 32, 64 + 64, 64 + 64]
     assert [planned(storage="fp8", transposes_kept=n) for n in (2, 9)] == [96, 96], "all, and more than there are"
     assert planned(storage="nf4", gemm="fp8", transposes_kept=9) == 96 + 32, "unpacked beside it"
+    assert planned(storage="fp8", transposes="kept", transposes_kept=1) == 96, "all are, in two ways"
     del weights[0]
     assert planned(storage="fp8", transposes="group") == 32, "no interleaved schedule, no group"
 

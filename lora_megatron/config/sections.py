@@ -90,7 +90,7 @@ class BaseSection(Section):
     """FP8 weights turned round, which backward products read: made anew for each microbatch (not given: the same), kept
     for the microbatches of a `group` of the interleaved pipeline schedule (of one in any other), or `kept` for good, a
     second copy. `host` keeps those of MLPs in the host's memory, from where they are brought back while other products
-    run, and the others for a group."""
+    run (while backward passes alone run every second one, the others are made anew), and the others for a group."""
     transposes_kept: int | None = Field(None, ge=1, le=MOST_LAYERS)
     """Of so many layers of each pipeline stage, its last ones, they are kept for good whatever `transposes` says: for
     memory that is left."""

@@ -30,6 +30,8 @@ def keep_transposes(chunks: Sequence[Gpt], *, last: int, in_host: bool) -> None:
         host = HostTransposes(weights_ahead(counts.values(), several=mlps[0][1].transposes > 1))
         for _, one in mlps:
             one.host = host
+        for one in (one for _, products in layers for one in products.values()):
+            one.told = host
 
 
 def is_of_mlp(name: str) -> bool:

@@ -65,6 +65,8 @@ def _kept_of_others(others: Sequence[Weight], transposes: str, *, several: bool)
     mlps = [weight for weight in others if is_of_mlp(weight.name)] if transposes == "host" else []
     ways = 0
     if mlps:
+        # Of those with a backward product, where the model counts all (`model.transposes`): fewer only in the chunk of
+        # the lowest of them, and that the others of a chunk are kept can only be so in the last.
         ahead = weights_ahead(Counter(weight.chunk for weight in mlps).values(), several=several)
         ways = min(places(ahead), len(mlps)) * max(weight.size for weight in mlps)
     if transposes == "kept":
@@ -73,7 +75,7 @@ def _kept_of_others(others: Sequence[Weight], transposes: str, *, several: bool)
         return ways
     chunks = Counter[int]()
     for weight in others:
-        chunks[weight.chunk] += 0 if weight in mlps else weight.size
+        chunks[weight.chunk] += 0 if mlps and is_of_mlp(weight.name) else weight.size
     return ways + max(chunks.values(), default=0)
 
 

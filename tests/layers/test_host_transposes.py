@@ -6,7 +6,10 @@ python -m pytest tests/layers/test_host_transposes.py -m "gpu or not gpu"
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import gc
+import weakref
 from collections.abc import Iterator, Sequence
 from unittest import mock
 
@@ -68,11 +71,13 @@ def weights_of(count: int, device: str = "cpu") -> list[StoredFp8]:
     return stored([48 + 16 * (n % 3) for n in range(count)], device, torch.Generator().manual_seed(3))
 
 
-def read_all(host: HostTransposes, weights: list[StoredFp8], order: Sequence[int], *, forward: int = 0) -> list[int]:
+def read_all(
+    host: HostTransposes, weights: list[StoredFp8], order: Sequence[int], *, forward: int = 0, slow: bool = True
+) -> list[int]:
     """Of each read, in turn: whether it was not what it should be (2), or was turned round for it (1).
 
-    The product of each is launched after it was asked for and before the next is, late on a GPU: so a copy into what
-    has not been read shows. forward: after so many reads a forward product comes; 0: none does.
+    The product of each is launched after it was asked for and before the next is, late on a GPU if it is `slow`: so a
+    copy into what has not been read shows. forward: after so many reads a forward product comes; 0: none does.
     """
     read, found = list[torch.Tensor](), list[int]()
 
@@ -85,7 +90,7 @@ def read_all(host: HostTransposes, weights: list[StoredFp8], order: Sequence[int
             host.forward_runs()
         found.append(0)
         codes = host.codes_of(weights[n], functools.partial(turn, n))
-        if codes.is_cuda:
+        if codes.is_cuda and slow:
             torch.cuda._sleep(1_000_000)
         read.append(codes.view(torch.uint8).clone())
     wanted = [transposed_fp8(one.codes).view(torch.uint8) for one in weights]
@@ -127,35 +132,68 @@ def test_a_copy_over_what_is_being_read_would_be_noticed() -> None:
         assert max(read_all(host, weights_of(5), [*steady(5, 3)], forward=2)) == worst
 
 
+@pytest.mark.parametrize("order", ["steady 8", "grouped 7", "shuffled"])
+@pytest.mark.parametrize("waits", [pytest.param(waits, marks=one_gpu) for waits in (True, False)])
+def test_a_copy_that_comes_late_is_waited_for(order: str, waits: bool) -> None:
+    """And not to wait would be noticed."""
+    count, reads = ORDERS[order]
+    host, weights = HostTransposes(2), weights_of(count, "cuda")
+    read_all(host, weights, range(count))  # with copies of their own, that all streams there are have been made
+    send_for = host._send_for
+
+    def late(place: int, *, reading: int) -> None:
+        assert host._stream is not None
+        with torch.cuda.stream(host._stream):
+            torch.cuda._sleep(20_000_000)
+        send_for(place, reading=reading)
+
+    with mock.patch.object(host, "_send_for", late), contextlib.ExitStack() as stack:
+        if not waits:
+            stack.enter_context(mock.patch.object(torch.cuda.Stream, "wait_event"))
+        worst = max(read_all(host, weights, [*reads, *reads], forward=2, slow=False))
+    torch.cuda.synchronize()
+    assert worst == (1 if waits else 2)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_new_weights_are_turned_round_again(device: str) -> None:
-    generator = torch.Generator().manual_seed(0)
-    weights = stored([64] * 3, device, generator)
-    host = HostTransposes(2)
+    """One that is on the GPU, one that is on its way, and one that is on the host alone."""
+    weights, host = weights_of(7, device), HostTransposes(2)
     for one in weights:
-        one.host = host
-    grad = torch.randn(16, 64, generator=generator).to(device, torch.bfloat16 if device == "cuda" else torch.float32)
-
-    def products() -> list[torch.Tensor]:
-        return [one.input_gradient(grad) for one in weights]
-
+        one.host = one.told = host
     for _ in range(3):
-        before = products()
-    new = torch.randn(64, 64, generator=generator).to(device)
-    weights[1].store(new)
-    for _ in range(3):
-        after = products()
-        assert torch.equal(after[0], before[0])
-        assert torch.equal(after[2], before[2])
-        want = grad.float() @ new
-        assert float((after[1].float() - want).norm() / want.norm()) < 0.1
+        read_all(host, weights, [*steady(7, 1)], forward=2)
+    read_all(host, weights, [0], forward=2)
+    assert {0, 2, 4} & {slot.place for slot in host._slots} == {0, 2}
+    generator = torch.Generator().manual_seed(9)
+    for changed in (0, 2, 4):
+        weights[changed].store(torch.randn(weights[changed].shape, generator=generator).to(device))
+    found = [read_all(host, weights, [*steady(7, 1)], forward=2) for _ in range(4)]
+    assert max(how for passed in found for how in passed) == 1
+    assert [found[0][changed] for changed in (0, 2, 4)] == [1, 1, 1]
+    assert found[2:] == [[0] * 7] * 2, "then they come from the host, as they are now"
+
+
+def test_what_is_locked_goes_with_the_weights() -> None:
+    """Not only when somebody looks for cycles: `_unlock` waits for the GPU."""
+    weights, host = weights_of(3), HostTransposes(2)
+    for one in weights:
+        one.host = one.told = host
+    read_all(host, weights, [*steady(3, 2)])
+    gone = weakref.ref(host._copies[0])
+    gc.disable()
+    try:
+        del weights, host, one
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_a_host_without_memory_is_told_so() -> None:
     (one,) = stored([64], "cpu", torch.Generator())
     with (
         mock.patch.object(host_transposes.mmap, "mmap", side_effect=OSError("Cannot allocate memory")),
-        pytest.raises(ConfigError, match=r"has no 0.00 GiB left for the next of them: set base.transposes=group"),
+        pytest.raises(ConfigError, match=r"of which 0.00 GiB for the next of them are not there: set base.transp"),
     ):
         HostTransposes(2).codes_of(one, lambda: one.codes)
 

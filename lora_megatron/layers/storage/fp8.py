@@ -152,6 +152,8 @@ class Fp8Products(Stored):
     """How many backward products in a row read what was transposed for the first of them; 0: all there ever are."""
     host: HostTransposes | None = None
     """Where what was transposed is kept instead."""
+    told: HostTransposes | None = None
+    """Who is told of forward products: that of the rank's other weights."""
     _transposed: Tensor | None = None
     _uses = 0
 
@@ -200,8 +202,8 @@ class Fp8Products(Stored):
         return self.group if self.axis == 0 else None
 
     def forward_product(self, dtype: torch.dtype, bias: Tensor | None = None) -> Product:
-        if self.host is not None:
-            self.host.forward_runs()
+        if self.told is not None:
+            self.told.forward_runs()
         codes, scale = self.fp8_codes(transposed=False), self.column_scale()
         after, factor, group = scale if self.axis == 0 else None, self.forward_factor(), self.forward_group
         return self._product(codes, after, dtype, factor, group, bias, fast=self.fast_forward)

@@ -8,8 +8,9 @@ neither processors nor, to speak of, energy from the products, which turning a w
 are to come.
 
 What the order is, the first pass shows. A weight that nobody has sent for is turned round where it is, as it was then:
-the codes that are read are the same in any case. While backward passes alone run, as at the end of a step, every second
-one is: there is half the time for each, in which all of them would not come.
+the codes that are read are the same in any case. While backward passes alone run, as at the end of a step, and at all
+times where no pipeline's chunks take turns, every second one is: there is half the time for each, in which all of them
+would not come.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -49,30 +50,31 @@ class HostTransposes:
     def __init__(self, ahead: int) -> None:
         assert ahead > 1
         self._ahead = ahead
-        self._places: dict[Hashable, int] = {}
-        """In the order in which they were read first."""
+        self._places: dict[int, int] = {}
+        """By a weight's id, in the order in which they were read first: weights have this, and what both have would
+        stay locked until somebody looks for cycles."""
         self._copies: list[Tensor] = []
         """On the host, FP8 [in, out]."""
         self._stale: set[int] = set()
         self._knows_all = False
         self._in_a_row = 0
-        """Read since the last forward product."""
+        """Read since the last forward product of any layer."""
         self._slots = [_Slot() for _ in range(places(ahead))]
         self._device = torch.device("cpu")
         self._stream: torch.cuda.Stream | None = None
 
     def forward_runs(self) -> None:
-        """To be called of every forward product."""
+        """To be called of every forward product in FP8."""
         self._in_a_row = 0
 
-    def codes_of(self, weight: Hashable, turn: Callable[[], Tensor]) -> Tensor:
+    def codes_of(self, weight: object, turn: Callable[[], Tensor]) -> Tensor:
         """W^T [in, out] as FP8 on its device, to be read before the next weight is asked for; `turn` makes it.
 
         Raises:
             ConfigError: the host has no memory for a copy.
         """
         self._in_a_row += 1
-        place = self._places.get(weight, len(self._copies))
+        place = self._places.get(id(weight), len(self._copies))
         slot, codes = next((slot for slot in self._slots if slot.place == place), None), None
         if slot is None:
             codes = turn()
@@ -83,23 +85,24 @@ class HostTransposes:
             torch.cuda.current_stream().wait_event(slot.has_come)
         if codes is not None:
             slot.codes.copy_(codes)
+            slot.place = place
         self._send_for((place + self._ahead) % len(self._copies), reading=place)
         return slot.codes
 
-    def forget(self, weight: Hashable) -> None:
+    def forget(self, weight: object) -> None:
         """It has changed: turn it round again when it is read next."""
-        place = self._places.get(weight)
+        place = self._places.get(id(weight))
         if place is not None:
             self._stale.add(place)
             for slot in (slot for slot in self._slots if slot.place == place):
                 slot.place = -1
 
-    def _keep(self, weight: Hashable, place: int, codes: Tensor) -> None:
+    def _keep(self, weight: object, place: int, codes: Tensor) -> None:
         if place == len(self._copies):
             if codes.is_cuda and self._stream is None:
                 self._device, self._stream = codes.device, torch.cuda.Stream(codes.device)
             self._copies.append(_on_host(codes))
-            self._places[weight] = place
+            self._places[id(weight)] = place
             self._knows_all = False
         self._copies[place].copy_(codes)
         self._stale.discard(place)
@@ -114,27 +117,29 @@ class HostTransposes:
         slot = self._vacate(place, reading=reading)
         if self._stream is None:
             slot.codes.copy_(self._copies[place])
-            return
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            slot.codes.copy_(self._copies[place], non_blocking=True)
-            slot.has_come = self._stream.record_event()
+        else:
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
+                slot.codes.copy_(self._copies[place], non_blocking=True)
+                slot.has_come = self._stream.record_event()
+        slot.place = place
 
     def _vacate(self, place: int, *, reading: int) -> _Slot:
-        """A slot for the weight: one that has none, or the one that is read again last.
+        """A slot with room for the weight, and none in it: one that had none, or the one that is read again last.
 
         That is none of the `ahead` to come and none of the `ahead` up to the one that is being read, which further
         microbatches of a group read again: there is room for so many and this one is not there.
         """
         count, last = len(self._copies), reading + self._ahead
         slot = max(self._slots, key=lambda slot: count if slot.place < 0 else (last - slot.place) % count)
-        copy = self._copies[place]
+        copy, slot.place = self._copies[place], -1
         if slot.room.numel() < copy.numel():
+            slot.room = slot.codes = torch.empty(0)  # not two rooms at a time
             largest = max(each.numel() for each in self._copies)
             slot.room = torch.empty(largest, dtype=copy.dtype, device=self._device)
             if self._stream is not None:  # whoever is given this memory after us waits for the last copy
                 slot.room.record_stream(self._stream)
-        slot.place, slot.codes = place, slot.room[: copy.numel()].view(copy.shape)
+        slot.codes = slot.room[: copy.numel()].view(copy.shape)
         return slot
 
 
@@ -148,14 +153,14 @@ def _on_host(codes: Tensor) -> Tensor:
     try:
         room = mmap.mmap(-1, codes.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
-        raise _no_room(f"has no {needed} left") from error
+        raise _no_room(f"{needed} for the next of them are not there") from error
     with contextlib.suppress(AttributeError, OSError):
         room.madvise(mmap.MADV_HUGEPAGE)
     copy = torch.frombuffer(room, dtype=torch.uint8).view(codes.dtype).view(codes.shape)
     if codes.is_cuda:
         status = torch.cuda.cudart().cudaHostRegister(copy.data_ptr(), copy.nbytes, 0)
         if int(status):
-            raise _no_room(f"could not lock {needed} ({status})")
+            raise _no_room(f"{needed} for the next of them could not be locked ({status})")
         weakref.finalize(copy.untyped_storage(), _unlock, copy.data_ptr()).atexit = False
     return copy
 
@@ -167,6 +172,6 @@ def _unlock(address: int) -> None:
 
 def _no_room(what: str) -> ConfigError:
     return ConfigError(
-        f"base.transposes = host keeps weights turned round in the host's memory, which {what} for the next of them: "
+        f"base.transposes = host keeps weights turned round in the host's memory, of which {what}: "
         "set base.transposes=group"
     )
