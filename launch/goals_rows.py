@@ -173,7 +173,7 @@ ROWS = {
         variables=FEW_CHANNELS,
     ),
     "175b-2gpu-chunks-fast": Row(
-        bench(TWO, *CHUNKS, *FAST, "base.transposes=host", "data.global_batch_size=64", layers=96, steps=2, warm_up=1),
+        bench(TWO, *CHUNKS, *FAST, "base.transposes=host", "data.global_batch_size=64", layers=96, steps=3, warm_up=1),
         speed(1500, SPARE_4_GIB),
         gpus=2,
         variables=FEW_CHANNELS,

@@ -6,7 +6,6 @@ python -m pytest tests/layers/test_host_transposes.py -m "gpu or not gpu"
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import gc
 import weakref
@@ -147,12 +146,16 @@ def test_a_copy_that_comes_late_is_waited_for(order: str, waits: bool) -> None:
             torch.cuda._sleep(20_000_000)
         send_for(place, reading=reading)
 
-    with mock.patch.object(host, "_send_for", late), contextlib.ExitStack() as stack:
-        if not waits:
-            stack.enter_context(mock.patch.object(torch.cuda.Stream, "wait_event"))
+    wait_event = torch.cuda.Stream.wait_event
+
+    def wait(stream: torch.cuda.Stream, event: torch.cuda.Event) -> None:
+        if waits or stream == host._stream:
+            wait_event(stream, event)
+
+    with mock.patch.object(host, "_send_for", late), mock.patch.object(torch.cuda.Stream, "wait_event", wait):
         worst = max(read_all(host, weights, [*reads, *reads], forward=2, slow=False))
     torch.cuda.synchronize()
-    assert worst == (1 if waits else 2)
+    assert (worst < 2) == waits
 
 
 @pytest.mark.parametrize("device", DEVICES)
