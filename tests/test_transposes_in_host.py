@@ -68,11 +68,12 @@ CHUNKS = Layout(pipeline=2, virtual_pipeline=4)
 
 
 def check_training(pool: Pool, layout: Layout, model: dict[str, Any], **how: Any) -> None:
-    """Of 2 steps of 4 microbatches."""
+    """Of 2 steps of 4 microbatches each, or what else `how` says."""
     targets = {"q": 4, "v": 2, "o": 3, **({"up": 2} if model is LLAMA else {"fc1": 2, "fc2": 5})}
     uses = layout.pipeline if layout.virtual_pipeline > 1 else 1
     storage = StorageFormat("fp8", transposes=uses)
-    plain = Experiment(model=model, layout=layout, method={"targets": targets}, storage=storage, steps=2, **how)
+    how = {"steps": 2, **how}
+    plain = Experiment(model=model, layout=layout, method={"targets": targets}, storage=storage, **how)
     (anew, *_), (host, *_) = (
         pool.run(layout.model_size, train, experiment=replace(plain, transposes_in_host=in_host))
         for in_host in (False, True)
@@ -83,7 +84,7 @@ def check_training(pool: Pool, layout: Layout, model: dict[str, Any], **how: Any
     for what in ("grads", "values"):
         for got, want in zip(host.record[what], anew.record[what], strict=True):
             assert [key for key in want if not got[key].equal(want[key])] == []
-    layers, groups = model["num_layers"] // layout.pipeline, 8 // uses
+    layers, groups = model["num_layers"] // layout.pipeline, 4 * how["steps"] // uses
     attention = groups * (2 * layers - 1)  # qkv of the first layer has no backward product
     assert anew.turned == groups * 2 * layers + attention
     if 2 * layers <= places(weights_ahead([2 * layers // layout.virtual_pipeline], several=uses > 1)):
@@ -92,15 +93,18 @@ def check_training(pool: Pool, layout: Layout, model: dict[str, Any], **how: Any
         assert 2 * layers + attention < host.turned <= (2 + groups - 1) * layers + attention
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-@pytest.mark.parametrize("model", [WIDE, LLAMA], ids=["gpt", "llama"])
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [*((name, WIDE) for name in LAYOUTS), ("one", LLAMA), ("pp2-vp2", LLAMA)],
+    ids=lambda value: value if isinstance(value, str) else value["preset"],
+)
 def test_training_is_the_same_to_the_bit(pool: Pool, name: str, model: dict[str, Any]) -> None:
     check_training(pool, LAYOUTS[name], model)
 
 
-@pytest.mark.parametrize("layers", [8, 16])
-def test_training_in_more_chunks_than_there_is_room_for(pool: Pool, layers: int) -> None:
-    check_training(pool, CHUNKS, {**WIDE, "num_layers": layers})
+@pytest.mark.parametrize(("layers", "steps"), [(8, 2), (16, 1)])
+def test_training_in_more_chunks_than_there_is_room_for(pool: Pool, layers: int, steps: int) -> None:
+    check_training(pool, CHUNKS, {**WIDE, "num_layers": layers}, steps=steps)
 
 
 @pytest.mark.parametrize("layers", [pytest.param(layers, marks=two_gpus) for layers in (8, 16)])
